@@ -1,0 +1,248 @@
+// Graph building of the operation: validation, the step's scalars, grouping, and transforms through a composed update.
+// The scalars' formulas are those of mlx.optimizers.Adam and AdamW (bias correction: Kingma & Ba 2015, section 3).
+#include "adam_update.h"
+
+#include <algorithm>
+#include <map>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+
+#include "mlx/ops.h"
+#include "mlx/transforms.h"
+
+namespace fused_adam {
+
+namespace mx = mlx::core;
+
+namespace {
+
+// Larger tensors get a node each: they gain nothing from company, and freeing them one by one keeps memory flat.
+constexpr size_t kLargestGrouped = 1 << 16;
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  message << "[adam_update] ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+bool is_supported(mx::Dtype dtype) {
+  return dtype == mx::float32 || dtype == mx::bfloat16 || dtype == mx::float16;
+}
+
+void check(const AdamTensors& tensors, const TensorName& name) {
+  size_t count = tensors.parameters.size();
+  if (tensors.gradients.size() != count || tensors.m.size() != count || tensors.v.size() != count) {
+    refuse("parameters, gradients, m and v must be lists of one length but got ", count, ", ",
+           tensors.gradients.size(), ", ", tensors.m.size(), " and ", tensors.v.size());
+  }
+  for (size_t i = 0; i < count; ++i) {
+    auto& parameter = tensors.parameters[i];
+    auto check_one = [&](const char* what, const mx::array& x) {
+      if (!is_supported(x.dtype())) {
+        refuse(what, " of ", name(i), " must be float32, bfloat16 or float16 but got ", x.dtype());
+      }
+      if (x.shape() != parameter.shape()) {
+        refuse(what, " of ", name(i), " must have the parameter's shape ", parameter.shape(),
+               " but got ", x.shape());
+      }
+    };
+    check_one("parameter", parameter);
+    check_one("gradient", tensors.gradients[i]);
+    check_one("m", tensors.m[i]);
+    check_one("v", tensors.v[i]);
+    if (tensors.m[i].dtype() != tensors.v[i].dtype()) {
+      refuse("m and v of ", name(i), " must share one dtype but got ", tensors.m[i].dtype(),
+             " and ", tensors.v[i].dtype());
+    }
+  }
+}
+
+void check(const AdamHyperparameters& h) {
+  if (!(0.0 <= h.beta1 && h.beta1 < 1.0)) refuse("beta1 must be in [0, 1) but got ", h.beta1);
+  if (!(0.0 <= h.beta2 && h.beta2 < 1.0)) refuse("beta2 must be in [0, 1) but got ", h.beta2);
+  if (!(0.0 <= h.eps)) refuse("eps must be at least 0 but got ", h.eps);
+}
+
+mx::array scalar(const char* what, const mx::array& x, mx::Stream stream) {
+  if (x.size() != 1) refuse(what, " must be a scalar but got shape ", x.shape());
+  if (x.dtype() == mx::complex64) refuse(what, " must be real but got ", x.dtype());
+  return mx::astype(x.ndim() == 0 ? x : mx::reshape(x, {}, stream), mx::float32, stream);
+}
+
+mx::array constant(double value) { return mx::array(static_cast<float>(value)); }
+
+AdamConstants constants_of(const AdamHyperparameters& h) {
+  return {static_cast<float>(h.beta1), static_cast<float>(1.0 - h.beta1),
+          static_cast<float>(h.beta2), static_cast<float>(1.0 - h.beta2),
+          static_cast<float>(h.eps)};
+}
+
+// Learning rate and step are often lazy, so their arithmetic is part of the graph: a few scalar operations a step, by
+// MLX itself and therefore equal to stock's on every device.
+mx::array scalars_of(const mx::array& learning_rate, const std::optional<mx::array>& step,
+                     const AdamHyperparameters& h, mx::Stream s) {
+  auto lr = scalar("learning_rate", learning_rate, s);
+  AdamScalars<mx::array> scalars{lr, constant(1.0), constant(1.0)};
+  if (h.bias_correction) {
+    if (!step) refuse("step must be given with bias_correction but got None");
+    auto t = scalar("step", *step, s);
+    auto correction = [&](double beta) {
+      return mx::subtract(constant(1.0), mx::power(constant(beta), t, s), s);
+    };
+    scalars.step_size = mx::divide(lr, correction(h.beta1), s);
+    scalars.denominator_scale = mx::rsqrt(correction(h.beta2), s);
+  }
+  if (h.weight_decay != 0.0) {
+    scalars.decay = mx::subtract(constant(1.0), mx::multiply(lr, constant(h.weight_decay), s), s);
+  }
+  return mx::stack({scalars.step_size, scalars.denominator_scale, scalars.decay}, s);
+}
+
+AdamScalars<mx::array> unpack(const mx::array& scalars) {
+  auto at = [&](int i) { return mx::reshape(mx::slice(scalars, {i}, {i + 1}), {}); };
+  return {at(0), at(1), at(2)};
+}
+
+using DtypeKey = std::tuple<mx::Dtype::Val, mx::Dtype::Val, mx::Dtype::Val>;
+
+// Lists of tensor indices, each to become one node.
+std::vector<std::vector<size_t>> group(const AdamTensors& tensors) {
+  std::vector<std::vector<size_t>> groups;
+  std::map<DtypeKey, size_t> open;
+  for (size_t i = 0; i < tensors.parameters.size(); ++i) {
+    if (tensors.parameters[i].size() > kLargestGrouped) {
+      groups.push_back({i});
+      continue;
+    }
+    DtypeKey key{tensors.parameters[i].dtype().val(), tensors.gradients[i].dtype().val(),
+                 tensors.m[i].dtype().val()};
+    auto [entry, is_new] = open.try_emplace(key, groups.size());
+    if (is_new || groups[entry->second].size() == AdamUpdate::kMaxTensors) {
+      entry->second = groups.size();
+      groups.emplace_back().reserve(AdamUpdate::kMaxTensors);
+    }
+    groups[entry->second].push_back(i);
+  }
+  return groups;
+}
+
+AdamResults build(const AdamTensors& tensors, const mx::array& scalars,
+                  const std::function<std::shared_ptr<mx::Primitive>()>& make_primitive) {
+  AdamResults results{tensors.parameters, tensors.m, tensors.v};
+  for (auto& members : group(tensors)) {
+    std::vector<mx::array> inputs{scalars};
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+    inputs.reserve(1 + AdamUpdate::kInputsPerTensor * members.size());
+    for (size_t i : members) {
+      for (auto* list : {&tensors.parameters, &tensors.gradients, &tensors.m, &tensors.v}) {
+        inputs.push_back((*list)[i]);
+      }
+      shapes.insert(shapes.end(), AdamUpdate::kOutputsPerTensor, tensors.parameters[i].shape());
+      dtypes.insert(dtypes.end(), {tensors.parameters[i].dtype(), tensors.m[i].dtype(),
+                                   tensors.v[i].dtype()});
+    }
+    auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, make_primitive(), inputs);
+    for (size_t k = 0; k < members.size(); ++k) {
+      auto output = outputs.begin() + AdamUpdate::kOutputsPerTensor * k;
+      results.parameters[members[k]] = *output++;
+      results.m[members[k]] = *output++;
+      results.v[members[k]] = *output;
+    }
+  }
+  return results;
+}
+
+}  // namespace
+
+AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_rate,
+                        const std::optional<mx::array>& step,
+                        const AdamHyperparameters& hyperparameters, mx::StreamOrDevice s,
+                        const TensorName& name) {
+  check(tensors, name);
+  check(hyperparameters);
+  auto stream = mx::to_stream(s);
+  auto scalars = scalars_of(learning_rate, step, hyperparameters, stream);
+  return build(tensors, scalars, [&] {
+    return std::make_shared<AdamUpdate>(stream, UpdateRule::adam, constants_of(hyperparameters));
+  });
+}
+
+AdamResults traffic_probe(const AdamTensors& tensors, mx::StreamOrDevice s,
+                          const TensorName& name) {
+  check(tensors, name);
+  auto stream = mx::to_stream(s);
+  return build(tensors, mx::zeros({3}, mx::float32, stream), [&] {
+    return std::make_shared<AdamUpdate>(stream, UpdateRule::traffic, AdamConstants{});
+  });
+}
+
+std::function<std::vector<mx::array>(const std::vector<mx::array>&)> AdamUpdate::composed() {
+  return [rule = rule_, constants = constants_,
+          stream = stream()](const std::vector<mx::array>& inputs) {
+    mx::StreamContext context(stream);
+    auto scalars = unpack(inputs[0]);
+    auto as = [](const mx::array& x, mx::Dtype dtype) { return mx::astype(x, dtype); };
+    std::vector<mx::array> outputs;
+    for (size_t i = 1; i < inputs.size(); i += kInputsPerTensor) {
+      auto& parameter = inputs[i];
+      auto& gradient = inputs[i + 1];
+      auto& m = inputs[i + 2];
+      auto& v = inputs[i + 3];
+      AdamState<mx::array> old{as(parameter, mx::float32), as(m, mx::float32), as(v, mx::float32)};
+      auto g = as(gradient, mx::float32);
+      auto next = rule == UpdateRule::adam ? adam_step(old, g, scalars, constants)
+                                           : traffic_step(old, g);
+      outputs.insert(outputs.end(), {as(next.parameter, parameter.dtype()), as(next.m, m.dtype()),
+                                     as(next.v, v.dtype())});
+    }
+    return outputs;
+  };
+}
+
+std::vector<mx::array> AdamUpdate::jvp(const std::vector<mx::array>& primals,
+                                       const std::vector<mx::array>& tangents,
+                                       const std::vector<int>& argnums) {
+  std::vector<mx::array> all_tangents;
+  for (auto& primal : primals) all_tangents.push_back(mx::zeros_like(primal, stream()));
+  for (size_t i = 0; i < argnums.size(); ++i) all_tangents[argnums[i]] = tangents[i];
+  return mx::jvp(composed(), primals, all_tangents).second;
+}
+
+std::vector<mx::array> AdamUpdate::vjp(const std::vector<mx::array>& primals,
+                                       const std::vector<mx::array>& cotangents,
+                                       const std::vector<int>& argnums,
+                                       const std::vector<mx::array>&) {
+  auto all = mx::vjp(composed(), primals, cotangents).second;
+  std::vector<mx::array> asked;
+  for (int argnum : argnums) asked.push_back(all[argnum]);
+  return asked;
+}
+
+std::pair<std::vector<mx::array>, std::vector<int>> AdamUpdate::vmap(
+    const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
+  auto outputs = mx::vmap(composed(), axes)(inputs);
+  return {outputs, std::vector<int>(outputs.size(), 0)};
+}
+
+bool AdamUpdate::is_equivalent(const Primitive& other) const {
+  auto& o = static_cast<const AdamUpdate&>(other);
+  auto key = [](const AdamUpdate& u) {
+    auto& c = u.constants_;
+    return std::make_tuple(u.rule_, c.beta1, c.one_minus_beta1, c.beta2, c.one_minus_beta2, c.eps);
+  };
+  return key(*this) == key(o);
+}
+
+std::vector<mx::Shape> AdamUpdate::output_shapes(const std::vector<mx::array>& inputs) {
+  std::vector<mx::Shape> shapes;
+  for (size_t i = 1; i < inputs.size(); i += kInputsPerTensor) {
+    shapes.insert(shapes.end(), kOutputsPerTensor, inputs[i].shape());
+  }
+  return shapes;
+}
+
+}  // namespace fused_adam

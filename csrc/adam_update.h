@@ -1,0 +1,99 @@
+// The operation: validates, builds the graph, and knows its own derivatives; it knows no back end.
+// One AdamUpdate node updates a small group of tensors, since MLX copies a node's inputs to each of its outputs.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "adam_rule.h"
+#include "mlx/primitives.h"
+#include "mlx/utils.h"
+
+namespace fused_adam {
+
+struct AdamHyperparameters {
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double eps = 1e-8;
+  double weight_decay = 0.0;
+  bool bias_correction = false;
+};
+
+// Parallel lists: element i of each belongs to the same parameter.
+struct AdamTensors {
+  std::vector<mlx::core::array> parameters;
+  std::vector<mlx::core::array> gradients;
+  std::vector<mlx::core::array> m;
+  std::vector<mlx::core::array> v;
+};
+
+struct AdamResults {
+  std::vector<mlx::core::array> parameters;
+  std::vector<mlx::core::array> m;
+  std::vector<mlx::core::array> v;
+};
+
+// Names tensor i in an error message; called only then.
+using TensorName = std::function<std::string(size_t)>;
+
+// Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction.
+AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
+                        const std::optional<mlx::core::array>& step,
+                        const AdamHyperparameters& hyperparameters,
+                        mlx::core::StreamOrDevice stream, const TensorName& name);
+
+// The traffic of adam_update without its arithmetic, through the same back ends: what a benchmark compares with.
+AdamResults traffic_probe(const AdamTensors& tensors, mlx::core::StreamOrDevice stream,
+                          const TensorName& name);
+
+enum class UpdateRule { adam, traffic };
+
+// Inputs: scalars (float32, [3]: the fields of AdamScalars), then parameter, gradient, m, v of each tensor.
+// Outputs: parameter, m, v of each tensor. All tensors of a node share their three dtypes.
+class AdamUpdate : public mlx::core::Primitive {
+ public:
+  static constexpr size_t kInputsPerTensor = 4;
+  static constexpr size_t kOutputsPerTensor = 3;
+  static constexpr size_t kMaxTensors = 4;
+
+  AdamUpdate(mlx::core::Stream stream, UpdateRule rule, AdamConstants constants)
+      : Primitive(stream), rule_(rule), constants_(constants) {}
+
+  void eval_cpu(const std::vector<mlx::core::array>& inputs,
+                std::vector<mlx::core::array>& outputs) override;
+  void eval_gpu(const std::vector<mlx::core::array>& inputs,
+                std::vector<mlx::core::array>& outputs) override;
+
+  std::vector<mlx::core::array> jvp(const std::vector<mlx::core::array>& primals,
+                                    const std::vector<mlx::core::array>& tangents,
+                                    const std::vector<int>& argnums) override;
+  std::vector<mlx::core::array> vjp(const std::vector<mlx::core::array>& primals,
+                                    const std::vector<mlx::core::array>& cotangents,
+                                    const std::vector<int>& argnums,
+                                    const std::vector<mlx::core::array>& outputs) override;
+  std::pair<std::vector<mlx::core::array>, std::vector<int>> vmap(
+      const std::vector<mlx::core::array>& inputs, const std::vector<int>& axes) override;
+
+  const char* name() const override { return "AdamUpdate"; }
+  bool is_equivalent(const Primitive& other) const override;
+  std::vector<mlx::core::Shape> output_shapes(
+      const std::vector<mlx::core::array>& inputs) override;
+
+ private:
+  // The same update as a composition of MLX's own operations, whose derivatives MLX knows.
+  std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)> composed();
+
+  UpdateRule rule_;
+  AdamConstants constants_;
+};
+
+// "metal", or the reason why no GPU kernel is built in; defined by the GPU back end.
+struct GpuBackend {
+  const char* name;    // nullptr where there is none
+  const char* reason;  // nullptr where there is one
+};
+GpuBackend gpu_backend();
+
+}  // namespace fused_adam

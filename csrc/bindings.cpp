@@ -1,0 +1,69 @@
+// The Python module mlx_fused_adam._ext: names and docstrings only. Shares MLX's nanobind domain, so mlx.core.array and
+// streams pass through as they are.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "adam_update.h"
+#include "cpu_kernels.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+namespace mx = mlx::core;
+using namespace nb::literals;
+
+using Arrays = std::vector<mx::array>;
+
+NB_MODULE(_ext, m) {
+  m.doc() = "The fused Adam operation on lists of MLX arrays.";
+  nb::module_::import_("mlx.core");  // registers the types that the signatures below name
+  fused_adam::num_threads();         // a bad thread setting is an error at import, not in a stream's thread
+
+  m.def(
+      "adam_update",
+      [](Arrays parameters, Arrays gradients, Arrays m, Arrays v, const mx::array& learning_rate,
+         const std::optional<mx::array>& step, double beta1, double beta2, double eps,
+         double weight_decay, bool bias_correction, mx::StreamOrDevice stream,
+         const fused_adam::TensorName& name) {
+        auto results = fused_adam::adam_update(
+            {std::move(parameters), std::move(gradients), std::move(m), std::move(v)},
+            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, stream, name);
+        return std::make_tuple(std::move(results.parameters), std::move(results.m),
+                               std::move(results.v));
+      },
+      "parameters"_a, "gradients"_a, "m"_a, "v"_a, "learning_rate"_a, "step"_a.none(), nb::kw_only(),
+      "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
+      "stream"_a = nb::none(), "name"_a,
+      R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v).
+
+``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+
+  m.def(
+      "traffic_probe",
+      [](const mx::array& parameter, const mx::array& gradient, const mx::array& m,
+         const mx::array& v, mx::StreamOrDevice stream) {
+        auto results = fused_adam::traffic_probe({{parameter}, {gradient}, {m}, {v}}, stream,
+                                                 [](size_t) { return "the probe"; });
+        return std::make_tuple(results.parameters[0], results.m[0], results.v[0]);
+      },
+      "parameter"_a, "gradient"_a, "m"_a, "v"_a, "stream"_a = nb::none(),
+      "The memory traffic of one update with an addition in place of its arithmetic, for benchmarks.");
+
+  m.def("num_threads", &fused_adam::num_threads, "Threads that one CPU update may use.");
+  m.def("set_num_threads", &fused_adam::set_num_threads, "count"_a,
+        "Set the threads that one CPU update may use; 1 runs it on MLX's own stream thread.");
+  m.def("cpu_isa", [] { return fused_adam::cpu::kernels().isa; },
+        "The instruction set of the CPU kernels in use.");
+  m.def(
+      "gpu_backend",
+      [] {
+        auto backend = fused_adam::gpu_backend();
+        auto text = [](const char* s) { return s ? std::optional<std::string>(s) : std::nullopt; };
+        return std::make_tuple(text(backend.name), text(backend.reason));
+      },
+      "(name, None) of the GPU kernel built in, or (None, reason).");
+}

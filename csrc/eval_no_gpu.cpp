@@ -1,0 +1,14 @@
+// Stands in for a GPU back end where MLX was built without Metal; the optimizers never send work here.
+#include <stdexcept>
+
+#include "adam_update.h"
+
+namespace fused_adam {
+
+void AdamUpdate::eval_gpu(const std::vector<mlx::core::array>&, std::vector<mlx::core::array>&) {
+  throw std::runtime_error("[AdamUpdate] this build has no GPU kernel; use a CPU stream");
+}
+
+GpuBackend gpu_backend() { return {nullptr, "built for an MLX without Metal"}; }
+
+}  // namespace fused_adam

@@ -1,0 +1,80 @@
+// Merges axes and classifies layouts; see layout.h.
+#include "layout.h"
+
+#include <functional>
+#include <numeric>
+
+namespace fused_adam {
+
+namespace mx = mlx::core;
+
+namespace {
+
+// Below this side a tile is mostly edge, and gathering element by element is as good.
+constexpr int64_t kSmallestTileSide = 4;
+
+void drop_axis(Layout& layout, size_t axis) {
+  layout.shape.erase(layout.shape.begin() + axis);
+  for (auto& strides : layout.strides) strides.erase(strides.begin() + axis);
+}
+
+// An axis joins the one before it when, in every array, stepping the outer one equals walking the inner one through.
+void merge_axes(Layout& layout) {
+  for (size_t axis = layout.shape.size(); axis-- > 0;) {
+    if (layout.shape[axis] == 1) drop_axis(layout, axis);
+  }
+  for (size_t axis = layout.shape.size(); axis-- > 1;) {
+    bool joined = true;
+    for (auto& strides : layout.strides) {
+      joined = joined && strides[axis - 1] == strides[axis] * layout.shape[axis];
+    }
+    if (joined) {
+      layout.shape[axis] *= layout.shape[axis - 1];
+      drop_axis(layout, axis - 1);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t Layout::batches() const {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
+
+Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx::array& m,
+                 const mx::array& v) {
+  bool state_is_row_major = parameter.flags().row_contiguous && m.flags().row_contiguous &&
+                            v.flags().row_contiguous;
+  if (parameter.size() <= 1 || (state_is_row_major && gradient.flags().row_contiguous)) {
+    return {LayoutKind::linear};
+  }
+
+  Layout layout{LayoutKind::general};
+  layout.shape.assign(parameter.shape().begin(), parameter.shape().end());
+  const mx::array* arrays[] = {&parameter, &gradient, &m, &v};
+  for (int i = 0; i < 4; ++i) {
+    layout.strides[i].assign(arrays[i]->strides().begin(), arrays[i]->strides().end());
+  }
+  merge_axes(layout);
+  if (!state_is_row_major) return layout;
+
+  auto& [parameter_strides, gradient_strides, m_strides, v_strides] = layout.strides;
+  size_t last = layout.shape.size() - 1;
+  if (layout.shape.size() == 1 && gradient_strides[0] == 1) return {LayoutKind::linear};
+  for (size_t axis = 0; axis < last; ++axis) {
+    if (gradient_strides[axis] == 1 && layout.shape[axis] >= kSmallestTileSide &&
+        layout.shape[last] >= kSmallestTileSide) {
+      layout.kind = LayoutKind::tiled;
+      layout.rows = layout.shape[axis];
+      layout.columns = layout.shape[last];
+      layout.row_stride = parameter_strides[axis];
+      layout.gradient_column_stride = gradient_strides[last];
+      drop_axis(layout, last);
+      drop_axis(layout, axis);
+      return layout;
+    }
+  }
+  return layout;
+}
+
+}  // namespace fused_adam

@@ -1,0 +1,18 @@
+"""Adam and AdamW for MLX in one pass over memory: drop-in replacements for those of mlx.optimizers.
+
+Use: ``import mlx_fused_adam as fused; optimizer = fused.AdamW(learning_rate=1e-3)``.
+"""
+
+from importlib.metadata import version as _version
+
+from ._compatibility import check_mlx as _check_mlx
+
+_check_mlx()  # before the extension loads: against another mlx it might crash instead of failing
+
+from ._ext import num_threads, set_num_threads  # noqa: E402
+from .operation import adam_update  # noqa: E402
+from .optimizers import Adam, AdamW  # noqa: E402
+
+__version__ = _version("mlx-fused-adam")
+
+__all__ = ["Adam", "AdamW", "adam_update", "num_threads", "set_num_threads"]
