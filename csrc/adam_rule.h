@@ -1,6 +1,6 @@
 // The Adam update of one element: the only place where its arithmetic stands.
 // Method: Kingma & Ba 2015 (Adam) and Loshchilov & Hutter 2019 (decoupled weight decay), in the order of operations of
-// mlx.optimizers. Every back end loads, calls adam_step and stores; by value throughout, so valid C++14, MSL and CUDA.
+// mlx.optimizers. Every back end loads, calls a rule's step and stores; by value throughout, so valid C++14, MSL and CUDA.
 #pragma once
 
 #if defined(__METAL_VERSION__)
@@ -46,22 +46,28 @@ struct AdamState {
   T v;
 };
 
-// T is float in the kernels, and mlx::core::array where the op needs its derivatives.
-template <typename T>
-ADAM_FUNCTION AdamState<T> adam_step(AdamState<T> old, T gradient, AdamScalars<T> scalars,
-                                     AdamConstants c) {
-  using adam_math::sqrt;
-  T m = c.beta1 * old.m + c.one_minus_beta1 * gradient;
-  T v = c.beta2 * old.v + c.one_minus_beta2 * (gradient * gradient);
-  T parameter = old.parameter * scalars.decay -
-                (scalars.step_size * m) / (sqrt(v) * scalars.denominator_scale + c.eps);
-  return {parameter, m, v};
-}
+// A rule turns one element's old state into its new one. T is float in the kernels, and mlx::core::array where the
+// operation needs its derivatives.
+struct AdamRule {
+  template <typename T>
+  static ADAM_FUNCTION AdamState<T> step(AdamState<T> old, T gradient, AdamScalars<T> scalars,
+                                         AdamConstants c) {
+    using adam_math::sqrt;
+    T m = c.beta1 * old.m + c.one_minus_beta1 * gradient;
+    T v = c.beta2 * old.v + c.one_minus_beta2 * (gradient * gradient);
+    T parameter = old.parameter * scalars.decay -
+                  (scalars.step_size * m) / (sqrt(v) * scalars.denominator_scale + c.eps);
+    return {parameter, m, v};
+  }
+};
 
 // The same traffic with next to no arithmetic: the benchmark's speed of light.
-template <typename T>
-ADAM_FUNCTION AdamState<T> traffic_step(AdamState<T> old, T gradient) {
-  return {old.parameter + gradient, old.m + gradient, old.v + gradient};
-}
+struct TrafficRule {
+  template <typename T>
+  static ADAM_FUNCTION AdamState<T> step(AdamState<T> old, T gradient, AdamScalars<T>,
+                                         AdamConstants) {
+    return {old.parameter + gradient, old.m + gradient, old.v + gradient};
+  }
+};
 
 }  // namespace fused_adam

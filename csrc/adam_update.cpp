@@ -129,8 +129,8 @@ std::vector<std::vector<size_t>> group(const AdamTensors& tensors) {
   return groups;
 }
 
-AdamResults build(const AdamTensors& tensors, const mx::array& scalars,
-                  const std::function<std::shared_ptr<mx::Primitive>()>& make_primitive) {
+AdamResults build(const AdamTensors& tensors, const mx::array& scalars, bool fused,
+                  const std::function<std::shared_ptr<AdamUpdate>()>& make_primitive) {
   AdamResults results{tensors.parameters, tensors.m, tensors.v};
   for (auto& members : group(tensors)) {
     std::vector<mx::array> inputs{scalars};
@@ -145,7 +145,9 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars,
       dtypes.insert(dtypes.end(), {tensors.parameters[i].dtype(), tensors.m[i].dtype(),
                                    tensors.v[i].dtype()});
     }
-    auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, make_primitive(), inputs);
+    auto primitive = make_primitive();
+    auto outputs = fused ? mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs)
+                         : primitive->composed()(inputs);
     for (size_t k = 0; k < members.size(); ++k) {
       auto output = outputs.begin() + AdamUpdate::kOutputsPerTensor * k;
       results.parameters[members[k]] = *output++;
@@ -160,13 +162,13 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars,
 
 AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_rate,
                         const std::optional<mx::array>& step,
-                        const AdamHyperparameters& hyperparameters, mx::StreamOrDevice s,
-                        const TensorName& name) {
+                        const AdamHyperparameters& hyperparameters, bool fused,
+                        mx::StreamOrDevice s, const TensorName& name) {
   check(tensors, name);
   check(hyperparameters);
   auto stream = mx::to_stream(s);
   auto scalars = scalars_of(learning_rate, step, hyperparameters, stream);
-  return build(tensors, scalars, [&] {
+  return build(tensors, scalars, fused, [&] {
     return std::make_shared<AdamUpdate>(stream, UpdateRule::adam, constants_of(hyperparameters));
   });
 }
@@ -175,7 +177,7 @@ AdamResults traffic_probe(const AdamTensors& tensors, mx::StreamOrDevice s,
                           const TensorName& name) {
   check(tensors, name);
   auto stream = mx::to_stream(s);
-  return build(tensors, mx::zeros({3}, mx::float32, stream), [&] {
+  return build(tensors, mx::zeros({3}, mx::float32, stream), true, [&] {
     return std::make_shared<AdamUpdate>(stream, UpdateRule::traffic, AdamConstants{});
   });
 }
@@ -194,8 +196,8 @@ std::function<std::vector<mx::array>(const std::vector<mx::array>&)> AdamUpdate:
       auto& v = inputs[i + 3];
       AdamState<mx::array> old{as(parameter, mx::float32), as(m, mx::float32), as(v, mx::float32)};
       auto g = as(gradient, mx::float32);
-      auto next = rule == UpdateRule::adam ? adam_step(old, g, scalars, constants)
-                                           : traffic_step(old, g);
+      auto next = rule == UpdateRule::adam ? AdamRule::step(old, g, scalars, constants)
+                                           : TrafficRule::step(old, g, scalars, constants);
       outputs.insert(outputs.end(), {as(next.parameter, parameter.dtype()), as(next.m, m.dtype()),
                                      as(next.v, v.dtype())});
     }

@@ -38,10 +38,11 @@ struct AdamResults {
 // Names tensor i in an error message; called only then.
 using TensorName = std::function<std::string(size_t)>;
 
-// Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction.
+// Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction. Where the stream's device
+// has no kernel, `fused` false gives the same update as a composition of MLX's operations.
 AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
                         const std::optional<mlx::core::array>& step,
-                        const AdamHyperparameters& hyperparameters,
+                        const AdamHyperparameters& hyperparameters, bool fused,
                         mlx::core::StreamOrDevice stream, const TensorName& name);
 
 // The traffic of adam_update without its arithmetic, through the same back ends: what a benchmark compares with.
@@ -81,19 +82,20 @@ class AdamUpdate : public mlx::core::Primitive {
   std::vector<mlx::core::Shape> output_shapes(
       const std::vector<mlx::core::array>& inputs) override;
 
- private:
   // The same update as a composition of MLX's own operations, whose derivatives MLX knows.
   std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)> composed();
 
+ private:
   UpdateRule rule_;
   AdamConstants constants_;
 };
 
-// "metal", or the reason why no GPU kernel is built in; defined by the GPU back end.
-struct GpuBackend {
-  const char* name;    // nullptr where there is none
-  const char* reason;  // nullptr where there is one
+// What runs updates on a device; each defined by its back end.
+struct Backend {
+  const char* name;    // nullptr where there is no kernel ...
+  const char* reason;  // ... and then why
 };
-GpuBackend gpu_backend();
+Backend cpu_backend();
+Backend gpu_backend();
 
 }  // namespace fused_adam

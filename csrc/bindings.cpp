@@ -27,20 +27,21 @@ NB_MODULE(_ext, m) {
       "adam_update",
       [](Arrays parameters, Arrays gradients, Arrays m, Arrays v, const mx::array& learning_rate,
          const std::optional<mx::array>& step, double beta1, double beta2, double eps,
-         double weight_decay, bool bias_correction, mx::StreamOrDevice stream,
+         double weight_decay, bool bias_correction, bool fused, mx::StreamOrDevice stream,
          const fused_adam::TensorName& name) {
         auto results = fused_adam::adam_update(
             {std::move(parameters), std::move(gradients), std::move(m), std::move(v)},
-            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, stream, name);
+            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, fused,
+            stream, name);
         return std::make_tuple(std::move(results.parameters), std::move(results.m),
                                std::move(results.v));
       },
       "parameters"_a, "gradients"_a, "m"_a, "v"_a, "learning_rate"_a, "step"_a.none(), nb::kw_only(),
       "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
-      "stream"_a = nb::none(), "name"_a,
+      "fused"_a = true, "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v).
 
-``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+``fused=False`` composes the update of MLX's operations instead. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def(
       "traffic_probe",
@@ -58,12 +59,14 @@ NB_MODULE(_ext, m) {
         "Set the threads that one CPU update may use; 1 runs it on MLX's own stream thread.");
   m.def("cpu_isa", [] { return fused_adam::cpu::kernels().isa; },
         "The instruction set of the CPU kernels in use.");
+  auto backend = [](fused_adam::Backend b) {
+    auto text = [](const char* s) { return s ? std::optional<std::string>(s) : std::nullopt; };
+    return std::make_tuple(text(b.name), text(b.reason));
+  };
   m.def(
-      "gpu_backend",
-      [] {
-        auto backend = fused_adam::gpu_backend();
-        auto text = [](const char* s) { return s ? std::optional<std::string>(s) : std::nullopt; };
-        return std::make_tuple(text(backend.name), text(backend.reason));
-      },
-      "(name, None) of the GPU kernel built in, or (None, reason).");
+      "cpu_backend", [=] { return backend(fused_adam::cpu_backend()); },
+      "(name, None) of what runs updates on the CPU.");
+  m.def(
+      "gpu_backend", [=] { return backend(fused_adam::gpu_backend()); },
+      "(name, None) of what runs updates on the GPU, or (None, reason).");
 }

@@ -67,20 +67,6 @@ struct Float16 {
   }
 };
 
-struct AdamRule {
-  static AdamState<float> apply(AdamState<float> old, float gradient, AdamScalars<float> scalars,
-                                AdamConstants constants) {
-    return adam_step(old, gradient, scalars, constants);
-  }
-};
-
-struct TrafficRule {
-  static AdamState<float> apply(AdamState<float> old, float gradient, AdamScalars<float>,
-                                AdamConstants) {
-    return traffic_step(old, gradient);
-  }
-};
-
 template <typename RuleT, typename P, typename G, typename S>
 void update(const Run& run, std::size_t n, AdamScalars<float> scalars, AdamConstants constants) {
   auto parameter = reinterpret_cast<const typename P::Element*>(run.parameter);
@@ -92,8 +78,8 @@ void update(const Run& run, std::size_t n, AdamScalars<float> scalars, AdamConst
   auto new_v = reinterpret_cast<typename S::Element*>(run.new_v);
   FUSED_ADAM_VECTORIZE
   for (std::size_t i = 0; i < n; ++i) {
-    AdamState<float> next = RuleT::apply({P::load(parameter[i]), S::load(m[i]), S::load(v[i])},
-                                         G::load(gradient[i]), scalars, constants);
+    AdamState<float> old{P::load(parameter[i]), S::load(m[i]), S::load(v[i])};
+    AdamState<float> next = RuleT::step(old, G::load(gradient[i]), scalars, constants);
     new_parameter[i] = P::store(next.parameter);
     new_m[i] = S::store(next.m);
     new_v[i] = S::store(next.v);

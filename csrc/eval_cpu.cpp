@@ -210,4 +210,6 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
   });
 }
 
+Backend cpu_backend() { return {"cpu", nullptr}; }
+
 }  // namespace fused_adam

@@ -12,6 +12,10 @@ namespace {
 
 // Below this side a tile is mostly edge, and gathering element by element is as good.
 constexpr int64_t kSmallestTileSide = 4;
+// Kernels count rows and columns of a matrix in 32 bits.
+constexpr int64_t kLargestTileSide = int64_t{1} << 31;
+
+bool suits_tiles(int64_t side) { return kSmallestTileSide <= side && side <= kLargestTileSide; }
 
 void drop_axis(Layout& layout, size_t axis) {
   layout.shape.erase(layout.shape.begin() + axis);
@@ -62,8 +66,8 @@ Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx
   size_t last = layout.shape.size() - 1;
   if (layout.shape.size() == 1 && gradient_strides[0] == 1) return {LayoutKind::linear};
   for (size_t axis = 0; axis < last; ++axis) {
-    if (gradient_strides[axis] == 1 && layout.shape[axis] >= kSmallestTileSide &&
-        layout.shape[last] >= kSmallestTileSide) {
+    if (gradient_strides[axis] == 1 && suits_tiles(layout.shape[axis]) &&
+        suits_tiles(layout.shape[last])) {
       layout.kind = LayoutKind::tiled;
       layout.rows = layout.shape[axis];
       layout.columns = layout.shape[last];

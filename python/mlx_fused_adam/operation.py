@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import _ext
+from .backends import backend_of
 
 Scalar = float | mx.array
 
@@ -69,6 +70,7 @@ def adam_update(
         eps=eps,
         weight_decay=weight_decay,
         bias_correction=bias_correction,
+        fused=backend_of(stream).is_fused,
         stream=stream,
         name=lambda _: "the tensor",
     )

@@ -1,0 +1,65 @@
+// What host (csrc/eval_metal.cpp) and shader (metal/adam.metal) must agree on: buffer indices, argument structs, tile sizes.
+// Valid C++ and MSL; structs hold only 32-bit fields so that both lay them out alike.
+#pragma once
+
+#include "adam_rule.h"
+
+namespace fused_adam {
+
+// Buffers of every kernel. Those of tensor t of adam_group follow each other from kFirstTensor + t * kBuffersPerTensor.
+enum AdamBuffer {
+  kArgs = 0,
+  kScalars = 1,
+  kFirstTensor = 2,
+  // The other kernels have one tensor:
+  kParameter = 2,
+  kGradient = 3,
+  kM = 4,
+  kV = 5,
+  kNewParameter = 6,
+  kNewM = 7,
+  kNewV = 8,
+  // Axes of adam_tiled and adam_general:
+  kShape = 9,
+  kParameterStrides = 10,
+  kGradientStrides = 11,
+  kMStrides = 12,
+  kVStrides = 13,
+};
+
+enum AdamLimits {
+  kBuffersPerTensor = 7,
+  kGroupTensors = 4,        // 2 + 4 * 7 buffers: one more tensor would pass Metal's 31
+  kElementsPerThread = 4,   // of adam_linear and adam_group
+  kThreads = 256,           // of a threadgroup, in every kernel
+  kTile = 32,               // side of the tile that adam_tiled transposes
+  kTileThreadRows = 8,      // kTile * kTileThreadRows threads share a tile
+  kGeneralWidth = 1 << 20,  // of adam_general's two-dimensional grid
+};
+
+struct LinearArgs {
+  AdamConstants constants;
+  unsigned int size;
+  unsigned int vectors;  // whether every buffer is aligned for kElementsPerThread elements at once
+};
+
+struct GroupArgs {
+  AdamConstants constants;
+  unsigned int sizes[kGroupTensors];
+  unsigned int vectors[kGroupTensors];
+  unsigned int thread_ends[kGroupTensors];  // tensor t belongs to the threads before thread_ends[t] and not before t - 1's
+};
+
+struct TiledArgs {
+  AdamConstants constants;
+  unsigned int rows;
+  unsigned int columns;
+  unsigned int axes;  // around the matrix; at least 1
+};
+
+struct GeneralArgs {
+  AdamConstants constants;
+  unsigned int axes;
+};
+
+}  // namespace fused_adam

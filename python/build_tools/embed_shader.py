@@ -1,0 +1,50 @@
+"""Turns the shader and the headers it includes into one C++ string: python embed_shader.py OUT.cpp HEADER… SHADER.
+
+Each project header is inlined where it is first included; MLX compiles the string on the user's machine.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+# MSVC aside, compilers accept long literals, but C++ promises only 65536 characters: stay below by splitting.
+_PIECE = 8000
+
+
+def flatten(shader: Path, headers: list[Path]) -> str:
+    """The shader's text with the given headers inlined once each; other includes stay."""
+    by_name = {header.name: header for header in headers}
+    done: set[str] = set()
+
+    def inline(path: Path) -> str:
+        def replace(match: re.Match[str]) -> str:
+            name = match.group(1)
+            if name not in by_name:
+                return match.group(0)
+            if name in done:
+                return ""
+            done.add(name)
+            return inline(by_name[name])
+
+        text = path.read_text().replace("#pragma once\n", "")
+        return re.sub(r'^#include "([^"]+)"$', replace, text, flags=re.MULTILINE)
+
+    return inline(shader)
+
+
+def main() -> None:
+    out, *headers, shader = map(Path, sys.argv[1:])
+    text = flatten(shader, headers)
+    if (delimiter := "MSL") + '"' in text:
+        raise SystemExit(f"the shader holds the delimiter {delimiter}")
+    pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
+    literals = "\n".join(f'R"{delimiter}({piece}){delimiter}"' for piece in pieces)
+    out.write_text(
+        "// Generated from metal/ by embed_shader.py.\n"
+        '#include "adam_shader.h"\n\n'
+        f"namespace fused_adam {{\nconst char* const kAdamShader =\n{literals};\n}}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
