@@ -1,10 +1,11 @@
-"""Drop-in Adam and AdamW: MLX's own classes with the update of all parameters handed to the fused operation at once.
+"""Drop-in Adam and AdamW: MLX's own classes, with the update of all parameters handed to the fused operation at once.
 
-Everything that is not the update (state tree, schedules, defaults, errors) is inherited from mlx.optimizers.
+Everything but the update (state tree, schedules, defaults, errors) is inherited from mlx.optimizers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,29 +15,31 @@ from mlx.utils import tree_flatten, tree_map
 from . import _ext
 from .backends import backend_of
 
+# What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
 _FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
 
 
 class _Fused(stock.Optimizer):
-    """Replaces how mlx.optimizers.Adam and AdamW apply gradients; comes before them in the bases."""
+    """How gradients are applied; stands before mlx.optimizers.Adam or AdamW in the bases."""
 
     betas: list[float]
     eps: float
     bias_correction: bool
+    weight_decay: float = 0.0
 
     @property
     def backend(self) -> str:
-        """What computes updates on the default device: ``"cpu"``, ``"metal"`` or ``"stock (<reason>)"``."""
-        return backend_of(mx.default_device()).description
+        """What updates parameters on the default device: ``"cpu"``, ``"metal"`` or ``"stock (<reason>)"``."""
+        return backend_of().description
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        """Update all parameters of the tree at once; arguments and result as in mlx.optimizers.
+        """Update every parameter that has a gradient; arguments and result as in mlx.optimizers.
 
         Raises:
             ValueError: If a gradient's shape or dtype does not fit, naming the parameter's path.
         """
         if type(self).apply_single is not _Fused.apply_single:
-            # A subclass has a rule of its own for single parameters: keep to it.
+            # A subclass brings a rule of its own for single parameters.
             return super().apply_gradients(gradients, parameters)
         if not self._initialized:
             self.init(gradients)
@@ -46,47 +49,90 @@ class _Fused(stock.Optimizer):
         return self._apply_tree(gradients, parameters, self.state)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-        """Update one parameter and its ``state["m"]`` and ``state["v"]``; return the new parameter."""
-        return self._apply_tree(gradient, parameter, {"": state} if not state else state)
+        """Update one parameter with ``state["m"]`` and ``state["v"]``; return the new parameter."""
+        return self._apply_tree(gradient, parameter, state)
 
     def _apply_tree(self, gradients: Any, parameters: Any, state: Any) -> Any:
-        if not backend_of(mx.default_device()).is_fused:
-            return tree_map(super().apply_single, gradients, parameters, state)
-        leaves: list[tuple[mx.array, mx.array, dict]] = []
+        apply_stock = super().apply_single
+        if not backend_of().is_fused:
+            return tree_map(apply_stock, gradients, parameters, state)
+
+        slots: list[mx.array | None] = []  # one a leaf: its new parameter, once known
+        fused: list[tuple[int, mx.array, mx.array, dict]] = []
 
         def collect(gradient: mx.array, parameter: mx.array, leaf_state: dict) -> None:
-            leaves.append((gradient, parameter, leaf_state))
+            if parameter.dtype in _FUSED_DTYPES:
+                fused.append((len(slots), gradient, parameter, leaf_state))
+                slots.append(None)
+            else:
+                slots.append(apply_stock(gradient, parameter, leaf_state))
 
         tree_map(collect, gradients, parameters, state)
-        fused = [leaf for leaf in leaves if leaf[1].dtype in _FUSED_DTYPES]
-        updated = iter(self._apply_fused(fused, lambda i: _path(gradients, leaves.index(fused[i]))))
+        slot, g, w, s = zip(*fused, strict=True) if fused else ((), (), (), ())
+        for i, new in zip(slot, self._update(g, w, s, lambda i: _path(gradients, slot[i])), strict=True):
+            slots[i] = new
+        updated = iter(slots)
         return tree_map(lambda _: next(updated), gradients)
 
-    def _apply_fused(self, leaves: list, name: Any) -> list[mx.array]:
+    def _update(
+        self,
+        gradients: tuple[mx.array, ...],
+        parameters: tuple[mx.array, ...],
+        states: tuple[dict, ...],
+        name: Callable[[int], str],
+    ) -> list[mx.array]:
         beta1, beta2 = self.betas
-        parameters, ms, vs = _ext.adam_update(
-            [parameter for _, parameter, _ in leaves],
-            [gradient for gradient, _, _ in leaves],
-            [state["m"] for _, _, state in leaves],
-            [state["v"] for _, _, state in leaves],
+        new_parameters, m, v = _ext.adam_update(
+            parameters,
+            gradients,
+            [state["m"] for state in states],
+            [state["v"] for state in states],
             self.learning_rate,
             self.step,
             beta1=beta1,
             beta2=beta2,
             eps=self.eps,
-            weight_decay=getattr(self, "weight_decay", 0.0),
+            weight_decay=self.weight_decay,
             bias_correction=self.bias_correction,
             name=name,
         )
-        for (_, _, state), m, v in zip(leaves, ms, vs, strict=True):
-            state["m"] = m
-            state["v"] = v
-        return parameters
+        for state, new_m, new_v in zip(states, m, v, strict=True):
+            state["m"] = new_m
+            state["v"] = new_v
+        return new_parameters
+
+
+def _path(tree: Any, leaf: int) -> str:
+    return tree_flatten(tree)[leaf][0] or "the parameter"
 
 
 class Adam(_Fused, stock.Adam):
-    pass
+    """``mlx.optimizers.Adam`` in one pass over memory.
+
+    Arguments, defaults, state tree and methods are those of :class:`mlx.optimizers.Adam`; float32 results on the CPU
+    are bit-identical to it. 16-bit parameters are updated in float32 arithmetic with one rounding at each store.
+
+    Args:
+        learning_rate (float or callable): The learning rate, or a schedule of the step.
+        betas (list[float]): Decay rates of ``m`` and ``v``. Default: ``[0.9, 0.999]``.
+        eps (float): Added to the denominator. Default: ``1e-8``.
+        bias_correction (bool): Default: ``False``.
+
+    Raises:
+        ValueError: For betas outside [0, 1) or a negative eps.
+    """
 
 
 class AdamW(_Fused, stock.AdamW):
-    pass
+    """``mlx.optimizers.AdamW`` in one pass over memory; see :class:`Adam`.
+
+    Args:
+        learning_rate (float or callable): The learning rate, or a schedule of the step.
+        betas (list[float]): Decay rates of ``m`` and ``v``. Default: ``[0.9, 0.999]``.
+        eps (float): Added to the denominator. Default: ``1e-8``.
+        weight_decay (float): Decoupled weight decay (Loshchilov & Hutter 2019). Default: ``0.01``.
+        bias_correction (bool): Default: ``False``.
+
+    Raises:
+        ValueError: For betas outside [0, 1) or a negative eps.
+    """
