@@ -9,6 +9,8 @@
 #include "in_place.h"
 #include "layout.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/device.h"
+#include "mlx/stream.h"
 #include "threads.h"
 
 namespace fused_adam {
@@ -151,6 +153,19 @@ struct Tensor {
   }
 };
 
+// A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and could
+// not be updated in place. Waiting costs a moment of a thread that only queues work. With a GPU in the process the
+// stream might itself be waiting for work that is not committed yet, so there a fresh buffer is the price.
+void await_pending_readers(const std::vector<mx::array>& inputs, mx::Stream stream) {
+  auto has_other_reader = [](const mx::array& x) { return x.data_shared_ptr().use_count() > 1; };
+  for (size_t i = 1; i < inputs.size(); i += AdamUpdate::kInputsPerTensor) {
+    if (has_other_reader(inputs[i]) && !mx::is_available(mx::Device::gpu)) {
+      mx::synchronize(stream);
+      return;
+    }
+  }
+}
+
 Tensor make_tensor(const mx::array* in, mx::array* out, cpu::Rule rule) {
   auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
   Tensor t;
@@ -187,6 +202,7 @@ void run_unit(const std::vector<Tensor>& tensors, size_t index, AdamScalars<floa
 
 void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   release_sibling_inputs(inputs, outputs);
+  await_pending_readers(inputs, stream());
   auto& encoder = mx::cpu::get_command_encoder(stream());
   auto rule = rule_ == UpdateRule::adam ? cpu::kAdam : cpu::kTraffic;
   std::vector<Tensor> tensors;

@@ -1,0 +1,230 @@
+"""The operation under MLX's transformations, on streams and from threads, as a stock composition behaves."""
+
+import threading
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+
+import mlx_fused_adam as fused
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def composed(w, g, m, v, learning_rate, step, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1):
+    """The same update, differentiable, from MLX operations."""
+    b1, b2 = betas
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g * g
+    c1, c2 = learning_rate / (1 - b1**step), mx.rsqrt(1 - b2**step)
+    w = w * (1 - learning_rate * weight_decay) - c1 * m / (mx.sqrt(v) * c2 + eps)
+    return w, m, v
+
+
+def ours(w, g, m, v, learning_rate, step, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1):
+    return fused.adam_update(
+        w, g, m, v, learning_rate, step=step, betas=betas, eps=eps, weight_decay=weight_decay,
+        bias_correction=True,
+    )  # fmt: skip
+
+
+def arguments(shape=(5, 7), seed=0):
+    rng = np.random.default_rng(seed)
+    w, g, m, v = (mx.array(rng.normal(size=shape).astype(np.float32)) for _ in range(4))
+    return w, g, m, mx.abs(v), mx.array(0.03), mx.array(4.0)
+
+
+def assert_close(actual, expected, what):
+    np.testing.assert_allclose(
+        np.array(actual), np.array(expected), rtol=2e-5, atol=1e-6, err_msg=what
+    )
+
+
+def loss(update):
+    def f(*inputs):
+        w, m, v = update(*inputs)
+        return (w * mx.sin(w)).sum() + (m * m).sum() + 3 * v.sum()
+
+    return f
+
+
+def test_vjp_of_every_input():
+    argnums = list(range(6))
+    actual = mx.grad(loss(ours), argnums)(*arguments())
+    expected = mx.grad(loss(composed), argnums)(*arguments())
+    for name, a, e in zip(["w", "g", "m", "v", "lr", "step"], actual, expected, strict=True):
+        assert_close(a, e, f"gradient by {name}")
+
+
+@pytest.mark.parametrize("argnum", range(5))
+def test_vjp_of_one_input(argnum):
+    actual = mx.grad(loss(ours), argnum)(*arguments())
+    assert_close(actual, mx.grad(loss(composed), argnum)(*arguments()), f"input {argnum}")
+
+
+def test_jvp():
+    inputs = list(arguments())
+    tangents = [mx.cos(x) for x in inputs]
+    for a, e, name in zip(
+        mx.jvp(ours, inputs, tangents)[1], mx.jvp(composed, inputs, tangents)[1], "wmv", strict=True
+    ):
+        assert_close(a, e, f"tangent of {name}")
+
+
+def test_second_derivative():
+    def first(update):
+        return lambda g: mx.grad(lambda g: loss(update)(*inputs[:1], g, *inputs[2:]))(g).sum()
+
+    inputs = arguments()
+    assert_close(mx.grad(first(ours))(inputs[1]), mx.grad(first(composed))(inputs[1]), "second")
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0, 0), (1, 1, 1, 1), (0, None, 0, 0), (None, 0, 0, 1)])
+def test_vmap(axes):
+    *tensors, lr, step = arguments((6, 6))
+    tensors = [x[0] if axis is None else x for x, axis in zip(tensors, axes, strict=True)]
+    f = lambda update: mx.vmap(lambda *x: update(*x, lr, step), axes)(*tensors)  # noqa: E731
+    for a, e, name in zip(f(ours), f(composed), "wmv", strict=True):
+        assert_close(a, e, name)
+
+
+def test_vmap_over_the_learning_rate():
+    w, g, m, v, _, step = arguments()
+    rates = mx.array([0.1, 0.01, 0.001])
+    f = lambda update: mx.vmap(lambda r: update(w, g, m, v, r, step))(rates)  # noqa: E731
+    for a, e, name in zip(f(ours), f(composed), "wmv", strict=True):
+        assert_close(a, e, name)
+
+
+def test_gradient_inside_vmap_inside_compile():
+    inputs = arguments()
+    f = lambda update: mx.compile(  # noqa: E731
+        mx.vmap(lambda w, g: mx.grad(lambda g: loss(update)(w, g, *rest))(g))
+    )
+    rest = [x[0] for x in inputs[2:4]] + list(inputs[4:])
+    assert_close(f(ours)(*inputs[:2]), f(composed)(*inputs[:2]), "gradient")
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_derivatives_keep_16_bit_dtypes(dtype):
+    w, g, m, v, lr, step = arguments()
+    inputs = [x.astype(dtype) for x in (w, g, m, v)]
+    gradient = mx.grad(lambda g: ours(inputs[0], g, *inputs[2:], lr, step)[0].sum())(inputs[1])
+    assert gradient.dtype == dtype
+    assert not mx.any(mx.isnan(gradient)).item()
+
+
+@pytest.mark.parametrize("shapeless", [False, True])
+def test_compile_with_arrays_passed(shapeless):
+    compiled = mx.compile(ours, shapeless=shapeless)
+    for shape in [(5, 7), (3, 4), (5, 7)]:
+        inputs = arguments(shape)
+        for a, e, name in zip(compiled(*inputs), ours(*inputs), "wmv", strict=True):
+            assert_close(a, e, f"{name} of {shape}")
+
+
+def test_compile_does_not_confuse_settings():
+    """Common subexpressions are merged only if every constant is equal."""
+    w, g, m, v, _, _ = arguments()
+
+    @mx.compile
+    def both(w, g, m, v):
+        kinds = [{}, {"eps": 0.5}, {"betas": (0.5, 0.999)}, {"betas": (0.9, 0.5)}, {}]
+        return [fused.adam_update(w, g, m, v, 0.1, **kind)[0] for kind in kinds]
+
+    a, b, c, d, e = both(w, g, m, v)
+    assert mx.array_equal(a, e).item()
+    for x, y in [(a, b), (a, c), (a, d), (b, c), (c, d)]:
+        assert not mx.array_equal(x, y).item()
+
+
+def test_lazy_until_asked_for():
+    """Building the graph reads nothing, so even inputs that can never be evaluated are accepted."""
+    seen = []
+
+    @mx.compile
+    def traced(lr, step):
+        seen.append(lr)
+        return fused.adam_update(*[mx.ones(3)] * 4, lr, step=step, bias_correction=True)[0]
+
+    traced(mx.array(0.1), mx.array(1))
+    traced(mx.array(0.2), mx.array(2))
+    assert len(seen) == 1
+
+
+def test_streams(device):
+    kind = mx.gpu if device == "gpu" else mx.cpu
+    inputs = arguments()
+    expected = composed(*inputs)
+    streams = [mx.new_stream(kind) for _ in range(3)]
+    w, g, m, v, lr, step = inputs
+    state = (w, m, v)
+    for i in range(9):
+        state = fused.adam_update(
+            state[0], g, *state[1:], lr, step=step, betas=(0.9, 0.99), eps=1e-3,
+            weight_decay=0.1, bias_correction=True, stream=streams[i % 3],
+        )  # fmt: skip
+        if i == 0:
+            assert_close(state[0], expected[0], "w")
+    reference = (w, m, v)
+    for _ in range(9):
+        reference = composed(reference[0], g, *reference[1:], lr, step)
+    for a, e, name in zip(state, reference, "wmv", strict=True):
+        assert_close(a, e, f"{name} after 9 steps over 3 streams")
+    result = fused.adam_update(w, g, m, v, 0.1, stream=kind)[1]
+    assert_close(result, 0.9 * m + 0.1 * g, "m on a device")
+
+
+def test_several_threads(device):
+    """Each thread trains its own tensors; large enough that the worker threads are shared."""
+    size = 500 if device == "emulated" else 100_000
+    failures = []
+
+    def run(seed):
+        try:
+            rng = np.random.default_rng(seed)
+            w, g = (mx.array(rng.normal(size=size).astype(np.float32)) for _ in range(2))
+            m, v = mx.zeros(size), mx.zeros(size)
+            reference = [oracle.to_numpy(x) for x in (w, m, v)]
+            values = oracle.to_numpy(g)
+            for step in range(1, 6):
+                w, m, v = fused.adam_update(w, g, m, v, 1e-2)
+                mx.eval(w, m, v)
+                reference = list(
+                    oracle.adam(
+                        reference[0], values, *reference[1:], step,
+                        oracle.Settings(learning_rate=1e-2), oracle.stepwise,
+                    )
+                )  # fmt: skip
+            np.testing.assert_allclose(oracle.to_numpy(w), reference[0], rtol=1e-5, atol=1e-7)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_thread_counts_give_equal_bits(device, extension, count):
+    w, g, m, v, lr, step = arguments((70, 80) if device == "emulated" else (700, 800))
+    expected = ours(w, g.T.T, m, v, lr, step)
+    mx.eval(expected)
+    before = extension.num_threads()
+    try:
+        extension.set_num_threads(count)
+        assert extension.num_threads() == count
+        for a, e, name in zip(ours(w, g, m, v, lr, step), expected, "wmv", strict=True):
+            assert mx.array_equal(a, e).item(), f"{name} with {count} threads"
+    finally:
+        extension.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [0, 257])
+def test_impossible_thread_counts(extension, count):
+    with pytest.raises(ValueError, match=r"\[set_num_threads\] count must be from 1 to 256"):
+        extension.set_num_threads(count)
