@@ -10,9 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as stock
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from . import _ext
+from ._tree import Leaf, Walk
 from .backends import backend_of
 
 # What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
@@ -43,48 +44,39 @@ class _Fused(stock.Optimizer):
             return super().apply_gradients(gradients, parameters)
         if not self._initialized:
             self.init(gradients)
+        step = self.step
         for name, scheduler in self._schedulers.items():
-            self.state[name] = scheduler(self.step)
-        self.state["step"] = self.step + 1
-        return self._apply_tree(gradients, parameters, self.state)
+            self.state[name] = scheduler(step)
+        self.state["step"] = step + 1
+        try:
+            return self._apply_tree(gradients, parameters, self.state)
+        except ValueError:
+            self.state["step"] = step  # a refused update is no step
+            raise
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Update one parameter with ``state["m"]`` and ``state["v"]``; return the new parameter."""
         return self._apply_tree(gradient, parameter, state)
 
-    def _apply_tree(self, gradients: Any, parameters: Any, state: Any) -> Any:
+    def _apply_tree(self, gradients: Any, parameters: Any, states: Any) -> Any:
         apply_stock = super().apply_single
         if not backend_of().is_fused:
-            return tree_map(apply_stock, gradients, parameters, state)
+            return tree_map(apply_stock, gradients, parameters, states)
+        walk = Walk(gradients, parameters, states)
+        fused = [i for i, leaf in enumerate(walk.leaves) if leaf.parameter.dtype in _FUSED_DTYPES]
+        if len(fused) < len(walk.leaves):
+            for leaf in walk.leaves:
+                if leaf.parameter.dtype not in _FUSED_DTYPES:
+                    leaf.container[leaf.key] = apply_stock(leaf.gradient, leaf.parameter, leaf.state)
+        self._update([walk.leaves[i] for i in fused], lambda i: walk.path(fused[i]))
+        return walk.result()
 
-        slots: list[mx.array | None] = []  # one a leaf: its new parameter, once known
-        fused: list[tuple[int, mx.array, mx.array, dict]] = []
-
-        def collect(gradient: mx.array, parameter: mx.array, leaf_state: dict) -> None:
-            if parameter.dtype in _FUSED_DTYPES:
-                fused.append((len(slots), gradient, parameter, leaf_state))
-                slots.append(None)
-            else:
-                slots.append(apply_stock(gradient, parameter, leaf_state))
-
-        tree_map(collect, gradients, parameters, state)
-        slot, g, w, s = zip(*fused, strict=True) if fused else ((), (), (), ())
-        for i, new in zip(slot, self._update(g, w, s, lambda i: _path(gradients, slot[i])), strict=True):
-            slots[i] = new
-        updated = iter(slots)
-        return tree_map(lambda _: next(updated), gradients)
-
-    def _update(
-        self,
-        gradients: tuple[mx.array, ...],
-        parameters: tuple[mx.array, ...],
-        states: tuple[dict, ...],
-        name: Callable[[int], str],
-    ) -> list[mx.array]:
+    def _update(self, leaves: list[Leaf], name: Callable[[int], str]) -> None:
         beta1, beta2 = self.betas
-        new_parameters, m, v = _ext.adam_update(
-            parameters,
-            gradients,
+        states = [leaf.state for leaf in leaves]
+        parameters, m, v = _ext.adam_update(
+            [leaf.parameter for leaf in leaves],
+            [leaf.gradient for leaf in leaves],
             [state["m"] for state in states],
             [state["v"] for state in states],
             self.learning_rate,
@@ -96,14 +88,10 @@ class _Fused(stock.Optimizer):
             bias_correction=self.bias_correction,
             name=name,
         )
-        for state, new_m, new_v in zip(states, m, v, strict=True):
-            state["m"] = new_m
-            state["v"] = new_v
-        return new_parameters
-
-
-def _path(tree: Any, leaf: int) -> str:
-    return tree_flatten(tree)[leaf][0] or "the parameter"
+        for leaf, parameter, new_m, new_v in zip(leaves, parameters, m, v, strict=True):
+            leaf.container[leaf.key] = parameter
+            leaf.state["m"] = new_m
+            leaf.state["v"] = new_v
 
 
 class Adam(_Fused, stock.Adam):

@@ -1,0 +1,258 @@
+"""fused.Adam and AdamW stand in for those of mlx.optimizers: same signature, state tree, methods and errors."""
+
+import inspect
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as stock
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+import mlx_fused_adam as fused
+
+pytestmark = pytest.mark.usefixtures("device")
+
+NAMES = ["Adam", "AdamW"]
+
+
+def flat(tree) -> dict:
+    return dict(tree_flatten(tree))
+
+
+def assert_same_tree(actual, expected):
+    actual, expected = flat(actual), flat(expected)
+    assert list(actual) == list(expected)
+    for path, x in expected.items():
+        assert actual[path].dtype == x.dtype and actual[path].shape == x.shape, path
+        np.testing.assert_allclose(
+            np.array(actual[path]), np.array(x), rtol=1e-6, atol=1e-7, err_msg=path
+        )
+
+
+def both(name, *args, **kwargs):
+    return getattr(fused, name)(*args, **kwargs), getattr(stock, name)(*args, **kwargs)
+
+
+def compare(optimizers, parameters, gradients, steps=3):
+    """Runs both optimizers on the same trees; compares structure, parameters and state at every step."""
+    ours, theirs = parameters, parameters
+    for _ in range(steps):
+        ours = optimizers[0].apply_gradients(gradients, ours)
+        theirs = optimizers[1].apply_gradients(gradients, theirs)
+        assert tree_map(lambda _: 0, ours) == tree_map(lambda _: 0, theirs)
+        assert_same_tree(ours, theirs)
+        assert_same_tree(optimizers[0].state, optimizers[1].state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_subclass_with_the_same_signature(name):
+    ours, theirs = getattr(fused, name), getattr(stock, name)
+    assert issubclass(ours, theirs)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trees_of_every_shape(name):
+    x = lambda *shape: mx.full(shape, 0.5)  # noqa: E731
+    parameters = {
+        "list": [x(3), [x(2, 2)], {}],
+        "tuple": (x(4), {"deep": (x(1),)}),
+        "empty": {},
+        "empty_list": [],
+        "scalar": mx.array(0.5),
+    }
+    gradients = tree_map(lambda p: mx.ones_like(p) * 0.1, parameters)
+    compare(both(name, 1e-2), parameters, gradients)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_for_some_parameters_only(name):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    gradients = {"layers": [{"weight": mx.ones((4, 3))}]}
+    optimizers = both(name, 0.1)
+    results = [o.apply_gradients(gradients, model) for o in optimizers]
+    assert_same_tree(*results)
+    assert list(flat(results[0])) == ["layers.0.weight"]
+    results = [o.apply_gradients({}, model) for o in both(name, 0.1)]
+    assert results == [{}, {}]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_model_update(name):
+    """As with LoRA: update() touches what has gradients and nothing else."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model.layers[0].freeze()
+    before = {k: np.array(v) for k, v in flat(model.parameters()).items()}
+    optimizer = getattr(fused, name)(0.1)
+    gradients = nn.value_and_grad(model, lambda m: m(mx.ones((2, 3))).sum())(model)[1]
+    optimizer.update(model, gradients)
+    for path, x in flat(model.parameters()).items():
+        assert np.array_equal(np.array(x), before[path]) == path.startswith("layers.0"), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schedules_and_settable_learning_rate(name):
+    schedule = stock.join_schedules(
+        [stock.linear_schedule(0.0, 0.1, 3), stock.cosine_decay(0.1, 5)], [3]
+    )
+    parameters, gradients = {"w": mx.ones(5)}, {"w": mx.ones(5)}
+    compare(both(name, schedule, bias_correction=True), parameters, gradients, steps=9)
+
+    optimizers = both(name, 0.1)
+    compare(optimizers, parameters, gradients)
+    for value in (0.01, mx.array(0.02), 0):
+        for optimizer in optimizers:
+            optimizer.learning_rate = value
+        compare(optimizers, parameters, gradients)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_init_and_single(name):
+    parameter, gradient = mx.full((3, 2), 2.0), mx.full((3, 2), 0.3)
+    results = []
+    for optimizer in both(name, 0.1, bias_correction=True):
+        optimizer.init({"a": parameter})
+        state = {}
+        optimizer.init_single(parameter, state)
+        optimizer.state["step"] = optimizer.step + 1
+        new = optimizer.apply_single(gradient, parameter, state)
+        results.append({"new": new, "state": state, "tree": optimizer.state})
+    assert_same_tree(*results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_moves_between_ours_and_stock(name):
+    """Saved by one, loaded by the other, in both directions."""
+    ours, theirs = both(name, 0.1, bias_correction=True)
+    parameters, gradients = {"w": [mx.ones(4)]}, {"w": [mx.full((4,), 0.2)]}
+    for first, second in ((ours, theirs), (theirs, ours)):
+        parameters = first.apply_gradients(gradients, parameters)
+        second.state = tree_unflatten(tree_flatten(first.state))
+        expected = first.apply_gradients(gradients, parameters)
+        assert_same_tree(second.apply_gradients(gradients, parameters), expected)
+        assert_same_tree(second.state, first.state)
+
+
+def test_multi_optimizer():
+    def make(module):
+        return stock.MultiOptimizer(
+            [module.AdamW(0.1, weight_decay=0.5), module.Adam(0.01)],
+            [lambda path, parameter: path.endswith("weight")],
+        )
+
+    parameters = nn.Linear(3, 4).parameters()
+    gradients = tree_map(mx.ones_like, parameters)
+    compare((make(fused), make(stock)), parameters, gradients)
+
+
+def test_clipped_and_mixed_dtypes():
+    """Gradients of another floating dtype; what comes back keeps each parameter's own."""
+    parameters = {"a": mx.ones(4, mx.bfloat16), "b": mx.ones(4), "c": mx.ones(4, mx.float16)}
+    gradients = {k: mx.full((4,), 3.0) for k in parameters}
+    gradients, _ = stock.clip_grad_norm(gradients, 1.0)
+    optimizer = fused.Adam(0.1)
+    optimizer.init(parameters)
+    new = optimizer.apply_gradients(gradients, parameters)
+    for k, p in parameters.items():
+        assert new[k].dtype == optimizer.state[k]["m"].dtype == p.dtype
+        assert mx.all(new[k] < p).item()
+
+
+def test_other_dtypes_are_left_to_stock():
+    with mx.stream(mx.cpu):
+        parameters = {"double": mx.ones(3, mx.float64), "single": mx.ones(3)}
+        gradients = {k: mx.full((3,), 0.1, dtype=p.dtype) for k, p in parameters.items()}
+        ours, theirs = both("AdamW", 0.1)
+        results = [o.apply_gradients(gradients, parameters) for o in (ours, theirs)]
+        assert results[0]["double"].dtype == mx.float64
+        for k in parameters:
+            np.testing.assert_allclose(np.array(results[0][k]), np.array(results[1][k]), rtol=1e-6)
+
+
+def test_a_subclass_keeps_its_own_rule():
+    class Signed(fused.Adam):
+        def apply_single(self, gradient, parameter, state):
+            return super().apply_single(mx.sign(gradient), parameter, state)
+
+    parameters = {"w": mx.ones(4), "b": [mx.ones(2)]}
+    gradients = tree_map(lambda p: p * 7, parameters)
+    signs = tree_map(mx.sign, gradients)
+    new = Signed(0.1).apply_gradients(gradients, parameters)
+    assert_same_tree(new, fused.Adam(0.1).apply_gradients(signs, parameters))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"betas": [1.0, 0.9]}, "Adam beta1 should be in"),
+        ({"betas": [0.9, -0.1]}, "Adam beta2 should be in"),
+        ({"eps": -1.0}, "Adam epsilon should be >=0"),
+    ],
+)
+def test_constructor_errors_are_stocks(arguments, message):
+    for name in NAMES:
+        for optimizer in (getattr(stock, name), getattr(fused, name)):
+            with pytest.raises(ValueError, match=message):
+                optimizer(0.1, **arguments)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError):
+        fused.Adam(0.1, state_dtyp="int8")
+
+
+@pytest.mark.parametrize("wrong", [(3,), (4, 3), (1, 4), ()], ids=str)
+def test_a_gradient_of_another_shape_names_the_path(wrong):
+    parameters = {"model": [{"bias": mx.ones(2)}, {"weight": mx.ones((3, 4))}]}
+    gradients = {"model": [{"bias": mx.ones(2)}, {"weight": mx.ones(wrong)}]}
+    optimizer = fused.AdamW(0.1)
+    optimizer.init(parameters)
+    before = {k: np.array(v) for k, v in flat(optimizer.state).items()}
+    with pytest.raises(ValueError, match=r"\[adam_update\] gradient of model\.1\.weight must have"):
+        optimizer.apply_gradients(gradients, parameters)
+    for k, v in flat(optimizer.state).items():
+        np.testing.assert_array_equal(np.array(v), before[k], err_msg=f"state {k} after an error")
+
+
+@pytest.mark.parametrize("dtype", [mx.int32, mx.complex64, mx.bool_], ids=str)
+def test_a_gradient_of_another_kind_names_the_path(dtype):
+    with pytest.raises(ValueError, match=r"gradient of a\.w must be float32, bfloat16 or float16"):
+        fused.Adam(0.1).apply_gradients({"a": {"w": mx.ones(3, dtype)}}, {"a": {"w": mx.ones(3)}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"m": mx.zeros(4)}, r"m of the tensor must have the parameter's shape \(3\) but got \(4\)"),
+        ({"v": mx.zeros((3, 1))}, "v of the tensor must have the parameter's shape"),
+        ({"parameter": mx.ones(3, mx.int32)}, "parameter of the tensor must be float32"),
+        ({"v": mx.zeros(3, mx.bfloat16)}, "m and v of the tensor must share one dtype"),
+        ({"learning_rate": mx.ones(2)}, r"learning_rate must be a scalar but got shape \(2\)"),
+        ({"learning_rate": mx.array(1j)}, "learning_rate must be real but got complex64"),
+        ({"bias_correction": True}, "step must be given with bias_correction"),
+        ({"bias_correction": True, "step": mx.ones(3)}, "step must be a scalar"),
+        ({"betas": (1.0, 0.9)}, r"beta1 must be in \[0, 1\) but got 1"),
+        ({"betas": (0.9, float("nan"))}, r"beta2 must be in \[0, 1\) but got nan"),
+        ({"eps": -1e-8}, "eps must be at least 0 but got -1e-08"),
+    ],
+)
+def test_the_operation_refuses_what_does_not_fit(change, message):
+    arguments = {k: mx.ones(3) for k in ("parameter", "gradient", "m", "v")}
+    with pytest.raises(ValueError, match=r"\[adam_update\] " + message):
+        fused.adam_update(**{**arguments, "learning_rate": 0.1, **change})
+
+
+@pytest.mark.parametrize("change", [{"gradient": None}, {"m": 3.0}, {"eps": "small"}, {"stream": 1}])
+def test_the_operation_refuses_other_types(change):
+    arguments = {k: mx.ones(3) for k in ("parameter", "gradient", "m", "v")}
+    with pytest.raises((TypeError, AttributeError)):
+        fused.adam_update(**{**arguments, "learning_rate": 0.1, **change})
+
+
+@pytest.mark.parametrize("learning_rate", [1, 0.1, np.float32(0.1), np.float64(0.1), mx.array([0.1])])
+def test_kinds_of_learning_rate(learning_rate):
+    x = mx.ones(3)
+    actual = fused.adam_update(x, x, x, x, learning_rate)[0]
+    value = float(np.array(learning_rate).reshape(()))
+    np.testing.assert_allclose(np.array(actual), 1 - value, rtol=1e-5)
