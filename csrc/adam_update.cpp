@@ -109,7 +109,7 @@ AdamScalars<mx::array> unpack(const mx::array& scalars) {
 using DtypeKey = std::tuple<mx::Dtype::Val, mx::Dtype::Val, mx::Dtype::Val>;
 
 // Lists of tensor indices, each to become one node.
-std::vector<std::vector<size_t>> group(const AdamTensors& tensors) {
+std::vector<std::vector<size_t>> group(const AdamTensors& tensors, size_t tensors_per_node) {
   std::vector<std::vector<size_t>> groups;
   std::map<DtypeKey, size_t> open;
   for (size_t i = 0; i < tensors.parameters.size(); ++i) {
@@ -120,9 +120,9 @@ std::vector<std::vector<size_t>> group(const AdamTensors& tensors) {
     DtypeKey key{tensors.parameters[i].dtype().val(), tensors.gradients[i].dtype().val(),
                  tensors.m[i].dtype().val()};
     auto [entry, is_new] = open.try_emplace(key, groups.size());
-    if (is_new || groups[entry->second].size() == AdamUpdate::kMaxTensors) {
+    if (is_new || groups[entry->second].size() == tensors_per_node) {
       entry->second = groups.size();
-      groups.emplace_back().reserve(AdamUpdate::kMaxTensors);
+      groups.emplace_back().reserve(tensors_per_node);
     }
     groups[entry->second].push_back(i);
   }
@@ -130,9 +130,10 @@ std::vector<std::vector<size_t>> group(const AdamTensors& tensors) {
 }
 
 AdamResults build(const AdamTensors& tensors, const mx::array& scalars, bool fused,
-                  const std::function<std::shared_ptr<AdamUpdate>()>& make_primitive) {
+                  mx::Stream stream, const std::function<std::shared_ptr<AdamUpdate>()>& make_primitive) {
   AdamResults results{tensors.parameters, tensors.m, tensors.v};
-  for (auto& members : group(tensors)) {
+  auto backend = stream.device == mx::Device::gpu ? gpu_backend() : cpu_backend();
+  for (auto& members : group(tensors, backend.tensors_per_node)) {
     std::vector<mx::array> inputs{scalars};
     std::vector<mx::Shape> shapes;
     std::vector<mx::Dtype> dtypes;
@@ -168,7 +169,7 @@ AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_ra
   check(hyperparameters);
   auto stream = mx::to_stream(s);
   auto scalars = scalars_of(learning_rate, step, hyperparameters, stream);
-  return build(tensors, scalars, fused, [&] {
+  return build(tensors, scalars, fused, stream, [&] {
     return std::make_shared<AdamUpdate>(stream, UpdateRule::adam, constants_of(hyperparameters));
   });
 }
@@ -177,7 +178,7 @@ AdamResults traffic_probe(const AdamTensors& tensors, mx::StreamOrDevice s,
                           const TensorName& name) {
   check(tensors, name);
   auto stream = mx::to_stream(s);
-  return build(tensors, mx::zeros({3}, mx::float32, stream), true, [&] {
+  return build(tensors, mx::zeros({3}, mx::float32, stream), true, stream, [&] {
     return std::make_shared<AdamUpdate>(stream, UpdateRule::traffic, AdamConstants{});
   });
 }

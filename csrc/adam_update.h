@@ -57,7 +57,6 @@ class AdamUpdate : public mlx::core::Primitive {
  public:
   static constexpr size_t kInputsPerTensor = 4;
   static constexpr size_t kOutputsPerTensor = 3;
-  static constexpr size_t kMaxTensors = 4;
 
   AdamUpdate(mlx::core::Stream stream, UpdateRule rule, AdamConstants constants)
       : Primitive(stream), rule_(rule), constants_(constants) {}
@@ -92,8 +91,9 @@ class AdamUpdate : public mlx::core::Primitive {
 
 // What runs updates on a device; each defined by its back end.
 struct Backend {
-  const char* name;    // nullptr where there is no kernel ...
-  const char* reason;  // ... and then why
+  const char* name;         // nullptr where there is no kernel ...
+  const char* reason;       // ... and then why
+  size_t tensors_per_node;  // how many small tensors are best updated together
 };
 Backend cpu_backend();
 Backend gpu_backend();

@@ -61,12 +61,12 @@ NB_MODULE(_ext, m) {
         "The instruction set of the CPU kernels in use.");
   auto backend = [](fused_adam::Backend b) {
     auto text = [](const char* s) { return s ? std::optional<std::string>(s) : std::nullopt; };
-    return std::make_tuple(text(b.name), text(b.reason));
+    return std::make_tuple(text(b.name), text(b.reason), b.tensors_per_node);
   };
   m.def(
       "cpu_backend", [=] { return backend(fused_adam::cpu_backend()); },
-      "(name, None) of what runs updates on the CPU.");
+      "(name, None, tensors a node) of what runs updates on the CPU.");
   m.def(
       "gpu_backend", [=] { return backend(fused_adam::gpu_backend()); },
-      "(name, None) of what runs updates on the GPU, or (None, reason).");
+      "(name, None, tensors a node) of what runs updates on the GPU, or (None, reason, 1).");
 }

@@ -9,6 +9,6 @@ void AdamUpdate::eval_gpu(const std::vector<mlx::core::array>&, std::vector<mlx:
   throw std::runtime_error("[AdamUpdate] this build has no GPU kernel; use a CPU stream");
 }
 
-Backend gpu_backend() { return {nullptr, "built for an MLX without Metal"}; }
+Backend gpu_backend() { return {nullptr, "built for an MLX without Metal", 1}; }
 
 }  // namespace fused_adam

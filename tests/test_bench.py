@@ -1,6 +1,6 @@
-"""The benchmark: that it runs, says what it promises to say, and times nobody whose step is wrong.
+"""The benchmark: that it runs, says what it promises, and times nobody whose step is wrong.
 
-No test looks at how long anything takes. Run with pytest; torch is timed along where it is installed.
+No test looks at how long anything takes. torch takes part where it is installed.
 """
 
 import importlib.util
@@ -48,14 +48,25 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_json_names_machine_and_versions(quick_run: Path) -> None:
     machine = json.loads((quick_run / "run.json").read_text())["machine"]
-    for field in ("cpu", "cores", "memory_GiB", "threads", "python", "mlx", "mlx-fused-adam", "device"):
+    for field in (
+        "cpu",
+        "cores",
+        "memory_GiB",
+        "threads",
+        "python",
+        "mlx",
+        "mlx-fused-adam",
+        "device",
+    ):
         assert machine[field], field
     assert machine["backend"] == "cpu"
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_case_of_a_suite_has_all_figures(quick_run: Path, suite: str) -> None:
-    found = [c for c in json.loads((quick_run / "run.json").read_text())["cases"] if c["suite"] == suite]
+    found = [
+        c for c in json.loads((quick_run / "run.json").read_text())["cases"] if c["suite"] == suite
+    ]
     assert len(found) == len(list(suites.SUITES[suite](True)))
     for case in found:
         whole = case["is_training_step"]
@@ -72,7 +83,9 @@ def test_every_case_of_a_suite_has_all_figures(quick_run: Path, suite: str) -> N
                 assert figures["GB_per_s"] == pytest.approx(speed), where
                 light = case["contenders"]["speed of light"]["median_s"] / figures["median_s"]
                 assert figures["of_speed_of_light"] == pytest.approx(light), where
-                assert ("peak_extra_bytes_per_parameter" in figures) == (name != "torch fused"), where
+                assert ("peak_extra_bytes_per_parameter" in figures) == (name != "torch fused"), (
+                    where
+                )
         if whole:
             assert "update_share" in case["contenders"]["fused, compiled"]
 
@@ -90,7 +103,7 @@ def test_tables_plot_and_markdown_are_saved(quick_run: Path) -> None:
 def ignore_layout(self: contenders.MlxAdam) -> None:
     """Read a column-major gradient in memory order."""
     gradients = {
-        path: mx.array(np.array(g).T.copy().reshape(g.shape)) if g.ndim == 2 else g
+        path: g.T.reshape(g.shape) if g.ndim == 2 else g
         for path, g in self.problem.gradients.items()
     }
     self.apply(gradients)
@@ -123,8 +136,6 @@ def give_nan(self: contenders.MlxAdam) -> None:
     "broken_step", [ignore_layout, keep_v, forget_last_element, do_nothing, give_nan]
 )
 def test_a_wrong_step_is_refused(broken_step, dtype: mx.Dtype, monkeypatch) -> None:
-    if broken_step is ignore_layout and dtype == mx.bfloat16:
-        pytest.skip("NumPy cannot hold bfloat16; the other dtypes cover the layout")
     tensors = problem.Problem.random(MATRIX, dtype)
     contender = contenders.MlxAdam(stock.Adam, tensors, compiled=False, bias_correction=False)
     assert problem.check_step(contender, MATRIX, lambda step: step()) <= 1
@@ -151,7 +162,7 @@ def test_a_refused_contender_is_not_timed_and_fails_the_run(monkeypatch, capsys)
     real = contenders.make_contenders
     monkeypatch.setattr(cases, "make_contenders", broken)
     monkeypatch.setattr(cases, "measure", record)
-    arguments = ["--quick", "--device", "cpu", "--suite", "buffers", "--case", "25×40", "--case", "row"]
+    arguments = ["--quick", "--device", "cpu", "--suite", "buffers", "--case", "25×40"]
     assert run.main(arguments) == 1
     output = capsys.readouterr()
     assert "fused" not in timed and "stock" in timed
@@ -197,7 +208,9 @@ def test_timing_is_median_and_quartiles() -> None:
     ],
     ids=["GPT-2", "SmolLM-135M", "Qwen2.5-0.5B", "Qwen3-0.6B", "Llama-3.2-1B", "LoRA"],
 )
-def test_models_have_their_published_size(tensors: list[shapes.Tensor], count: int, size: int) -> None:
+def test_models_have_their_published_size(
+    tensors: list[shapes.Tensor], count: int, size: int
+) -> None:
     assert len({tensor.path for tensor in tensors}) == count
     assert sum(tensor.size for tensor in tensors) == size
 
@@ -226,7 +239,9 @@ def case(name: str, layout: str, **medians: float) -> dict:
 def test_goals_name_the_worst_case_and_whether_it_is_met() -> None:
     found = goals.goals(
         [
-            case("4096×4096", "row-major", fused=1.0, torch_fused=1.2, speed_of_light=0.96, stock=20),
+            case(
+                "4096×4096", "row-major", fused=1.0, torch_fused=1.2, speed_of_light=0.96, stock=20
+            ),
             case("4096×4096", "column-major", fused=1.3, torch_fused=1.2, speed_of_light=0.9),
         ]
     )
@@ -234,7 +249,9 @@ def test_goals_name_the_worst_case_and_whether_it_is_met() -> None:
     torch = by_name["times torch's speed, every update"]
     assert (torch.met, torch.worst_case) == (False, "4096×4096 column-major")
     assert torch.measured == pytest.approx(1.2 / 1.3)
-    assert by_name["column-major over row-major time, 4096×4096 fp32"].measured == pytest.approx(1.3)
+    assert by_name["column-major over row-major time, 4096×4096 fp32"].measured == pytest.approx(
+        1.3
+    )
     light = [goal for name, goal in by_name.items() if name.startswith("fraction")]
     assert [goal.met for goal in light] == [True, False]
     assert by_name["times stock's speed, 16M fp32 and bf16"].met
@@ -245,6 +262,7 @@ def test_goals_name_the_worst_case_and_whether_it_is_met() -> None:
     ("arguments", "message"),
     [
         (["--suite", "nonsense"], "invalid choice"),
+        (["--plot", "figures.xyz"], "must end in one of"),
         (["--json", "/no/such/folder/x.json"], "there is no folder"),
         (["--quick", "--case", "no such case"], "no case was run"),
     ],

@@ -1,4 +1,4 @@
-"""The example that trains a language model: tiny runs of it as a user starts it, and what it says to bad input."""
+"""The example that trains a language model: tiny runs as a user starts them, and bad input."""
 
 import re
 import subprocess
@@ -22,7 +22,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def train(folder: Path, *arguments: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def train(
+    folder: Path, *arguments: str, without: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     command = [str(SCRIPT), *arguments]
     if without:
         code = WITHOUT.format(modules=without, folder=str(SCRIPT.parent), argv=command)
@@ -62,7 +64,9 @@ def test_compare_is_bit_identical(tmp_path: Path) -> None:
 def test_same_seed_same_run_and_another_seed_another(tmp_path: Path) -> None:
     def result(seed: int) -> str:
         output = train(tmp_path, *TINY, "--seed", str(seed)).stdout
-        return output[output.index("Sample") :] + re.search(r"loss from .*? held out", output).group()
+        return (
+            output[output.index("Sample") :] + re.search(r"loss from .*? held out", output).group()
+        )
 
     assert result(1) == result(1)
     assert result(1) != result(2)

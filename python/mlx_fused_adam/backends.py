@@ -60,7 +60,7 @@ def _kind(place: Place) -> mx.DeviceType:
 
 
 def _find(kind: mx.DeviceType) -> Backend:
-    name, reason = _ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend()
+    name, reason, _ = _ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend()
     if name is not None:
         reason = self_check(kind)
     if reason is None:
