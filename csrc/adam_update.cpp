@@ -130,7 +130,8 @@ std::vector<std::vector<size_t>> group(const AdamTensors& tensors, size_t tensor
 }
 
 AdamResults build(const AdamTensors& tensors, const mx::array& scalars, bool fused,
-                  mx::Stream stream, const std::function<std::shared_ptr<AdamUpdate>()>& make_primitive) {
+                  mx::Stream stream,
+                  const std::function<std::shared_ptr<AdamUpdate>()>& make_primitive) {
   AdamResults results{tensors.parameters, tensors.m, tensors.v};
   auto backend = stream.device == mx::Device::gpu ? gpu_backend() : cpu_backend();
   for (auto& members : group(tensors, backend.tensors_per_node)) {
@@ -143,8 +144,8 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars, bool fus
         inputs.push_back((*list)[i]);
       }
       shapes.insert(shapes.end(), AdamUpdate::kOutputsPerTensor, tensors.parameters[i].shape());
-      dtypes.insert(dtypes.end(), {tensors.parameters[i].dtype(), tensors.m[i].dtype(),
-                                   tensors.v[i].dtype()});
+      dtypes.insert(dtypes.end(),
+                    {tensors.parameters[i].dtype(), tensors.m[i].dtype(), tensors.v[i].dtype()});
     }
     auto primitive = make_primitive();
     auto outputs = fused ? mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs)

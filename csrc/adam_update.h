@@ -78,8 +78,7 @@ class AdamUpdate : public mlx::core::Primitive {
 
   const char* name() const override { return "AdamUpdate"; }
   bool is_equivalent(const Primitive& other) const override;
-  std::vector<mlx::core::Shape> output_shapes(
-      const std::vector<mlx::core::array>& inputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const std::vector<mlx::core::array>& inputs) override;
 
   // The same update as a composition of MLX's own operations, whose derivatives MLX knows.
   std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)> composed();

@@ -9,7 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "adam_update.h"
-#include "cpu_kernels.h"
+#include "cpu_dispatch.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -21,7 +21,9 @@ using Arrays = std::vector<mx::array>;
 NB_MODULE(_ext, m) {
   m.doc() = "The fused Adam operation on lists of MLX arrays.";
   nb::module_::import_("mlx.core");  // registers the types that the signatures below name
-  fused_adam::num_threads();         // a bad thread setting is an error at import, not in a stream's thread
+  // A bad setting is an error at import, not in a stream's thread.
+  fused_adam::num_threads();
+  fused_adam::cpu::kernels();
 
   m.def(
       "adam_update",
@@ -31,13 +33,13 @@ NB_MODULE(_ext, m) {
          const fused_adam::TensorName& name) {
         auto results = fused_adam::adam_update(
             {std::move(parameters), std::move(gradients), std::move(m), std::move(v)},
-            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, fused,
-            stream, name);
+            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, fused, stream,
+            name);
         return std::make_tuple(std::move(results.parameters), std::move(results.m),
                                std::move(results.v));
       },
-      "parameters"_a, "gradients"_a, "m"_a, "v"_a, "learning_rate"_a, "step"_a.none(), nb::kw_only(),
-      "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
+      "parameters"_a, "gradients"_a, "m"_a, "v"_a, "learning_rate"_a, "step"_a.none(),
+      nb::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
       "fused"_a = true, "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v).
 
@@ -52,13 +54,15 @@ NB_MODULE(_ext, m) {
         return std::make_tuple(results.parameters[0], results.m[0], results.v[0]);
       },
       "parameter"_a, "gradient"_a, "m"_a, "v"_a, "stream"_a = nb::none(),
-      "The memory traffic of one update with an addition in place of its arithmetic, for benchmarks.");
+      "The memory traffic of one update with an addition in place of its arithmetic, for "
+      "benchmarks.");
 
   m.def("num_threads", &fused_adam::num_threads, "Threads that one CPU update may use.");
   m.def("set_num_threads", &fused_adam::set_num_threads, "count"_a,
         "Set the threads that one CPU update may use; 1 runs it on MLX's own stream thread.");
-  m.def("cpu_isa", [] { return fused_adam::cpu::kernels().isa; },
-        "The instruction set of the CPU kernels in use.");
+  m.def(
+      "cpu_isa", [] { return fused_adam::cpu::kernels().isa; },
+      "The instruction set of the CPU kernels in use.");
   auto backend = [](fused_adam::Backend b) {
     auto text = [](const char* s) { return s ? std::optional<std::string>(s) : std::nullopt; };
     return std::make_tuple(text(b.name), text(b.reason), b.tensors_per_node);

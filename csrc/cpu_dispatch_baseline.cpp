@@ -1,5 +1,5 @@
 // Where the compiler's default target already is what the CPU offers (arm64), there is nothing to choose from.
-#include "cpu_kernels.h"
+#include "cpu_dispatch.h"
 
 namespace fused_adam::cpu {
 
@@ -7,9 +7,6 @@ namespace baseline {
 Kernels kernels();
 }
 
-const Kernels& kernels() {
-  static const Kernels only = baseline::kernels();
-  return only;
-}
+std::vector<Kernels> supported_kernels() { return {baseline::kernels()}; }
 
 }  // namespace fused_adam::cpu

@@ -1,7 +1,9 @@
 // The CPU's inner loops: load -> rule -> store, vectorised by the compiler. CMake compiles this file once per instruction
-// set with FUSED_ADAM_ISA naming it. No standard container or algorithm may enter here: an inline function compiled
+// set, with FUSED_ADAM_ISA naming it and FUSED_ADAM_HALF_HEADER its float16 conversions. No standard container or algorithm may enter here: an inline function compiled
 // for a newer instruction set could be the copy that the linker keeps for everyone.
 #include "cpu_kernels.h"
+
+#include FUSED_ADAM_HALF_HEADER
 
 #if defined(__clang__)
 #define FUSED_ADAM_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
@@ -41,32 +43,6 @@ struct Bfloat16 {
   }
 };
 
-// Integer arithmetic with selects (the method of F. Giesen's float/half conversions), since compilers vectorise it for
-// every instruction set; round to nearest even, subnormals kept.
-struct Float16 {
-  using Element = std::uint16_t;
-  static float load(std::uint16_t h) {
-    std::uint32_t magnitude = std::uint32_t(h & 0x7FFFu) << 13;
-    std::uint32_t normal = magnitude + ((127u - 15u) << 23);
-    std::uint32_t special = normal + ((128u - 16u) << 23);
-    std::uint32_t subnormal = bits_of(float_of(normal + (1u << 23)) - float_of(113u << 23));
-    std::uint32_t u = (h & 0x7C00u) == 0x7C00u ? special : normal;
-    u = (h & 0x7C00u) == 0u ? subnormal : u;
-    return float_of(u | (std::uint32_t(h & 0x8000u) << 16));
-  }
-  static std::uint16_t store(float x) {
-    std::uint32_t sign = bits_of(x) & 0x80000000u;
-    std::uint32_t u = bits_of(x) ^ sign;
-    std::uint32_t normal = (u - ((127u - 15u) << 23) + 0xFFFu + ((u >> 13) & 1u)) >> 13;
-    const std::uint32_t magic = ((127u - 15u) + (23u - 10u) + 1u) << 23;
-    std::uint32_t subnormal = bits_of(float_of(u) + float_of(magic)) - magic;
-    std::uint32_t h = u < (113u << 23) ? subnormal : normal;
-    h = u >= ((127u + 16u) << 23) ? 0x7C00u : h;
-    h = u > (255u << 23) ? 0x7E00u : h;
-    return std::uint16_t(h | (sign >> 16));
-  }
-};
-
 template <typename RuleT, typename P, typename G, typename S>
 void update(const Run& run, std::size_t n, AdamScalars<float> scalars, AdamConstants constants) {
   auto parameter = reinterpret_cast<const typename P::Element*>(run.parameter);
@@ -86,11 +62,79 @@ void update(const Run& run, std::size_t n, AdamScalars<float> scalars, AdamConst
   }
 }
 
+// float16 has its own conversions (half.h), and compilers do not vectorise them inside the loop above: whole blocks are
+// brought to float32 and back in the first-level cache.
+struct Float16 {
+  using Element = std::uint16_t;
+};
+
+constexpr std::size_t kBlock = 512;
+
+// A float16 array stands as float32 while a block is updated; the others stay where they are.
+template <typename Storage>
+struct Staged {
+  using Type = Storage;
+  static const char* in(const char* from, std::size_t, float*) { return from; }
+  static char* out(char* to, float*) { return to; }
+  static void finish(const float*, std::size_t, char*) {}
+};
+
+template <>
+struct Staged<Float16> {
+  using Type = Float32;
+  static const char* in(const char* from, std::size_t n, float* block) {
+    half::to_float(reinterpret_cast<const std::uint16_t*>(from), n, block);
+    return reinterpret_cast<const char*>(block);
+  }
+  static char* out(char*, float* block) { return reinterpret_cast<char*>(block); }
+  static void finish(const float* block, std::size_t n, char* to) {
+    half::from_float(block, n, reinterpret_cast<std::uint16_t*>(to));
+  }
+};
+
+template <typename RuleT, typename P, typename G, typename S>
+void update_in_blocks(const Run& run, std::size_t n, AdamScalars<float> scalars,
+                      AdamConstants constants) {
+  float parameter[kBlock], gradient[kBlock], m[kBlock], v[kBlock];
+  for (std::size_t start = 0; start < n; start += kBlock) {
+    std::size_t count = n - start < kBlock ? n - start : kBlock;
+    std::size_t p = start * sizeof(typename P::Element);
+    std::size_t g = start * sizeof(typename G::Element);
+    std::size_t s = start * sizeof(typename S::Element);
+    Run block = {Staged<P>::in(run.parameter + p, count, parameter),
+                 Staged<G>::in(run.gradient + g, count, gradient),
+                 Staged<S>::in(run.m + s, count, m),
+                 Staged<S>::in(run.v + s, count, v),
+                 Staged<P>::out(run.new_parameter + p, parameter),
+                 Staged<S>::out(run.new_m + s, m),
+                 Staged<S>::out(run.new_v + s, v)};
+    update<RuleT, typename Staged<P>::Type, typename Staged<G>::Type, typename Staged<S>::Type>(
+        block, count, scalars, constants);
+    Staged<P>::finish(parameter, count, run.new_parameter + p);
+    Staged<S>::finish(m, count, run.new_m + s);
+    Staged<S>::finish(v, count, run.new_v + s);
+  }
+}
+
+template <typename Storage>
+constexpr bool is_staged = false;
+template <>
+constexpr bool is_staged<Float16> = true;
+
+template <typename RuleT, typename P, typename G, typename S>
+constexpr Update update_of() {
+  if constexpr (is_staged<P> || is_staged<G> || is_staged<S>) {
+    return update_in_blocks<RuleT, P, G, S>;
+  } else {
+    return update<RuleT, P, G, S>;
+  }
+}
+
 template <typename RuleT, typename P, typename G>
 void fill(Update (&row)[kStorageCount]) {
-  row[kFloat32] = update<RuleT, P, G, Float32>;
-  row[kBfloat16] = update<RuleT, P, G, Bfloat16>;
-  row[kFloat16] = update<RuleT, P, G, Float16>;
+  row[kFloat32] = update_of<RuleT, P, G, Float32>();
+  row[kBfloat16] = update_of<RuleT, P, G, Bfloat16>();
+  row[kFloat16] = update_of<RuleT, P, G, Float16>();
 }
 
 template <typename RuleT, typename P>

@@ -1,5 +1,5 @@
 // What the CPU back end asks of its vectorised inner loops: update a contiguous run, transpose a tile.
-// cpu_kernels.cpp is compiled once per instruction set; cpu_dispatch_*.cpp picks the best set this CPU runs.
+// cpu_kernels.cpp is compiled once per instruction set; cpu_dispatch.h chooses.
 #pragma once
 
 #include <cstddef>
@@ -33,12 +33,13 @@ using Transpose = void (*)(const char* from, std::ptrdiff_t from_stride, std::si
 
 struct Kernels {
   const char* isa;
-  Update update[kRuleCount][kStorageCount][kStorageCount][kStorageCount];  // [parameter][gradient][state]
+  Update update[kRuleCount][kStorageCount][kStorageCount]
+               [kStorageCount];  // [parameter][gradient][state]
   Transpose transpose_2_bytes;
   Transpose transpose_4_bytes;
 };
 
-// The best set that this CPU runs.
+// The set in use; cpu_dispatch.cpp chooses it.
 const Kernels& kernels();
 
 }  // namespace fused_adam::cpu

@@ -72,7 +72,8 @@ class Encoding {
         scalars_(scalars) {
     std::ostringstream variant;
     variant << rule;
-    for (auto& x : {any.parameter(), any.gradient(), any.m()}) variant << ", " << metal_type(x.dtype());
+    for (auto& x : {any.parameter(), any.gradient(), any.m()})
+      variant << ", " << metal_type(x.dtype());
     variant_ = variant.str();
     library_ = device_.get_library("fused_adam<" + variant_ + ">", [&] { return source(); });
   }
@@ -125,10 +126,9 @@ class Encoding {
     encoder_.set_vector_bytes(shape, kShape);
     encoder_.set_vector_bytes(parameter_strides, kParameterStrides);
     encoder_.set_vector_bytes(gradient_strides, kGradientStrides);
-    encoder_.dispatch_threadgroups(
-        MTL::Size(divide_up(layout.columns, kTile), divide_up(layout.rows, kTile),
-                  layout.batches()),
-        MTL::Size(kTile, kTileThreadRows, 1));
+    encoder_.dispatch_threadgroups(MTL::Size(divide_up(layout.columns, kTile),
+                                             divide_up(layout.rows, kTile), layout.batches()),
+                                   MTL::Size(kTile, kTileThreadRows, 1));
   }
 
   void general(const Tensor& t) {
@@ -139,8 +139,7 @@ class Encoding {
     encoder_.set_vector_bytes(layout.shape, kShape);
     int strides_index = kParameterStrides;
     for (auto& strides : layout.strides) encoder_.set_vector_bytes(strides, strides_index++);
-    dispatch_threads(std::min<size_t>(t.size(), kGeneralWidth),
-                     divide_up(t.size(), kGeneralWidth));
+    dispatch_threads(std::min<size_t>(t.size(), kGeneralWidth), divide_up(t.size(), kGeneralWidth));
   }
 
  private:

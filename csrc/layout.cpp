@@ -47,8 +47,8 @@ int64_t Layout::batches() const {
 
 Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx::array& m,
                  const mx::array& v) {
-  bool state_is_row_major = parameter.flags().row_contiguous && m.flags().row_contiguous &&
-                            v.flags().row_contiguous;
+  bool state_is_row_major =
+      parameter.flags().row_contiguous && m.flags().row_contiguous && v.flags().row_contiguous;
   if (parameter.size() <= 1 || (state_is_row_major && gradient.flags().row_contiguous)) {
     return {LayoutKind::linear};
   }

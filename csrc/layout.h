@@ -10,8 +10,8 @@
 namespace fused_adam {
 
 enum class LayoutKind {
-  linear,   // all four arrays are row-major
-  tiled,    // parameter, m and v are row-major; the gradient's unit stride lies along another axis than the last
+  linear,  // all four arrays are row-major
+  tiled,  // parameter, m and v are row-major; the gradient's unit stride lies along another axis than the last
   general,  // anything else
 };
 

@@ -70,7 +70,10 @@ def test_every_case_of_a_suite_has_all_figures(quick_run: Path, suite: str) -> N
     assert len(found) == len(list(suites.SUITES[suite](True)))
     for case in found:
         whole = case["is_training_step"]
-        assert set(case["contenders"]) == (WHOLE_STEPS if whole else UPDATES), case["title"]
+        expected = WHOLE_STEPS if whole else UPDATES
+        if suite == "buffers" and case["dtype"] != "float32":
+            expected = expected | {"16-bit probe"}
+        assert set(case["contenders"]) == expected, case["title"]
         for name, figures in case["contenders"].items():
             where = f"{name} in {case['title']}"
             assert 0 < figures["low_s"] <= figures["median_s"] <= figures["high_s"], where
@@ -87,6 +90,7 @@ def test_every_case_of_a_suite_has_all_figures(quick_run: Path, suite: str) -> N
                     where
                 )
         if whole:
+            assert "peak_extra_bytes_per_parameter" not in case["contenders"]["fused"]
             assert "update_share" in case["contenders"]["fused, compiled"]
 
 
@@ -128,7 +132,7 @@ def do_nothing(self: contenders.MlxAdam) -> None:
 
 
 def give_nan(self: contenders.MlxAdam) -> None:
-    self.problem.parameters["bias"] = self.problem.parameters["bias"] * math.nan
+    self.problem.parameters["weight"] *= math.nan
 
 
 @pytest.mark.parametrize("dtype", suites.DTYPES.values(), ids=str)
@@ -138,13 +142,16 @@ def give_nan(self: contenders.MlxAdam) -> None:
 def test_a_wrong_step_is_refused(broken_step, dtype: mx.Dtype, monkeypatch) -> None:
     tensors = problem.Problem.random(MATRIX, dtype)
     contender = contenders.MlxAdam(stock.Adam, tensors, compiled=False, bias_correction=False)
-    assert problem.check_step(contender, MATRIX, lambda step: step()) <= 1
+    assert problem.check_step(contender, lambda step: step()) <= 1
     monkeypatch.setattr(contenders.MlxAdam, "step", broken_step)
     with pytest.raises(problem.Incorrect, match="is off by"):
-        problem.check_step(contender, MATRIX, lambda step: step())
+        problem.check_step(contender, lambda step: step())
 
 
-def test_a_refused_contender_is_not_timed_and_fails_the_run(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("broken_step", [do_nothing, give_nan])
+def test_a_refused_contender_is_not_timed_and_fails_the_run(
+    broken_step, monkeypatch, capsys
+) -> None:
     timed: list[str] = []
 
     def record(steps, *_):
@@ -157,7 +164,7 @@ def test_a_refused_contender_is_not_timed_and_fails_the_run(monkeypatch, capsys)
         return makers
 
     class Broken(contenders.MlxAdam):
-        step = do_nothing
+        step = broken_step
 
     real = contenders.make_contenders
     monkeypatch.setattr(cases, "make_contenders", broken)
@@ -174,9 +181,8 @@ def test_every_contender_passes_the_check_again_after_many_steps(bias_correction
     tensors = problem.Problem.random(MATRIX, mx.float32)
     for name, make in contenders.make_contenders(tensors, "cpu", bias_correction).items():
         contender = make()
-        checked = cases._tensors_of(name, tensors)
         for _ in range(5):
-            assert problem.check_step(contender, checked, lambda step: step()) <= 1, name
+            assert problem.check_step(contender, lambda step: step()) <= 1, name
 
 
 def test_contenders_take_turns_in_changing_order() -> None:
@@ -191,6 +197,13 @@ def test_contenders_take_turns_in_changing_order() -> None:
     assert all(timing.samples == 6 * measure.MOST_REPEATS for timing in timings.values())
 
 
+def test_a_long_step_is_measured_as_often_as_there_are_rounds(monkeypatch) -> None:
+    monkeypatch.setattr(measure, "LONG_STEP_SECONDS", -1.0)
+    calls: list[None] = []
+    timing = measure.measure({"a": lambda: calls.append(None)}, seconds=0, fewest_rounds=4)["a"]
+    assert timing.samples == len(calls) == 4
+
+
 def test_timing_is_median_and_quartiles() -> None:
     assert measure.Timing.of([5.0, 1.0, 3.0, 2.0, 4.0]) == measure.Timing(3.0, 2.0, 4.0, 5)
     assert measure.Timing.of([7.0]) == measure.Timing(7.0, 7.0, 7.0, 1)
@@ -202,11 +215,10 @@ def test_timing_is_median_and_quartiles() -> None:
         (shapes.gpt2(), 148, 124_439_808),
         (shapes.llama(shapes.SMOLLM_135M), 272, 134_515_008),
         (shapes.llama(shapes.QWEN2_5_500M), 290, 494_032_768),
-        (shapes.llama(shapes.QWEN3_600M), 310, 596_049_920),
         (shapes.llama(shapes.LLAMA3_2_1B), 146, 1_235_814_400),
         (shapes.lora(shapes.LLAMA3_2_1B, rank=8), 224, 5_636_096),
     ],
-    ids=["GPT-2", "SmolLM-135M", "Qwen2.5-0.5B", "Qwen3-0.6B", "Llama-3.2-1B", "LoRA"],
+    ids=["GPT-2", "SmolLM-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "LoRA"],
 )
 def test_models_have_their_published_size(
     tensors: list[shapes.Tensor], count: int, size: int
@@ -252,7 +264,7 @@ def test_goals_name_the_worst_case_and_whether_it_is_met() -> None:
     assert by_name["column-major over row-major time, 4096×4096 fp32"].measured == pytest.approx(
         1.3
     )
-    light = [goal for name, goal in by_name.items() if name.startswith("fraction")]
+    light = [goal for name, goal in by_name.items() if name.startswith("of the speed of light")]
     assert [goal.met for goal in light] == [True, False]
     assert by_name["times stock's speed, 16M fp32 and bf16"].met
     assert "times torch's speed, many" not in by_name

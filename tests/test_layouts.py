@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_fused_adam as fused
+import oracle
 
 pytestmark = pytest.mark.usefixtures("device")
 

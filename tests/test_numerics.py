@@ -4,13 +4,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as stock
 import numpy as np
-import oracle
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
+import oracle
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -149,7 +149,9 @@ def train(make_optimizer, steps, dtype=mx.float32):
 def test_1000_steps_are_bit_identical_to_stock(device, name, bias_correction, schedule):
     """Parameters and state of a small transformer, after every step."""
     if device == "gpu":
-        pytest.skip("bit-identity is claimed on the CPU; a GPU's compiler may fuse multiply and add")
+        pytest.skip(
+            "bit-identity is claimed on the CPU; a GPU's compiler may fuse multiply and add"
+        )
 
     def make(module):
         learning_rate = stock.cosine_decay(3e-3, 900) if schedule else 3e-3

@@ -224,7 +224,10 @@ def test_a_gradient_of_another_kind_names_the_path(dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"m": mx.zeros(4)}, r"m of the tensor must have the parameter's shape \(3\) but got \(4\)"),
+        (
+            {"m": mx.zeros(4)},
+            r"m of the tensor must have the parameter's shape \(3\) but got \(4\)",
+        ),
         ({"v": mx.zeros((3, 1))}, "v of the tensor must have the parameter's shape"),
         ({"parameter": mx.ones(3, mx.int32)}, "parameter of the tensor must be float32"),
         ({"v": mx.zeros(3, mx.bfloat16)}, "m and v of the tensor must share one dtype"),
@@ -243,14 +246,18 @@ def test_the_operation_refuses_what_does_not_fit(change, message):
         fused.adam_update(**{**arguments, "learning_rate": 0.1, **change})
 
 
-@pytest.mark.parametrize("change", [{"gradient": None}, {"m": 3.0}, {"eps": "small"}, {"stream": 1}])
+@pytest.mark.parametrize(
+    "change", [{"gradient": None}, {"m": 3.0}, {"eps": "small"}, {"stream": 1}]
+)
 def test_the_operation_refuses_other_types(change):
     arguments = {k: mx.ones(3) for k in ("parameter", "gradient", "m", "v")}
     with pytest.raises((TypeError, AttributeError)):
         fused.adam_update(**{**arguments, "learning_rate": 0.1, **change})
 
 
-@pytest.mark.parametrize("learning_rate", [1, 0.1, np.float32(0.1), np.float64(0.1), mx.array([0.1])])
+@pytest.mark.parametrize(
+    "learning_rate", [1, 0.1, np.float32(0.1), np.float64(0.1), mx.array([0.1])]
+)
 def test_kinds_of_learning_rate(learning_rate):
     x = mx.ones(3)
     actual = fused.adam_update(x, x, x, x, learning_rate)[0]

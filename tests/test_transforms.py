@@ -4,10 +4,10 @@ import threading
 
 import mlx.core as mx
 import numpy as np
-import oracle
 import pytest
 
 import mlx_fused_adam as fused
+import oracle
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -19,7 +19,7 @@ from . import _ext
 Place = mx.Stream | mx.Device | mx.DeviceType | None
 
 # Relative error allowed against stock's float32 result: a few roundings in float32, one in the 16-bit dtypes.
-_TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 2**-8, mx.float16: 2**-10}
+TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 2**-8, mx.float16: 2**-10}
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def _find(kind: mx.DeviceType) -> Backend:
 def self_check(kind: mx.DeviceType) -> str | None:
     """Compare a small update of every layout and dtype with stock; None if it is right, else the reason."""
     try:
-        for dtype, tolerance in _TOLERANCE.items():
+        for dtype, tolerance in TOLERANCE.items():
             with mx.stream(kind):
-                error = _largest_error(dtype)
+                error = largest_error(dtype)
             if not error <= tolerance:  # so that NaN fails too
                 return f"self-check in {dtype} is off by {error:.1e}, more than {tolerance:.1e}"
     except Exception as error:  # any failure of a kernel must lead to stock, not to the user
@@ -86,7 +86,7 @@ def self_check(kind: mx.DeviceType) -> str | None:
     return None
 
 
-def _largest_error(dtype: mx.Dtype) -> float:
+def largest_error(dtype: mx.Dtype) -> float:
     """The largest error against stock in float32, relative to each tensor's largest element."""
 
     def sample(*shape: int) -> mx.array:

@@ -67,7 +67,9 @@ class _Fused(stock.Optimizer):
         if len(fused) < len(walk.leaves):
             for leaf in walk.leaves:
                 if leaf.parameter.dtype not in _FUSED_DTYPES:
-                    leaf.container[leaf.key] = apply_stock(leaf.gradient, leaf.parameter, leaf.state)
+                    leaf.container[leaf.key] = apply_stock(
+                        leaf.gradient, leaf.parameter, leaf.state
+                    )
         self._update([walk.leaves[i] for i in fused], lambda i: walk.path(fused[i]))
         return walk.result()
 

@@ -1,0 +1,208 @@
+// See cpu_tensor.h. A gradient that is not row-major is brought into a small buffer piece by piece, so it is read from
+// memory once; for column-major ones the next tile is prefetched meanwhile, since no hardware prefetcher follows tiles.
+#include "cpu_tensor.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "in_place.h"
+
+namespace fused_adam::cpu {
+
+namespace mx = mlx::core;
+
+namespace {
+
+// Elements of a unit of linear work: small enough to balance, large enough that claiming it costs nothing.
+constexpr size_t kRun = 1 << 15;
+// Elements gathered at a time: four float32 buffers of this many stay in the first-level cache.
+constexpr size_t kGather = 1 << 10;
+// Side of a transposed tile: whole cache lines of gradient and state, and both tiles at hand in the second-level cache ...
+constexpr size_t kTile = 64;
+// ... and sides of the block of tiles that is a unit of work.
+constexpr size_t kBlockRows = 256;
+constexpr size_t kBlockColumns = 512;
+constexpr size_t kCacheLine = 64;
+
+Storage storage_of(mx::Dtype dtype) {
+  switch (dtype.val()) {
+    case mx::Dtype::Val::float32:
+      return kFloat32;
+    case mx::Dtype::Val::bfloat16:
+      return kBfloat16;
+    case mx::Dtype::Val::float16:
+      return kFloat16;
+    default:
+      throw std::logic_error("[AdamUpdate] dtype was not validated");
+  }
+}
+
+size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
+
+// Where row-major element `index` of an array with these axes lies, in elements.
+int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
+                  const std::vector<int64_t>& strides) {
+  int64_t offset = 0;
+  for (size_t axis = shape.size(); axis-- > 0;) {
+    offset += index % shape[axis] * strides[axis];
+    index /= shape[axis];
+  }
+  return offset;
+}
+
+template <typename Element>
+void gather(const char* from_bytes, const std::vector<int64_t>& shape,
+            const std::vector<int64_t>& strides, int64_t start, size_t n, char* to_bytes) {
+  auto from = reinterpret_cast<const Element*>(from_bytes);
+  auto to = reinterpret_cast<Element*>(to_bytes);
+  int64_t inner = shape.back();
+  int64_t stride = strides.back();
+  for (size_t done = 0; done < n;) {
+    int64_t at = start + int64_t(done);
+    auto row = from + offset_of(at, shape, strides);
+    size_t count = std::min<size_t>(n - done, inner - at % inner);
+    for (size_t i = 0; i < count; ++i) to[done + i] = row[int64_t(i) * stride];
+    done += count;
+  }
+}
+
+void prefetch(const char* from, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
+}
+
+}  // namespace
+
+// A part of one of the matrices of a tiled layout.
+struct Tensor::Tile {
+  int64_t state;     // offset of the matrix in parameter, m and v
+  int64_t gradient;  // and in the gradient
+  size_t row, column, rows, columns;
+};
+
+Tensor::Tensor(const mx::array* in, mx::array* out, Rule rule)
+    : layout_(layout_of(in[0], in[1], in[2], in[3])), size_(in[0].size()) {
+  auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
+  allocate_in_place(parameter, out[0]);
+  allocate_in_place(m, out[1]);
+  allocate_in_place(v, out[2]);
+  base_ = {parameter.data<char>(), gradient.data<char>(), m.data<char>(),     v.data<char>(),
+           out[0].data<char>(),    out[1].data<char>(),   out[2].data<char>()};
+  parameter_bytes_ = parameter.itemsize();
+  gradient_bytes_ = gradient.itemsize();
+  state_bytes_ = m.itemsize();
+  auto& set = kernels();
+  update_ = set.update[rule][storage_of(parameter.dtype())][storage_of(gradient.dtype())]
+                      [storage_of(m.dtype())];
+  transpose_ = gradient_bytes_ == 4 ? set.transpose_4_bytes : set.transpose_2_bytes;
+  units_ = layout_.kind == LayoutKind::tiled
+               ? size_t(layout_.batches()) * blocks_down() * blocks_across()
+               : divide_up(size_, kRun);
+}
+
+void Tensor::run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+  switch (layout_.kind) {
+    case LayoutKind::linear:
+      return run_linear(unit, scalars, constants);
+    case LayoutKind::tiled:
+      return run_tiled(unit, scalars, constants);
+    case LayoutKind::general:
+      return run_general(unit, scalars, constants);
+  }
+}
+
+size_t Tensor::blocks_across() const { return divide_up(layout_.columns, kBlockColumns); }
+size_t Tensor::blocks_down() const { return divide_up(layout_.rows, kBlockRows); }
+
+Run Tensor::at(int64_t state_offset, int64_t gradient_offset) const {
+  return {base_.parameter + state_offset * int64_t(parameter_bytes_),
+          base_.gradient + gradient_offset * int64_t(gradient_bytes_),
+          base_.m + state_offset * int64_t(state_bytes_),
+          base_.v + state_offset * int64_t(state_bytes_),
+          base_.new_parameter + state_offset * int64_t(parameter_bytes_),
+          base_.new_m + state_offset * int64_t(state_bytes_),
+          base_.new_v + state_offset * int64_t(state_bytes_)};
+}
+
+void Tensor::run_linear(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+  size_t start = unit * kRun;
+  update_(at(start, start), std::min(kRun, size_ - start), scalars, constants);
+}
+
+const char* Tensor::gradient_column(const Tile& tile, size_t j) const {
+  int64_t column = int64_t(tile.column + j) * layout_.gradient_column_stride;
+  return base_.gradient + (tile.gradient + int64_t(tile.row) + column) * int64_t(gradient_bytes_);
+}
+
+Run Tensor::state_row(const Tile& tile, size_t i) const {
+  return at(tile.state + int64_t(tile.row + i) * layout_.row_stride + int64_t(tile.column), 0);
+}
+
+// Spread over the rows of the tile before, so that memory is never idle and never flooded.
+void Tensor::prefetch_share(const Tile& tile, size_t share, size_t shares) const {
+  for (size_t i = tile.rows * share / shares; i < tile.rows * (share + 1) / shares; ++i) {
+    Run row = state_row(tile, i);
+    prefetch(row.parameter, tile.columns * parameter_bytes_);
+    prefetch(row.m, tile.columns * state_bytes_);
+    prefetch(row.v, tile.columns * state_bytes_);
+  }
+  for (size_t j = tile.columns * share / shares; j < tile.columns * (share + 1) / shares; ++j) {
+    prefetch(gradient_column(tile, j), tile.rows * gradient_bytes_);
+  }
+}
+
+void Tensor::run_tiled(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+  alignas(kCacheLine) char transposed[kTile * kTile * sizeof(float)];
+  int64_t batch = unit / (blocks_down() * blocks_across());
+  size_t first_row = unit / blocks_across() % blocks_down() * kBlockRows;
+  size_t first_column = unit % blocks_across() * kBlockColumns;
+  size_t end_row = std::min<size_t>(first_row + kBlockRows, layout_.rows);
+  size_t end_column = std::min<size_t>(first_column + kBlockColumns, layout_.columns);
+  size_t tiles_across = divide_up(end_column - first_column, kTile);
+  size_t tiles = tiles_across * divide_up(end_row - first_row, kTile);
+  int64_t state = offset_of(batch, layout_.shape, layout_.strides[0]);
+  int64_t gradient = offset_of(batch, layout_.shape, layout_.strides[1]);
+  auto tile_at = [&](size_t index) {
+    size_t row = first_row + index / tiles_across * kTile;
+    size_t column = first_column + index % tiles_across * kTile;
+    return Tile{state,
+                gradient,
+                row,
+                column,
+                std::min(kTile, end_row - row),
+                std::min(kTile, end_column - column)};
+  };
+
+  for (size_t index = 0; index < tiles; ++index) {
+    Tile tile = tile_at(index);
+    transpose_(gradient_column(tile, 0), layout_.gradient_column_stride, tile.rows, tile.columns,
+               transposed);
+    for (size_t i = 0; i < tile.rows; ++i) {
+      if (index + 1 < tiles) prefetch_share(tile_at(index + 1), i, tile.rows);
+      Run row = state_row(tile, i);
+      row.gradient = transposed + i * tile.columns * gradient_bytes_;
+      update_(row, tile.columns, scalars, constants);
+    }
+  }
+}
+
+void Tensor::run_general(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+  alignas(kCacheLine) char buffers[4][kGather * sizeof(float)];
+  size_t end = std::min((unit + 1) * kRun, size_);
+  for (size_t start = unit * kRun; start < end; start += kGather) {
+    size_t n = std::min(kGather, end - start);
+    Run run = at(start, 0);  // the outputs are row-major whatever the inputs are
+    auto bring = [&](int array, const char* from, size_t bytes) -> const char* {
+      auto gather_elements = bytes == 4 ? gather<uint32_t> : gather<uint16_t>;
+      gather_elements(from, layout_.shape, layout_.strides[array], start, n, buffers[array]);
+      return buffers[array];
+    };
+    run.parameter = bring(0, base_.parameter, parameter_bytes_);
+    run.gradient = bring(1, base_.gradient, gradient_bytes_);
+    run.m = bring(2, base_.m, state_bytes_);
+    run.v = bring(3, base_.v, state_bytes_);
+    update_(run, n, scalars, constants);
+  }
+}
+
+}  // namespace fused_adam::cpu

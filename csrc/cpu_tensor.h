@@ -1,0 +1,46 @@
+// One tensor's update on the CPU, cut into units that threads may run in any order: which run or tile goes to which kernel.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu_kernels.h"
+#include "layout.h"
+#include "mlx/array.h"
+
+namespace fused_adam::cpu {
+
+class Tensor {
+ public:
+  // Allocates the three outputs, in place where nobody else holds the input. `in` is parameter, gradient, m, v.
+  Tensor(const mlx::core::array* in, mlx::core::array* out, Rule rule);
+
+  size_t size() const { return size_; }
+  size_t units() const { return units_; }
+  void run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const;
+
+ private:
+  struct Tile;
+
+  void run_linear(size_t unit, AdamScalars<float>, AdamConstants) const;
+  void run_tiled(size_t unit, AdamScalars<float>, AdamConstants) const;
+  void run_general(size_t unit, AdamScalars<float>, AdamConstants) const;
+  size_t blocks_across() const;
+  size_t blocks_down() const;
+  // The pointers moved on, those of the gradient by another number of elements than those of the state.
+  Run at(int64_t state_offset, int64_t gradient_offset) const;
+  // Where a tile's gradient column and state row begin.
+  const char* gradient_column(const Tile&, size_t j) const;
+  Run state_row(const Tile&, size_t i) const;
+  void prefetch_share(const Tile&, size_t share, size_t shares) const;
+
+  Layout layout_;
+  Run base_;
+  size_t size_;
+  size_t parameter_bytes_, gradient_bytes_, state_bytes_;  // of an element
+  Update update_;
+  Transpose transpose_;
+  size_t units_;
+};
+
+}  // namespace fused_adam::cpu

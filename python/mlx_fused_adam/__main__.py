@@ -1,0 +1,118 @@
+"""Self-check and report for this machine: python -m mlx_fused_adam. Exit status 1 if a kernel that should work does not.
+
+Paste the report into an issue if anything in it looks wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.optimizers as stock
+
+from . import Adam, __version__, _ext, backends
+from ._build_info import MLX_VERSION
+
+_ELEMENTS = 4_194_304
+_ROUNDS = 7
+
+
+def _versions() -> None:
+    print(f"mlx-fused-adam {__version__}, built for mlx {MLX_VERSION}; mlx {mx.__version__}")
+    print(f"Python {platform.python_version()} on {platform.platform()}, {platform.machine()}")
+    for kind in (mx.cpu, mx.gpu):
+        if mx.is_available(kind):
+            info = mx.device_info(kind)
+            details = ", ".join(
+                f"{k} {v}" for k, v in info.items() if not isinstance(v, (list, dict))
+            )
+            print(f"{kind.name}: {details}")
+    print(f"CPU kernels: {_ext.cpu_isa()}, up to {_ext.num_threads()} threads")
+
+
+def _check(kind: mx.DeviceType) -> bool:
+    """Prints what updates on this device and how far it is from stock; False if a kernel fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reason is part of the line below
+        backend = backends.backend_of(kind)
+    print(f"\n{kind.name}: {backend.description}")
+    built_in = (_ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend())[0] is not None
+    if not backend.is_fused:
+        return not built_in
+    for dtype, tolerance in backends.TOLERANCE.items():
+        with mx.stream(kind):
+            error = backends.largest_error(dtype)
+        print(
+            f"  {str(dtype):20} largest error against stock {error:.1e} (allowed {tolerance:.1e})"
+        )
+    return True
+
+
+def _median_seconds(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Median time of each, in turn in every round so that drift meets all alike; one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(1 + _ROUNDS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def _step_of(optimizer: stock.Adam, compiled: bool) -> Callable[[], None]:
+    parameters = {"w": mx.random.normal((_ELEMENTS,))}
+    gradients = {"w": mx.random.normal((_ELEMENTS,))}
+    optimizer.init(parameters)
+    state = [parameters, optimizer.state]
+    mx.eval(state, gradients)
+
+    def update(gradients: dict) -> None:
+        parameters.update(optimizer.apply_gradients(gradients, parameters))
+
+    run = mx.compile(update, inputs=state, outputs=state) if compiled else update
+
+    def step() -> None:
+        run(gradients)
+        mx.eval(state)
+
+    return step
+
+
+def _speed(kind: mx.DeviceType) -> None:
+    with mx.stream(kind):
+        medians = _median_seconds(
+            {
+                "this package": _step_of(Adam(1e-3), compiled=False),
+                "stock": _step_of(stock.Adam(1e-3), compiled=False),
+                "stock compiled": _step_of(stock.Adam(1e-3), compiled=True),
+            }
+        )
+    print(f"  a step of {_ELEMENTS / 1e6:.1f}M float32 parameters (28 bytes each):")
+    ours = medians["this package"]
+    for name, seconds in medians.items():
+        rate = 28 * _ELEMENTS / seconds / 1e9
+        print(f"  {name:16} {seconds * 1e3:8.2f} ms  {rate:6.1f} GB/s  {seconds / ours:5.1f}x")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m mlx_fused_adam", description=__doc__)
+    parser.parse_args()
+    _versions()
+    is_right = True
+    for kind in (mx.cpu, mx.gpu):
+        if mx.is_available(kind):
+            is_right &= _check(kind)
+            if backends.backend_of(kind).is_fused:
+                _speed(kind)
+    print("\nEverything that should work does." if is_right else "\nA kernel failed: see above.")
+    return 0 if is_right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+// Stand-in for CoreFoundation: only the types that metal-cpp names.
+// Used to cross-compile where Apple's SDK is not at hand; a Mac build never sees it.
+#pragma once
+
+typedef const void* CFTypeRef;
+typedef double CFTimeInterval;

@@ -1,0 +1,5 @@
+// Stand-in for CoreGraphics colour spaces: only the types that metal-cpp names.
+// Used to cross-compile where Apple's SDK is not at hand; a Mac build never sees it.
+#pragma once
+
+typedef struct CGColorSpace* CGColorSpaceRef;

@@ -1,0 +1,57 @@
+"""Every instruction set that the CPU kernels were compiled for gives the same bits, on every layout and dtype."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mlx_fused_adam import _ext
+
+# Prints the digests of results over sizes around the vector widths; run under each instruction set.
+PROGRAM = """
+import hashlib, itertools
+import mlx.core as mx, numpy as np
+import mlx_fused_adam as fused
+from mlx_fused_adam import _ext
+print(_ext.cpu_isa())
+rng = np.random.default_rng(0)
+dtypes = [mx.float32, mx.bfloat16, mx.float16]
+digest = hashlib.sha256()
+for shape in [(1,), (7,), (16,), (33,), (1025,), (70, 130)]:
+    for p, g, s in itertools.product(dtypes, repeat=3):
+        def draw(shape, dtype):
+            x = rng.normal(size=shape) * np.exp2(rng.integers(-20, 8, size=shape))
+            return mx.array(x.astype(np.float32)).astype(dtype)
+        gradient = draw(shape[::-1], g).T
+        results = fused.adam_update(
+            draw(shape, p), gradient, draw(shape, s), mx.abs(draw(shape, s)), 0.01,
+            step=3, bias_correction=True, weight_decay=0.1,
+        )
+        for x in results:
+            digest.update(np.array(x.astype(mx.float32)).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def run(isa: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "MLX_FUSED_ADAM_ISA": isa}
+    command = [sys.executable, "-c", PROGRAM]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_all_sets_agree_bit_for_bit():
+    digests = {}
+    for isa in _ext.supported_cpu_isas():
+        result = run(isa)
+        assert result.returncode == 0, result.stderr
+        used, digests[isa] = result.stdout.split()
+        assert used == isa
+    assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.parametrize("isa", ["", "sse", "x86_64_v5"])
+def test_an_unknown_set_is_an_error_at_import(isa):
+    result = run(isa)
+    assert result.returncode != 0
+    assert "MLX_FUSED_ADAM_ISA must be one of" in result.stderr
