@@ -63,6 +63,14 @@ NB_MODULE(_ext, m) {
   m.def(
       "cpu_isa", [] { return fused_adam::cpu::kernels().isa; },
       "The instruction set of the CPU kernels in use.");
+  m.def(
+      "supported_cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (auto& set : fused_adam::cpu::supported_kernels()) names.emplace_back(set.isa);
+        return names;
+      },
+      "The instruction sets to choose from on this machine, best first.");
   auto backend = [](fused_adam::Backend b) {
     auto text = [](const char* s) { return s ? std::optional<std::string>(s) : std::nullopt; };
     return std::make_tuple(text(b.name), text(b.reason), b.tensors_per_node);
