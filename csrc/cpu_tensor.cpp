@@ -88,6 +88,7 @@ Tensor::Tensor(const mx::array* in, mx::array* out, Rule rule)
   allocate_in_place(v, out[2]);
   base_ = {parameter.data<char>(), gradient.data<char>(), m.data<char>(),     v.data<char>(),
            out[0].data<char>(),    out[1].data<char>(),   out[2].data<char>()};
+  for (int i = 0; i < 4; ++i) held_[i] = in[i].data_shared_ptr();
   parameter_bytes_ = parameter.itemsize();
   gradient_bytes_ = gradient.itemsize();
   state_bytes_ = m.itemsize();

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "cpu_kernels.h"
 #include "layout.h"
@@ -34,6 +35,7 @@ class Tensor {
   Run state_row(const Tile&, size_t i) const;
   void prefetch_share(const Tile&, size_t share, size_t shares) const;
 
+  std::shared_ptr<mlx::core::array::Data> held_[4];  // what the task reads
   Layout layout_;
   Run base_;
   size_t size_;

@@ -22,9 +22,10 @@ constexpr size_t kWorthThreads = 1 << 15;
 // not be updated in place. Waiting costs a moment of a thread that only queues work. With a GPU in the process the
 // stream might itself be waiting for work that is not committed yet, so there a fresh buffer is the price.
 void await_pending_readers(const std::vector<mx::array>& inputs, mx::Stream stream) {
-  auto has_other_reader = [](const mx::array& x) { return x.data_shared_ptr().use_count() > 1; };
-  for (size_t i = 1; i < inputs.size(); i += AdamUpdate::kInputsPerTensor) {
-    if (has_other_reader(inputs[i]) && !mx::is_available(mx::Device::gpu)) {
+  for (size_t i = 1; i < inputs.size(); ++i) {
+    bool is_gradient = (i - 1) % AdamUpdate::kInputsPerTensor == 1;
+    if (!is_gradient && inputs[i].data_shared_ptr().use_count() > 1 &&
+        !mx::is_available(mx::Device::gpu)) {
       mx::synchronize(stream);
       return;
     }
@@ -57,7 +58,7 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
   for (auto& input : inputs) encoder.set_input_array(input);
   for (auto& output : outputs) encoder.set_output_array(output);
   encoder.dispatch([tensors = std::move(tensors), units, elements, packed = inputs[0].data<float>(),
-                    constants = constants_] {
+                    packed_holder = inputs[0].data_shared_ptr(), constants = constants_] {
     AdamScalars<float> scalars{packed[0], packed[1], packed[2]};
     if (elements < kWorthThreads) {
       for (size_t i = 0; i < units; ++i) run_unit(tensors, i, scalars, constants);
@@ -65,6 +66,7 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
       parallel_for(units, [&](size_t i) { run_unit(tensors, i, scalars, constants); });
     }
   });
+  release_inputs(outputs);
 }
 
 // Each node costs MLX a task, and each of its tensors costs time for every other: two is where the sum is least.

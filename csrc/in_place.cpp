@@ -1,6 +1,8 @@
 // See in_place.h. Donation follows MLX's own conditions, so an array that is still held anywhere never changes.
 #include "in_place.h"
 
+#include <algorithm>
+
 #include "mlx/allocator.h"
 #include "mlx/backend/common/utils.h"
 
@@ -8,13 +10,24 @@ namespace fused_adam {
 
 namespace mx = mlx::core;
 
+namespace {
+
+bool graph_is_needed(const std::vector<mx::array>& outputs) {
+  return std::any_of(outputs.begin(), outputs.end(), [](auto& x) { return x.is_tracer(); });
+}
+
+}  // namespace
+
 void release_sibling_inputs(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  for (auto& output : outputs) {
-    if (output.is_tracer()) return;
-  }
+  if (graph_is_needed(outputs)) return;
   for (auto& output : outputs) {
     if (&output.inputs() != &inputs) output.inputs().clear();
   }
+}
+
+void release_inputs(std::vector<mx::array>& outputs) {
+  if (graph_is_needed(outputs)) return;
+  for (auto& output : outputs) output.inputs().clear();
 }
 
 bool allocate_in_place(const mx::array& input, mx::array& output) {

@@ -12,6 +12,10 @@ namespace fused_adam {
 void release_sibling_inputs(const std::vector<mlx::core::array>& inputs,
                             std::vector<mlx::core::array>& outputs);
 
+// Drops what is left of them, once a task holds the buffers that it reads: with many small tensors, MLX's own set of
+// buffers to hold for each node costs more than the update.
+void release_inputs(std::vector<mlx::core::array>& outputs);
+
 // Gives `output` the buffer of `input` if nobody else can see it, else a fresh row-major one. True if in place.
 bool allocate_in_place(const mlx::core::array& input, mlx::core::array& output);
 

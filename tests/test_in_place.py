@@ -11,8 +11,8 @@ import mlx_fused_adam as fused
 
 pytestmark = pytest.mark.usefixtures("device")
 
-# Bytes that a step may allocate whatever the size of the model: the step's scalars, counters, a few pages.
-CONSTANT = 1 << 16
+# Bytes that a step may allocate whatever the size of the model: the step's scalars, counters.
+CONSTANT = 1 << 12
 
 
 def parameters_of(device, dtype=mx.float32):
@@ -107,6 +107,37 @@ def test_buffers_stay_where_they_are(device, compiled):
         # On a GPU a parameter that the same evaluation read is still referenced when its update is encoded.
         moved = [k for k in moved if k.endswith((".m", ".v"))]
     assert not moved, f"moved: {moved}"
+
+
+def test_two_steps_in_one_evaluation(device):
+    """A state that the step before has only queued is taken over too, on the CPU."""
+    parameters = parameters_of(device)
+    gradients = column_major_gradients(parameters)
+    optimizer = fused.AdamW(1e-3)
+    optimizer.init(parameters)
+    mx.eval(parameters, gradients, optimizer.state)
+
+    def step():
+        nonlocal parameters
+        for _ in range(3):
+            parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+
+    extra = measure_step(step)
+    if device == "cpu":
+        assert extra < CONSTANT, f"{extra} bytes more than before"
+
+
+def test_results_that_nobody_waits_for(device):
+    """Queued and dropped before they are computed: no crash, and the next result is right."""
+    w, g = mx.ones(5000), mx.ones(5000)
+    m, v = mx.zeros(5000), mx.zeros(5000)
+    mx.eval(w, g, m, v)
+    for _ in range(50):
+        mx.async_eval(fused.adam_update(w, g, m, v, 0.1))
+    mx.async_eval(fused.adam_update(mx.ones(5000), mx.ones(5000), m, v, 0.1))
+    new, _, _ = fused.adam_update(w, g, m, v, 0.1, eps=0.0)
+    np.testing.assert_allclose(np.array(new), 1 - 0.1 * 0.1 / 0.001**0.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("held", ["parameters", "m", "v", "gradients"])

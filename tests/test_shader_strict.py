@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator import msl, project_shader
+from emulator import project_shader, translate
 
 if importlib.util.find_spec("ziglang") is None:
     pytest.skip("needs clang from the package ziglang (extra: test)", allow_module_level=True)
@@ -26,12 +26,12 @@ FLAGS += ["-Werror=c++17-extensions", "-Werror=c++20-extensions"]
 def compile_strictly(source: str, folder: Path) -> str:
     """The compiler's errors; empty if there are none."""
     try:
-        text = msl.for_clang(source, project_shader.INCLUDE_DIRS)
-    except msl.MslError as error:
+        text = translate.for_clang(source, project_shader.INCLUDE_DIRS)
+    except translate.MslError as error:
         return str(error)
     file = folder / "shader.cpp"
     file.write_text(text)
-    command = [sys.executable, "-m", "ziglang", "c++", *FLAGS, f"-I{msl.SHIM}"]
+    command = [sys.executable, "-m", "ziglang", "c++", *FLAGS, f"-I{translate.SHIM}"]
     command += [str(file), "-o", str(folder / "shader.o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode == 0) == ("error:" not in result.stderr), result.stderr
@@ -103,7 +103,11 @@ FAULTS = {
     ),
     "double": ("float gradient,", "double gradient,", "poisoned"),
     "host function": ("Rule::step(", "AdamState<float>(); std::sqrt(1.0f); Rule::step(", "'std'"),
-    "host header": ("#include <metal_stdlib>", "#include <metal_stdlib>\n#include <cmath>", "cmath"),
+    "host header": (
+        "#include <metal_stdlib>",
+        "#include <metal_stdlib>\n#include <cmath>",
+        "cmath",
+    ),
     "exception": ("  return {scalars[0]", "  throw 1;\n  return {scalars[0]", "poisoned"),
     "C++17": ("if (at >= size)", "if constexpr (sizeof(Index) == 4)", "C\\+\\+17"),
 }

@@ -1,37 +1,55 @@
-"""Walks a tree of gradients beside its parameters and states once, leaving holes for the results.
+"""Walks a tree of gradients beside its parameters and states once, leaving places for the results.
 
-Same trees as mlx.utils.tree_map takes (dicts, lists, tuples); a step of an optimizer over hundreds of small tensors
-would otherwise spend most of its time in two passes of it.
+Takes the trees that mlx.utils.tree_map takes (dicts, lists, tuples). With hundreds of small tensors two passes of
+tree_map would cost more than the update itself; for the same reason there is no object per leaf here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 
-class Leaf(NamedTuple):
-    """One gradient with what belongs to it, and the place of its result: ``container[key]``."""
-
-    container: Any
-    key: Any
-    gradient: mx.array
-    parameter: mx.array
-    state: dict
-
-
 class Walk:
-    """``leaves`` in the order of mlx.utils.tree_flatten; ``result()`` once their places are filled."""
+    """Parallel lists, one item a leaf, in the order of mlx.utils.tree_flatten; then ``fill`` and ``result``."""
 
     def __init__(self, gradients: Any, parameters: Any, states: Any) -> None:
-        self.leaves: list[Leaf] = []
+        self.gradients: list[mx.array] = []
+        self.parameters: list[mx.array] = []
+        self.states: list[dict] = []
+        self._containers: list[Any] = []
+        self._keys: list[Any] = []
         self._tuples: list[tuple[Any, Any, type]] = []
-        self._gradients = gradients
+        self._tree = gradients
         # A root above the tree, so that a tree which is a single leaf has a place too.
-        self._root = self._walk_dict({"": gradients}, {"": parameters}, {"": states})
+        self._root: dict[str, Any] = {"": None}
+        self._walk(self._root, [("", gradients)], {"": parameters}, {"": states})
+
+    def _walk(self, result: Any, items: Iterable, parameters: Any, states: Any) -> None:
+        for key, gradient in items:
+            parameter, state = parameters[key], states[key]
+            if isinstance(gradient, dict):
+                result[key] = inner = dict.fromkeys(gradient)
+                self._walk(inner, gradient.items(), parameter, state)
+            elif isinstance(gradient, (list, tuple)):
+                result[key] = inner = [None] * len(gradient)
+                self._walk(inner, enumerate(gradient), parameter, state)
+                if type(gradient) is not list:
+                    self._tuples.append((result, key, type(gradient)))
+            else:
+                self.gradients.append(gradient)
+                self.parameters.append(parameter)
+                self.states.append(state)
+                self._containers.append(result)
+                self._keys.append(key)
+
+    def fill(self, new_parameters: Iterable[mx.array]) -> None:
+        """Put each leaf's result in its place."""
+        for container, key, new in zip(self._containers, self._keys, new_parameters, strict=True):
+            container[key] = new
 
     def result(self) -> Any:
         """The tree of results, in containers of the gradients' types."""
@@ -42,26 +60,4 @@ class Walk:
 
     def path(self, leaf: int) -> str:
         """The path of a leaf, as in ``layers.0.weight``."""
-        return tree_flatten(self._gradients)[leaf][0] or "the parameter"
-
-    def _walk_dict(self, gradients: dict, parameters: Any, states: Any) -> dict:
-        result = dict.fromkeys(gradients)
-        for key, gradient in gradients.items():
-            self._place(result, key, gradient, parameters[key], states[key])
-        return result
-
-    def _walk_sequence(self, gradients: Sequence, parameters: Any, states: Any) -> list:
-        result = [None] * len(gradients)
-        for i, gradient in enumerate(gradients):
-            self._place(result, i, gradient, parameters[i], states[i])
-        return result
-
-    def _place(self, result: Any, key: Any, gradient: Any, parameter: Any, state: Any) -> None:
-        if isinstance(gradient, dict):
-            result[key] = self._walk_dict(gradient, parameter, state)
-        elif isinstance(gradient, (list, tuple)):
-            result[key] = self._walk_sequence(gradient, parameter, state)
-            if type(gradient) is not list:
-                self._tuples.append((result, key, type(gradient)))
-        else:
-            self.leaves.append(Leaf(result, key, gradient, parameter, state))
+        return tree_flatten(self._tree)[leaf][0] or "the parameter"

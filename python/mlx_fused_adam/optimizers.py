@@ -5,7 +5,7 @@ Everything but the update (state tree, schedules, defaults, errors) is inherited
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ import mlx.optimizers as stock
 from mlx.utils import tree_map
 
 from . import _ext
-from ._tree import Leaf, Walk
+from ._tree import Walk
 from .backends import backend_of
 
 # What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
@@ -63,22 +63,35 @@ class _Fused(stock.Optimizer):
         if not backend_of().is_fused:
             return tree_map(apply_stock, gradients, parameters, states)
         walk = Walk(gradients, parameters, states)
-        fused = [i for i, leaf in enumerate(walk.leaves) if leaf.parameter.dtype in _FUSED_DTYPES]
-        if len(fused) < len(walk.leaves):
-            for leaf in walk.leaves:
-                if leaf.parameter.dtype not in _FUSED_DTYPES:
-                    leaf.container[leaf.key] = apply_stock(
-                        leaf.gradient, leaf.parameter, leaf.state
-                    )
-        self._update([walk.leaves[i] for i in fused], lambda i: walk.path(fused[i]))
+        try:
+            new = self._update(walk.gradients, walk.parameters, walk.states, walk.path)
+        except ValueError:
+            # Not asked before, since looking at every dtype would cost time in every step.
+            fused = [i for i, p in enumerate(walk.parameters) if p.dtype in _FUSED_DTYPES]
+            if len(fused) == len(walk.parameters):
+                raise
+            leaves = list(zip(walk.gradients, walk.parameters, walk.states, strict=True))
+            columns = zip(*[leaves[i] for i in fused], strict=True) if fused else ((), (), ())
+            updated = iter(self._update(*columns, lambda i: walk.path(fused[i])))
+            is_fused = set(fused)
+            new = [
+                next(updated) if i in is_fused else apply_stock(*leaf)
+                for i, leaf in enumerate(leaves)
+            ]
+        walk.fill(new)
         return walk.result()
 
-    def _update(self, leaves: list[Leaf], name: Callable[[int], str]) -> None:
+    def _update(
+        self,
+        gradients: Sequence[mx.array],
+        parameters: Sequence[mx.array],
+        states: Sequence[dict],
+        name: Callable[[int], str],
+    ) -> list[mx.array]:
         beta1, beta2 = self.betas
-        states = [leaf.state for leaf in leaves]
-        parameters, m, v = _ext.adam_update(
-            [leaf.parameter for leaf in leaves],
-            [leaf.gradient for leaf in leaves],
+        new_parameters, new_m, new_v = _ext.adam_update(
+            parameters,
+            gradients,
             [state["m"] for state in states],
             [state["v"] for state in states],
             self.learning_rate,
@@ -90,10 +103,10 @@ class _Fused(stock.Optimizer):
             bias_correction=self.bias_correction,
             name=name,
         )
-        for leaf, parameter, new_m, new_v in zip(leaves, parameters, m, v, strict=True):
-            leaf.container[leaf.key] = parameter
-            leaf.state["m"] = new_m
-            leaf.state["v"] = new_v
+        for state, m, v in zip(states, new_m, new_v, strict=True):
+            state["m"] = m
+            state["v"] = v
+        return new_parameters
 
 
 class Adam(_Fused, stock.Adam):
