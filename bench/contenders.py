@@ -1,0 +1,203 @@
+"""Those that take the same Adam step: this package, mlx.optimizers, torch and a traffic probe.
+
+Each owns `step()`, which returns when the update is done and the old arrays are released, as in a
+training loop. MLX's contenders take turns on one set of parameters and state; the others hold
+copies of the same values.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as stock
+import numpy as np
+from problem import BETAS, EPS, LEARNING_RATE, START, Problem, Values, adam
+from shapes import Tensor
+
+import mlx_fused_adam as fused
+from mlx_fused_adam import _ext
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+FUSED, FUSED_COMPILED = "fused", "fused, compiled"
+STOCK, STOCK_COMPILED = "stock", "stock, compiled"
+TORCH, SPEED_OF_LIGHT, PROBE_16_BIT = "torch fused", "speed of light", "16-bit probe"
+
+
+def as_float64(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def take(x: mx.array, indices: np.ndarray) -> np.ndarray:
+    """Elements by their row-major number, without a copy of the whole of a column-major array."""
+    places = np.unravel_index(indices, x.shape)
+    return as_float64(x[tuple(mx.array(place.astype(np.uint32)) for place in places)])
+
+
+class MlxAdam:
+    """An mlx.optimizers.Adam, or ours, applied through apply_gradients."""
+
+    def __init__(
+        self, kind: type[stock.Adam], problem: Problem, compiled: bool, bias_correction: bool
+    ):
+        self.problem = problem
+        self.tensors = problem.tensors
+        self.dtype = problem.dtype
+        self.optimizer = kind(LEARNING_RATE, list(BETAS), EPS, bias_correction=bias_correction)
+        self.optimizer.state = problem.state  # shared by all MLX contenders: they use one memory
+        self.optimizer.init(problem.parameters)
+        self.captured = [problem.parameters, self.optimizer.state]
+        self.apply: Callable[[dict], Any] = self._apply
+        if compiled:
+            self.apply = mx.compile(self._apply, inputs=self.captured, outputs=self.captured)
+
+    def _apply(self, gradients: dict[str, mx.array]) -> None:
+        parameters = self.problem.parameters
+        parameters.update(self.optimizer.apply_gradients(gradients, parameters))
+
+    def step(self) -> None:
+        self.apply(self.problem.gradients)
+        mx.eval(self.captured)
+
+    def sample(self, path: str, indices: np.ndarray) -> Values:
+        state = self.problem.state[path]
+        arrays = {
+            "parameter": self.problem.parameters[path],
+            "gradient": self.problem.gradients[path],
+        }
+        return {
+            name: take(x, indices) for name, x in (arrays | {k: state[k] for k in "mv"}).items()
+        }
+
+    def expect(self, before: Values) -> Values:
+        step = self.optimizer.step.item() + 1 if self.optimizer.bias_correction else None
+        return adam(before, step)
+
+
+class TorchAdam:
+    """torch.optim.Adam(fused=True). It always corrects the bias, which costs no traffic.
+
+    Its gradients are row-major, as torch's autograd makes them. (Given a column-major one, torch
+    2.13 on the CPU reads it in memory order: the step is wrong, and slower.)
+    """
+
+    def __init__(self, problem: Problem, device: str):
+        self.tensors = problem.tensors
+        self.dtype = problem.dtype
+        self.device = device
+        self.parameters = {}
+        for path, parameter in problem.parameters.items():
+            tensor = torch.nn.Parameter(self._copy(parameter))
+            tensor.grad = self._copy(problem.gradients[path])
+            self.parameters[path] = tensor
+        self.optimizer = torch.optim.Adam(
+            self.parameters.values(), LEARNING_RATE, BETAS, EPS, fused=True
+        )
+        for path, tensor in self.parameters.items():
+            self.optimizer.state[tensor] = {
+                "step": torch.full((), float(START), device=device),
+                "exp_avg": self._copy(problem.state[path]["m"]),
+                "exp_avg_sq": self._copy(problem.state[path]["v"]),
+            }
+        self.steps = START
+
+    def _copy(self, x: mx.array) -> Any:
+        if x.dtype == mx.bfloat16:  # NumPy has no bfloat16: hand over the bits
+            bits = np.array(mx.contiguous(x).view(mx.uint16))
+            return torch.from_numpy(bits).view(torch.bfloat16).to(self.device)
+        return torch.from_numpy(np.array(x, order="C")).to(self.device)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+        if self.device == "mps":
+            torch.mps.synchronize()
+
+    def sample(self, path: str, indices: np.ndarray) -> Values:
+        parameter = self.parameters[path]
+        state = self.optimizer.state[parameter]
+        where = torch.from_numpy(indices).to(self.device)
+        tensors = {
+            "parameter": parameter.detach(),
+            "gradient": parameter.grad,
+            "m": state["exp_avg"],
+            "v": state["exp_avg_sq"],
+        }
+        return {
+            name: x.flatten()[where].float().cpu().numpy().astype(np.float64)
+            for name, x in tensors.items()
+        }
+
+    def expect(self, before: Values) -> Values:
+        return adam(before, self.steps + 1)
+
+
+class TrafficProbe:
+    """An update's reads and writes, in place, with one addition for each write.
+
+    It has all bytes of the case in one row-major tensor. In float32, whatever the case's dtype,
+    neither conversions nor the number of tensors slow it down: the least that a step of the same
+    traffic can cost. In a 16-bit dtype it shows what the conversions take of that.
+    """
+
+    def __init__(self, problem: Problem, dtype: mx.Dtype):
+        self.dtype = dtype
+        size = problem.size * problem.dtype.size // dtype.size
+        self.tensors = [Tensor("all", (size,))]
+        self.gradient = mx.full((size,), 0.5, dtype)
+        self.state = [mx.zeros((size,), dtype) for _ in range(3)]
+        mx.eval(self.gradient, self.state)
+
+    def step(self) -> None:
+        parameter, m, v = self.state
+        self.state.clear()
+        self.state += _ext.traffic_probe(parameter, self.gradient, m, v)
+        del parameter, m, v
+        mx.eval(self.state)
+
+    def sample(self, path: str, indices: np.ndarray) -> Values:
+        arrays = dict(zip(("parameter", "m", "v"), self.state, strict=True), gradient=self.gradient)
+        return {name: take(x, indices) for name, x in arrays.items()}
+
+    def expect(self, before: Values) -> Values:
+        return {name: before[name] + before["gradient"] for name in ("parameter", "m", "v")}
+
+
+def torch_device(device: str) -> str | None:
+    """Where torch runs the same work, or None if it is absent or has no such device."""
+    if torch is None:
+        return None
+    if device == "cpu":
+        return "cpu"
+    return "mps" if torch.backends.mps.is_available() else None
+
+
+def make_contenders(
+    problem: Problem, device: str, bias_correction: bool
+) -> dict[str, Callable[[], Any]]:
+    """Name to a function that makes the contender, so that one may fail without the others."""
+    makers: dict[str, Callable[[], Any]] = {
+        FUSED: lambda: MlxAdam(fused.Adam, problem, False, bias_correction),
+        FUSED_COMPILED: lambda: MlxAdam(fused.Adam, problem, True, bias_correction),
+        STOCK: lambda: MlxAdam(stock.Adam, problem, False, bias_correction),
+        STOCK_COMPILED: lambda: MlxAdam(stock.Adam, problem, True, bias_correction),
+    }
+    if where := torch_device(device):
+        makers[TORCH] = lambda: TorchAdam(problem, where)
+    makers[SPEED_OF_LIGHT] = lambda: TrafficProbe(problem, mx.float32)
+    if problem.dtype.size == 2 and len(problem.tensors) == 1:
+        makers[PROBE_16_BIT] = lambda: TrafficProbe(problem, problem.dtype)
+    return makers
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": sys.version.split()[0],
+        "mlx": mx.__version__,
+        "mlx-fused-adam": fused.__version__,
+        **({"torch": torch.__version__} if torch else {}),
+    }

@@ -1,0 +1,98 @@
+"""The one place that takes times: warm-up, interleaved turns, median and spread.
+
+Every contender has a turn in every round, in an order drawn anew, so that drift of the machine hits
+all alike. A turn opens with an untimed call, so that nobody pays for the caches and the
+still-spinning threads of the one before.
+"""
+
+import gc
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+Step = Callable[[], object]
+
+TURN_SECONDS = 0.02  # fast contenders repeat their step until a turn lasts about this long
+MOST_REPEATS = 50
+MOST_ROUNDS = 15
+LONG_STEP_SECONDS = 0.5  # a step this long outlasts what an untimed call would absorb
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per step."""
+
+    median: float
+    low: float  # the quartiles: half of all samples lie between
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1)
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(statistics.median(seconds), low, high, len(seconds))
+
+
+def measure(
+    steps: Mapping[str, Step],
+    seconds: float,
+    fewest_rounds: int,
+    on_round: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, Timing]:
+    """Time each step; `seconds` is a wish, which slow steps and `fewest_rounds` may overrun."""
+    with _no_garbage_collection():
+        cost = {name: _warm_up(step) for name, step in steps.items()}
+        is_long = {name: cost[name] > LONG_STEP_SECONDS for name in steps}
+        repeats = {
+            name: min(MOST_REPEATS, max(1, round(TURN_SECONDS / cost[name]))) for name in steps
+        }
+        round_seconds = sum((1 + repeats[name]) * cost[name] for name in steps)
+        rounds = max(fewest_rounds, min(MOST_ROUNDS, int(seconds / round_seconds)))
+
+        # A long step needs no warming up: its first call counts, and it sits out the last round.
+        samples = {name: [cost[name]] if is_long[name] else [] for name in steps}
+        for done, order in enumerate(_orders(list(steps), rounds)):
+            for name in order:
+                if is_long[name]:
+                    if done + 1 < rounds:
+                        samples[name].append(_seconds_of(steps[name]))
+                    continue
+                steps[name]()
+                samples[name] += [_seconds_of(steps[name]) for _ in range(repeats[name])]
+            on_round((done + 1) / rounds)
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _orders(names: list[str], rounds: int) -> Iterator[list[str]]:
+    generator = random.Random(0)
+    for _ in range(rounds):
+        yield generator.sample(names, len(names))
+
+
+def _warm_up(step: Step) -> float:
+    """The seconds of a step once it is warm; a long step is taken at its first word."""
+    seconds = _seconds_of(step)
+    if seconds < LONG_STEP_SECONDS:
+        seconds = min(_seconds_of(step) for _ in range(3))
+    return seconds
+
+
+def _seconds_of(step: Step) -> float:
+    start = perf_counter()
+    step()
+    return perf_counter() - start
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

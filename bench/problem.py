@@ -1,0 +1,163 @@
+"""The tensors of one benchmark case, and an exact account of what one Adam step must make of them.
+
+`check_step` lets a contender take one step and compares samples of every tensor with the update in
+float64, so no result is timed that is not right. Method: Kingma & Ba 2015; MLX's form without bias
+correction, torch's with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+from shapes import Tensor
+
+LEARNING_RATE = 1e-3
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+START = 1000  # a problem's steps so far: at the first, 1 - beta2**step is rough in float32
+
+SAMPLES = 1 << 21  # elements compared per case, shared among its tensors
+FEWEST_SAMPLES = 4096  # per tensor; smaller tensors are compared whole
+
+# What a right step may be off by: a few roundings of a stored value, and a relative part of each
+# computed quantity. Stock computes in the storage dtype, with about eight roundings on the way and
+# beta2 = 0.999 itself rounded to 1 in bfloat16; the 16-bit figures allow for that.
+RELATIVE_ERROR = {mx.float32: 1e-5, mx.bfloat16: 4e-2, mx.float16: 5e-3}
+STORED_ERROR = {mx.float32: 2.0**-22, mx.bfloat16: 2.0**-7, mx.float16: 2.0**-10}
+
+Values = dict[str, np.ndarray]  # "parameter", "gradient", "m", "v", each a float64 vector
+
+
+class Incorrect(Exception):
+    """A contender's result is not an Adam step; the message names tensor, quantity and error."""
+
+
+class Checked(Protocol):
+    """What `check_step` needs of a contender."""
+
+    tensors: list[Tensor]
+    dtype: mx.Dtype
+
+    def step(self) -> object: ...
+    def sample(self, path: str, indices: np.ndarray) -> Values: ...
+    def expect(self, before: Values) -> Values: ...
+
+
+@dataclass
+class Problem:
+    """Parameters, gradients, m and v, keyed by path, in one dtype."""
+
+    tensors: list[Tensor]
+    dtype: mx.Dtype
+    parameters: dict[str, mx.array]
+    gradients: dict[str, mx.array]
+    state: dict[str, Any]  # as mlx.optimizers keeps it: step, learning_rate, and m and v by path
+
+    @classmethod
+    def random(cls, tensors: list[Tensor], dtype: mx.Dtype, seed: int = 0) -> "Problem":
+        """Values at which a wrong result shows even in bfloat16, and no subnormal number arises.
+
+        With |gradient| in [0.3, 1] and v near 0.001 one step moves v by a third or more and
+        parameters by several of bfloat16's spacings, while beta2's share of gradient**2 stays above
+        float16's smallest normal number.
+        """
+        keys = iter(mx.random.split(mx.random.key(seed), 4 * len(tensors)))
+
+        def uniform(shape: tuple[int, ...], low: float, high: float) -> mx.array:
+            x = mx.random.uniform(low, high, shape, dtype, key=next(keys))
+            mx.eval(x)
+            return x
+
+        def gradient(tensor: Tensor) -> mx.array:
+            x = uniform(tensor.shape[::-1] if tensor.column_major else tensor.shape, -0.7, 0.7)
+            x = x + mx.where(x < 0, mx.array(-0.3, dtype), mx.array(0.3, dtype))
+            x = x.T if tensor.column_major else x
+            mx.eval(x)
+            return x
+
+        state: dict[str, Any] = {
+            t.path: {"m": uniform(t.shape, -0.1, 0.1), "v": uniform(t.shape, 5e-4, 2e-3)}
+            for t in tensors
+        }
+        state["step"] = mx.array(START, mx.uint64)
+        state["learning_rate"] = mx.array(LEARNING_RATE)
+        parameters = {t.path: uniform(t.shape, -0.05, 0.05) for t in tensors}
+        return cls(tensors, dtype, parameters, {t.path: gradient(t) for t in tensors}, state)
+
+    def restore(self) -> None:
+        """Undo what a wrong step did to the arrays that others go on with."""
+        fresh = Problem.random(self.tensors, self.dtype)
+        self.parameters.update(fresh.parameters)
+        self.state.update(fresh.state)
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Reads of parameter, gradient, m and v, and writes of parameter, m and v."""
+        return 7 * self.size * self.dtype.size
+
+
+def adam(before: Values, step: int | None) -> Values:
+    """One update in float64; `step` counts from 1 and asks for bias correction."""
+    (beta1, beta2), g = BETAS, before["gradient"]
+    m = beta1 * before["m"] + (1 - beta1) * g
+    v = beta2 * before["v"] + (1 - beta2) * g * g
+    correct1, correct2 = (1.0, 1.0) if step is None else (1 - beta1**step, 1 - beta2**step)
+    update = LEARNING_RATE * (m / correct1) / (np.sqrt(v / correct2) + EPS)
+    return {"parameter": before["parameter"] - update, "m": m, "v": v}
+
+
+def sampled_indices(tensor: Tensor, most: int, seed: int = 0) -> np.ndarray:
+    """All of a small tensor; of a large one both ends, where tails go wrong, and random places."""
+    if tensor.size <= most:
+        return np.arange(tensor.size)
+    end = most // 8
+    inner = np.random.default_rng(seed).integers(end, tensor.size - end, most - 2 * end)
+    return np.concatenate(
+        [np.arange(end), np.sort(inner), np.arange(tensor.size - end, tensor.size)]
+    )
+
+
+def check_step(contender: Checked, around_step: Callable[[Callable], object]) -> float:
+    """Take one step through `around_step`; return the worst error over its tolerance.
+
+    Raises Incorrect where that is above 1.
+    """
+    tensors = contender.tensors
+    most = max(FEWEST_SAMPLES, SAMPLES // max(1, len(tensors)))
+    indices = {tensor.path: sampled_indices(tensor, most) for tensor in tensors}
+    before = {path: contender.sample(path, where) for path, where in indices.items()}
+    expected = {path: contender.expect(values) for path, values in before.items()}
+    around_step(contender.step)
+    worst = 0.0
+    for path, where in indices.items():
+        after = contender.sample(path, where)
+        scale = contender.expect(_magnitudes(before[path]))
+        for quantity, right in expected[path].items():
+            error = _error(
+                before[path][quantity], right, after[quantity], scale[quantity], contender.dtype
+            )
+            if not error <= 1:  # so that NaN fails too
+                raise Incorrect(f"{quantity} of {path} is off by {error:.3g} times the tolerance")
+            worst = max(worst, error)
+    return worst
+
+
+def _magnitudes(before: Values) -> Values:
+    """Values whose step measures the terms of the real one before any of them cancel."""
+    absolute = {name: np.abs(x) for name, x in before.items()}
+    return absolute | {"parameter": np.zeros_like(absolute["parameter"])}
+
+
+def _error(
+    old: np.ndarray, right: np.ndarray, got: np.ndarray, scale: np.ndarray, dtype: mx.Dtype
+) -> float:
+    """The largest error as a multiple of what rounding explains."""
+    stored = STORED_ERROR[dtype] * np.maximum(np.abs(old), np.abs(right))
+    allowed = RELATIVE_ERROR[dtype] * np.abs(scale) + stored
+    return float(np.max(np.abs(got - right) / allowed, initial=0.0))

@@ -1,0 +1,298 @@
+"""Train a small decoder-only transformer on real text: `python examples/train.py [FILE]`.
+
+Shows loss, speed and the optimizer's share while it runs, then a sample of generated text, and
+saves the loss curve. `--compare` trains a second copy with mlx.optimizers.AdamW, step for step from
+the same seed. Needs MLX and this package; tqdm and matplotlib (`pip install '.[examples]'`) make
+progress and picture nicer.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NoReturn
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as stock
+from loss_plot import save_loss_plot, smoothed
+from mlx.utils import tree_flatten
+from progress import progress_bar
+from text_data import BadInput, Corpus, read_text
+from transformer import Transformer, generate, mean_loss
+
+import mlx_fused_adam as fused
+
+SPLIT_EVERY = 10  # steps; see Run.split_step
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
+
+
+class Run:
+    """One model with its optimizer, and the record of its training."""
+
+    def __init__(
+        self, name: str, kind: type[stock.AdamW], corpus: Corpus, options: argparse.Namespace
+    ):
+        mx.random.seed(options.seed)
+        self.name = name
+        self.model = Transformer(
+            len(corpus.characters), options.context, options.dims, options.heads, options.layers
+        )
+        self.optimizer = kind(
+            learning_rate_schedule(options.learning_rate, options.steps),
+            betas=[0.9, 0.98],
+            weight_decay=options.weight_decay,
+            bias_correction=True,
+        )
+        self.optimizer.init(self.model.trainable_parameters())
+        self.loss_and_gradients = nn.value_and_grad(self.model, mean_loss)
+        self.state = [self.model.state, self.optimizer.state]
+        mx.eval(self.state)
+        self._whole = mx.compile(self._train, inputs=self.state, outputs=self.state)
+        self._gradients = mx.compile(self._differentiate, inputs=[self.model.state])
+        self._update = mx.compile(self._apply, inputs=self.state, outputs=self.state)
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self.update_seconds: list[float] = []
+        self.split_seconds: list[float] = []
+
+    def _train(self, inputs: mx.array, targets: mx.array) -> mx.array:
+        loss, gradients = self.loss_and_gradients(self.model, inputs, targets)
+        self.optimizer.update(self.model, gradients)
+        return loss
+
+    def _differentiate(self, inputs: mx.array, targets: mx.array) -> tuple[mx.array, Any]:
+        parameters = self.model.trainable_parameters()
+        result = self.loss_and_gradients(self.model, inputs, targets)
+        self.model.update(parameters)  # value_and_grad leaves its tracers in the model
+        return result
+
+    def _apply(self, gradients: Any) -> None:
+        self.optimizer.update(self.model, gradients)
+
+    def step(self, inputs: mx.array, targets: mx.array, split: bool) -> None:
+        start = perf_counter()
+        loss = self.split_step(inputs, targets) if split else self.whole_step(inputs, targets)
+        self.step_seconds.append(perf_counter() - start)
+        self.losses.append(loss.item())
+
+    def whole_step(self, inputs: mx.array, targets: mx.array) -> mx.array:
+        loss = self._whole(inputs, targets)
+        mx.eval(loss, self.state)
+        return loss
+
+    def split_step(self, inputs: mx.array, targets: mx.array) -> mx.array:
+        """The same step in two parts, so that the update can be timed.
+
+        A compiled step is one graph, with no moment at which the update begins; hence every tenth
+        step evaluates the gradients first and the update, compiled by itself, after them.
+        """
+        start = perf_counter()
+        loss, gradients = self._gradients(inputs, targets)
+        mx.eval(loss, gradients)
+        middle = perf_counter()
+        self._update(gradients)
+        mx.eval(self.state)
+        end = perf_counter()
+        self.update_seconds.append(end - middle)
+        self.split_seconds.append(end - start)
+        return loss
+
+    @property
+    def step_time(self) -> float:
+        return statistics.median(_without_compilation(self.step_seconds, 2))
+
+    @property
+    def update_time(self) -> float:
+        return statistics.median(_without_compilation(self.update_seconds, 1))
+
+    @property
+    def update_share(self) -> float:
+        return self.update_time / statistics.median(_without_compilation(self.split_seconds, 1))
+
+    def held_out_loss(self, corpus: Corpus, batches: int = 8, batch_size: int = 16) -> float:
+        total = 0.0
+        for _ in range(batches):
+            total += mean_loss(self.model, *corpus.batch(corpus.held_out, batch_size)).item()
+        return total / batches
+
+
+def _without_compilation(seconds: list[float], compiling: int) -> list[float]:
+    """The first calls compile; they are left out as long as there are others."""
+    return seconds[compiling:] or seconds
+
+
+def learning_rate_schedule(peak: float, steps: int) -> Any:
+    """Linear warm-up over the first twentieth, then a cosine down to a tenth."""
+    warm_up = max(1, steps // 20)
+    return stock.join_schedules(
+        [
+            stock.linear_schedule(peak / 10, peak, warm_up),
+            stock.cosine_decay(peak, max(1, steps - warm_up), end=peak / 10),
+        ],
+        [warm_up],
+    )
+
+
+def train(runs: list[Run], corpus: Corpus, options: argparse.Namespace) -> None:
+    """Every run takes each step in turn, on the same batch: the machine's moods hit both."""
+    mx.random.seed(options.seed)
+    tokens_per_step = options.batch_size * options.context
+    bar = progress_bar(options.steps)
+    for i in bar:
+        batch = corpus.batch(corpus.train, options.batch_size)
+        mx.eval(batch)
+        for run in runs if i % 2 else reversed(runs):
+            run.step(*batch, split=i % SPLIT_EVERY == 0)
+        if i % 5 == 0 or i == options.steps - 1:
+            bar.set_postfix_str(
+                " | ".join(
+                    f"{run.name}: loss {smoothed(run.losses[-100:])[-1]:.3f}, "
+                    f"{tokens_per_step / run.step_time:,.0f} tokens/s, "
+                    f"optimizer {100 * run.update_share:.2f}%"
+                    for run in runs
+                ),
+                refresh=False,
+            )
+
+
+def report(runs: list[Run], corpus: Corpus, options: argparse.Namespace) -> None:
+    for run in runs:
+        mx.random.seed(options.seed)
+        print(
+            f"{run.name}: loss from {run.losses[0]:.3f} to {smoothed(run.losses)[-1]:.3f}, "
+            f"{run.held_out_loss(corpus):.3f} held out; {1e3 * run.step_time:.1f} ms a step, "
+            f"{1e3 * run.update_time:.2f} ms of it optimizer ({100 * run.update_share:.2f}%); "
+            f"{sum(run.step_seconds):.0f} s in all"
+        )
+
+
+def report_comparison(ours: Run, theirs: Run) -> None:
+    different = [
+        i
+        for i, pair in enumerate(zip(ours.losses, theirs.losses, strict=True), 1)
+        if pair[0] != pair[1]
+    ]
+    steps = len(ours.losses)
+    if different:
+        print(f"losses: {len(different)} of {steps} steps differ, the first is step {different[0]}")
+    else:
+        print(f"losses: bit-identical at each of the {steps} steps")
+    unequal = [
+        path
+        for (path, a), (_, b) in zip(
+            *(tree_flatten(run.state) for run in (ours, theirs)), strict=True
+        )
+        if not mx.array_equal(a, b)
+    ]
+    print(
+        f"parameters and state after the last step: {len(unequal)} tensors differ"
+        if unequal
+        else "parameters and state after the last step: bit-identical"
+    )
+    print(
+        f"optimizer time: {1e3 * theirs.update_time:.2f} ms {theirs.name}, "
+        f"{1e3 * ours.update_time:.2f} ms {ours.name}: "
+        f"{theirs.update_time / ours.update_time:.1f} times faster; "
+        f"whole step: {theirs.step_time / ours.step_time:.3f} times faster"
+    )
+
+
+def show_sample(run: Run, corpus: Corpus, options: argparse.Namespace) -> None:
+    """Continue the first words of the held-out text, which the model has not seen."""
+    prompt = corpus.text[corpus.train.size :].partition("\n\n")[2][: options.context]
+    prompt = prompt.rpartition(" ")[0] or corpus.text[: options.context]
+    mx.random.seed(options.seed)
+    tokens = generate(
+        run.model, corpus.encode(prompt), options.sample, options.context, options.temperature
+    )
+    print(f"\nSample, after the prompt {prompt!r}:\n{corpus.decode(tokens)}\n")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 but got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive but got {text}")
+    return value
+
+
+def weight_decay(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0 but got {text}")
+    return value
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("text", nargs="?", help="UTF-8 text file; by default the prose in pydoc_data.topics")
+    add("--compare", action="store_true", help="also train with mlx.optimizers.AdamW")
+    add("--steps", type=positive_int, default=900)
+    add("--batch-size", type=positive_int, default=8)
+    add("--context", type=positive_int, default=64, help="characters the model looks back")
+    add("--dims", type=positive_int, default=96)
+    add("--heads", type=positive_int, default=4)
+    add("--layers", type=positive_int, default=2)
+    add("--learning-rate", type=positive_float, default=5e-3)
+    add("--weight-decay", type=weight_decay, default=0.1)
+    add("--seed", type=int, default=0)
+    add("--sample", type=positive_int, default=400, help="characters to generate at the end")
+    add("--temperature", type=positive_float, default=0.7)
+    add("--output", type=Path, default=Path("loss.png"), help="picture of the loss curve")
+    options = parser.parse_args(arguments)
+    if options.dims % options.heads:
+        parser.error(f"--dims {options.dims} is not a multiple of --heads {options.heads}")
+    if not 0 <= options.seed < 2**64:
+        parser.error(f"--seed must be from 0 to 2**64 - 1 but got {options.seed}")
+    if options.output.suffix not in PICTURES:
+        parser.error(f"--output: {options.output} must end in one of {', '.join(PICTURES)}")
+    if not options.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.parent}")
+    try:
+        options.corpus = Corpus(read_text(options.text), options.context)
+    except BadInput as error:
+        parser.error(str(error))
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    corpus = options.corpus
+    runs = [Run("fused", fused.AdamW, corpus, options)]
+    if options.compare:
+        runs.insert(0, Run("stock", stock.AdamW, corpus, options))
+    ours = runs[-1]
+    count = sum(x.size for _, x in tree_flatten(ours.model.parameters()))
+    print(
+        f"{count:,} parameters, {len(corpus.text):,} characters of text, "
+        f"updates by: {ours.optimizer.backend}"
+    )
+    try:
+        train(runs, corpus, options)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
+    report(runs, corpus, options)
+    if options.compare:
+        report_comparison(ours, runs[0])
+    show_sample(ours, corpus, options)
+    print(f"Loss curve: {save_loss_plot(options.output, {run.name: run.losses for run in runs})}")
+
+
+if __name__ == "__main__":
+    main()
