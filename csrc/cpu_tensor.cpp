@@ -18,9 +18,11 @@ namespace {
 constexpr size_t kRun = 1 << 15;
 // Elements gathered at a time: four float32 buffers of this many stay in the first-level cache.
 constexpr size_t kGather = 1 << 10;
-// Side of a transposed tile: whole cache lines of gradient and state, and both tiles at hand in the second-level cache ...
-constexpr size_t kTile = 64;
-// ... and sides of the block of tiles that is a unit of work.
+// Bytes of a transposed tile's sides: down the gradient's columns and along the parameter's rows. Whole cache lines of
+// both, and two tiles of all four arrays at hand in the second-level cache ...
+constexpr size_t kTileRowBytes = 256;
+constexpr size_t kTileColumnBytes = 512;
+// ... and elements of the sides of the block of tiles that is a unit of work.
 constexpr size_t kBlockRows = 256;
 constexpr size_t kBlockColumns = 512;
 constexpr size_t kCacheLine = 64;
@@ -112,8 +114,22 @@ void Tensor::run(size_t unit, AdamScalars<float> scalars, AdamConstants constant
   }
 }
 
-size_t Tensor::blocks_across() const { return divide_up(layout_.columns, kBlockColumns); }
-size_t Tensor::blocks_down() const { return divide_up(layout_.rows, kBlockRows); }
+// The tiles' grid begins before the matrix by what its first element lies past a cache line, so that the edges of tiles
+// fall on the edges of lines: MLX's buffers begin in the middle of one.
+size_t Tensor::row_shift() const {
+  return reinterpret_cast<uintptr_t>(base_.gradient) % kCacheLine / gradient_bytes_;
+}
+size_t Tensor::column_shift() const {
+  return reinterpret_cast<uintptr_t>(base_.parameter) % kCacheLine / parameter_bytes_;
+}
+
+size_t Tensor::tile_rows() const { return kTileRowBytes / gradient_bytes_; }
+size_t Tensor::tile_columns() const { return kTileColumnBytes / parameter_bytes_; }
+
+size_t Tensor::blocks_across() const {
+  return divide_up(layout_.columns + column_shift(), kBlockColumns);
+}
+size_t Tensor::blocks_down() const { return divide_up(layout_.rows + row_shift(), kBlockRows); }
 
 Run Tensor::at(int64_t state_offset, int64_t gradient_offset) const {
   return {base_.parameter + state_offset * int64_t(parameter_bytes_),
@@ -153,33 +169,43 @@ void Tensor::prefetch_share(const Tile& tile, size_t share, size_t shares) const
 }
 
 void Tensor::run_tiled(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
-  alignas(kCacheLine) char transposed[kTile * kTile * sizeof(float)];
+  alignas(kCacheLine) char transposed[kTileRowBytes * kTileColumnBytes / sizeof(uint16_t)];
   int64_t batch = unit / (blocks_down() * blocks_across());
+  // Rows and columns of the grid, which begins row_shift() and column_shift() before the matrix.
   size_t first_row = unit / blocks_across() % blocks_down() * kBlockRows;
   size_t first_column = unit % blocks_across() * kBlockColumns;
-  size_t end_row = std::min<size_t>(first_row + kBlockRows, layout_.rows);
-  size_t end_column = std::min<size_t>(first_column + kBlockColumns, layout_.columns);
-  size_t tiles_across = divide_up(end_column - first_column, kTile);
-  size_t tiles = tiles_across * divide_up(end_row - first_row, kTile);
+  size_t grid_rows = layout_.rows + row_shift();
+  size_t grid_columns = layout_.columns + column_shift();
+  size_t end_row = std::min(first_row + kBlockRows, grid_rows);
+  size_t end_column = std::min(first_column + kBlockColumns, grid_columns);
+  size_t tiles_across = divide_up(end_column - first_column, tile_columns());
+  size_t tiles = tiles_across * divide_up(end_row - first_row, tile_rows());
   int64_t state = offset_of(batch, layout_.shape, layout_.strides[0]);
   int64_t gradient = offset_of(batch, layout_.shape, layout_.strides[1]);
   auto tile_at = [&](size_t index) {
-    size_t row = first_row + index / tiles_across * kTile;
-    size_t column = first_column + index % tiles_across * kTile;
+    size_t row = first_row + index / tiles_across * tile_rows();
+    size_t column = first_column + index % tiles_across * tile_columns();
+    size_t next_row = std::min(row + tile_rows(), end_row);
+    size_t next_column = std::min(column + tile_columns(), end_column);
+    row = std::max(row, row_shift());
+    column = std::max(column, column_shift());
     return Tile{state,
                 gradient,
-                row,
-                column,
-                std::min(kTile, end_row - row),
-                std::min(kTile, end_column - column)};
+                row - row_shift(),
+                column - column_shift(),
+                next_row - row,
+                next_column - column};
   };
 
+  Tile next = tile_at(0);
   for (size_t index = 0; index < tiles; ++index) {
-    Tile tile = tile_at(index);
+    Tile tile = next;
+    bool is_last = index + 1 == tiles;
+    if (!is_last) next = tile_at(index + 1);
     transpose_(gradient_column(tile, 0), layout_.gradient_column_stride, tile.rows, tile.columns,
                transposed);
     for (size_t i = 0; i < tile.rows; ++i) {
-      if (index + 1 < tiles) prefetch_share(tile_at(index + 1), i, tile.rows);
+      if (!is_last) prefetch_share(next, i, tile.rows);
       Run row = state_row(tile, i);
       row.gradient = transposed + i * tile.columns * gradient_bytes_;
       update_(row, tile.columns, scalars, constants);

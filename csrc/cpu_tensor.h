@@ -26,6 +26,10 @@ class Tensor {
   void run_linear(size_t unit, AdamScalars<float>, AdamConstants) const;
   void run_tiled(size_t unit, AdamScalars<float>, AdamConstants) const;
   void run_general(size_t unit, AdamScalars<float>, AdamConstants) const;
+  size_t tile_rows() const;
+  size_t tile_columns() const;
+  size_t row_shift() const;
+  size_t column_shift() const;
   size_t blocks_across() const;
   size_t blocks_down() const;
   // The pointers moved on, those of the gradient by another number of elements than those of the state.
