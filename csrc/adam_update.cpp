@@ -81,10 +81,11 @@ AdamConstants constants_of(const AdamHyperparameters& h) {
 }
 
 // Learning rate and step are often lazy, so their arithmetic is part of the graph: a few scalar operations a step, by
-// MLX itself and therefore equal to stock's on every device.
+// MLX itself and therefore equal to stock's on every device. Where the learning rate is all there is, none are needed.
 mx::array scalars_of(const mx::array& learning_rate, const std::optional<mx::array>& step,
                      const AdamHyperparameters& h, mx::Stream s) {
   auto lr = scalar("learning_rate", learning_rate, s);
+  if (!h.bias_correction && h.weight_decay == 0.0) return lr;
   AdamScalars<mx::array> scalars{lr, constant(1.0), constant(1.0)};
   if (h.bias_correction) {
     if (!step) refuse("step must be given with bias_correction but got None");
@@ -102,6 +103,7 @@ mx::array scalars_of(const mx::array& learning_rate, const std::optional<mx::arr
 }
 
 AdamScalars<mx::array> unpack(const mx::array& scalars) {
+  if (scalars.ndim() == 0) return {scalars, constant(1.0), constant(1.0)};
   auto at = [&](int i) { return mx::reshape(mx::slice(scalars, {i}, {i + 1}), {}); };
   return {at(0), at(1), at(2)};
 }
@@ -179,7 +181,7 @@ AdamResults traffic_probe(const AdamTensors& tensors, mx::StreamOrDevice s,
                           const TensorName& name) {
   check(tensors, name);
   auto stream = mx::to_stream(s);
-  return build(tensors, mx::zeros({3}, mx::float32, stream), true, stream, [&] {
+  return build(tensors, mx::array(0.0f), true, stream, [&] {
     return std::make_shared<AdamUpdate>(stream, UpdateRule::traffic, AdamConstants{});
   });
 }

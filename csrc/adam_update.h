@@ -51,7 +51,8 @@ AdamResults traffic_probe(const AdamTensors& tensors, mlx::core::StreamOrDevice 
 
 enum class UpdateRule { adam, traffic };
 
-// Inputs: scalars (float32, [3]: the fields of AdamScalars), then parameter, gradient, m, v of each tensor.
+// Inputs: scalars (float32; [3]: the fields of AdamScalars, or []: step_size, the others being 1), then parameter,
+// gradient, m, v of each tensor.
 // Outputs: parameter, m, v of each tensor. All tensors of a node share their three dtypes.
 class AdamUpdate : public mlx::core::Primitive {
  public:

@@ -16,7 +16,7 @@ namespace mx = mlx::core;
 namespace {
 
 // Below this many elements in a node, waking another thread costs more than it saves.
-constexpr size_t kWorthThreads = 1 << 15;
+constexpr size_t kWorthThreads = 1 << 18;
 
 // A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and could
 // not be updated in place. Waiting costs a moment of a thread that only queues work. With a GPU in the process the
@@ -58,8 +58,10 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
   for (auto& input : inputs) encoder.set_input_array(input);
   for (auto& output : outputs) encoder.set_output_array(output);
   encoder.dispatch([tensors = std::move(tensors), units, elements, packed = inputs[0].data<float>(),
-                    packed_holder = inputs[0].data_shared_ptr(), constants = constants_] {
-    AdamScalars<float> scalars{packed[0], packed[1], packed[2]};
+                    count = inputs[0].size(), packed_holder = inputs[0].data_shared_ptr(),
+                    constants = constants_] {
+    AdamScalars<float> scalars{packed[0], 1.0f, 1.0f};
+    if (count > 1) scalars = {packed[0], packed[1], packed[2]};
     if (elements < kWorthThreads) {
       for (size_t i = 0; i < units; ++i) run_unit(tensors, i, scalars, constants);
     } else {

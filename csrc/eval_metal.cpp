@@ -82,14 +82,15 @@ class Encoding {
     for (size_t start = 0; start < t.size(); start += kLargestLinear) {
       size_t size = std::min(kLargestLinear, t.size() - start);
       use("adam_linear");
-      encoder_.set_bytes(LinearArgs{constants_, unsigned(size), t.vectors()}, kArgs);
+      encoder_.set_bytes(LinearArgs{constants_, scalar_count(), unsigned(size), t.vectors()},
+                         kArgs);
       bind(t, kFirstTensor, start);
       dispatch_threads(divide_up(size, kElementsPerThread), 1);
     }
   }
 
   void group(const std::vector<Tensor>& tensors) {
-    GroupArgs args{constants_, {}, {}, {}};
+    GroupArgs args{constants_, scalar_count(), {}, {}, {}};
     use("adam_group");
     unsigned threads = 0;
     for (size_t i = 0; i < kGroupTensors; ++i) {
@@ -119,8 +120,8 @@ class Encoding {
     parameter_strides.push_back(layout.row_stride);
     gradient_strides.push_back(layout.gradient_column_stride);
     use("adam_tiled");
-    encoder_.set_bytes(TiledArgs{constants_, unsigned(layout.rows), unsigned(layout.columns),
-                                 unsigned(shape.size())},
+    encoder_.set_bytes(TiledArgs{constants_, scalar_count(), unsigned(layout.rows),
+                                 unsigned(layout.columns), unsigned(shape.size())},
                        kArgs);
     bind(t, kFirstTensor, 0);
     encoder_.set_vector_bytes(shape, kShape);
@@ -134,7 +135,8 @@ class Encoding {
   void general(const Tensor& t) {
     auto& layout = t.layout;
     use(needs_64_bits(t) ? "adam_general_64" : "adam_general_32");
-    encoder_.set_bytes(GeneralArgs{constants_, unsigned(layout.shape.size())}, kArgs);
+    encoder_.set_bytes(GeneralArgs{constants_, scalar_count(), unsigned(layout.shape.size())},
+                       kArgs);
     bind(t, kFirstTensor, 0);
     encoder_.set_vector_bytes(layout.shape, kShape);
     int strides_index = kParameterStrides;
@@ -169,6 +171,8 @@ class Encoding {
     }
     return furthest > std::numeric_limits<int32_t>::max();
   }
+
+  unsigned scalar_count() const { return unsigned(scalars_.size()); }
 
   void use(const char* kernel_name) {
     auto kernel = device_.get_kernel(kernel_name, library_);

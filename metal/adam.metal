@@ -20,7 +20,10 @@ struct TensorPointers {
   device S* new_v;
 };
 
-inline AdamScalars<float> load_scalars(const device float* scalars) {
+inline AdamScalars<float> load_scalars(const device float* scalars, uint count) {
+  if (count == 1) {
+    return {scalars[0], 1.0f, 1.0f};
+  }
   return {scalars[0], scalars[1], scalars[2]};
 }
 
@@ -111,7 +114,7 @@ template <typename Rule, typename P, typename G, typename S>
     uint thread_in_grid [[thread_position_in_grid]]) {
   TensorPointers<P, G, S> tensor = {parameter, gradient, m, v, new_parameter, new_m, new_v};
   update_run<Rule>(
-      tensor, thread_in_grid, args.size, args.vectors != 0, load_scalars(scalars), args.constants);
+      tensor, thread_in_grid, args.size, args.vectors != 0, load_scalars(scalars, args.scalar_count), args.constants);
 }
 
 // Several small row-major tensors in one dispatch; the grid holds the threads of all of them, one after the other.
@@ -167,7 +170,7 @@ template <typename Rule, typename P, typename G, typename S>
       thread_in_grid - first_thread,
       args.sizes[which],
       args.vectors[which] != 0,
-      load_scalars(scalars),
+      load_scalars(scalars, args.scalar_count),
       args.constants);
 }
 
@@ -224,7 +227,7 @@ template <typename Rule, typename P, typename G, typename S>
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  AdamScalars<float> step_scalars = load_scalars(scalars);
+  AdamScalars<float> step_scalars = load_scalars(scalars, args.scalar_count);
   uint column = first_column + thread_in_tile.x;
   for (uint k = thread_in_tile.y; k < kTile; k += kTileThreadRows) {
     row = first_row + k;
@@ -278,6 +281,6 @@ template <typename Rule, typename P, typename G, typename S, typename Index>
       new_parameter + at,
       new_m + at,
       new_v + at,
-      load_scalars(scalars),
+      load_scalars(scalars, args.scalar_count),
       args.constants);
 }

@@ -37,21 +37,26 @@ enum AdamLimits {
   kGeneralWidth = 1 << 20,  // of adam_general's two-dimensional grid
 };
 
+// The buffer of scalars holds the fields of AdamScalars, or step_size alone, the others being 1.
 struct LinearArgs {
   AdamConstants constants;
+  unsigned int scalar_count;
   unsigned int size;
   unsigned int vectors;  // whether every buffer is aligned for kElementsPerThread elements at once
 };
 
 struct GroupArgs {
   AdamConstants constants;
+  unsigned int scalar_count;
   unsigned int sizes[kGroupTensors];
   unsigned int vectors[kGroupTensors];
-  unsigned int thread_ends[kGroupTensors];  // tensor t belongs to the threads before thread_ends[t] and not before t - 1's
+  // Tensor t belongs to the threads before thread_ends[t] and not before those of t - 1.
+  unsigned int thread_ends[kGroupTensors];
 };
 
 struct TiledArgs {
   AdamConstants constants;
+  unsigned int scalar_count;
   unsigned int rows;
   unsigned int columns;
   unsigned int axes;  // around the matrix; at least 1
@@ -59,6 +64,7 @@ struct TiledArgs {
 
 struct GeneralArgs {
   AdamConstants constants;
+  unsigned int scalar_count;
   unsigned int axes;
 };
 
