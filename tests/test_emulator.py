@@ -531,49 +531,66 @@ def tensors(shape: tuple[int, ...], layout: str) -> list[mx.array]:
     return [w, g, m, v]
 
 
+# The layout whose kernel it hits, the text replaced, the replacement, and what must be seen of it.
 PLANTED = {
     "buffers swapped": (
-        *("linear", "device S* m [[buffer(kM)]]", "device S* m [[buffer(kV)]]"),
+        "linear",
+        "device S* m [[buffer(kM)]]",
+        "device S* m [[buffer(kV)]]",
         "bound twice|differs|nothing is bound",
     ),
     "tail one too long": (
-        *("linear", "min(size, start + kElementsPerThread)", "start + kElementsPerThread"),
+        "linear",
+        "min(size, start + kElementsPerThread)",
+        "start + kElementsPerThread",
         "ends at",
     ),
     "tail one too short": (
-        *(
-            "linear",
-            "min(size, start + kElementsPerThread)",
-            "min(size - 1, start + kElementsPerThread)",
-        ),
+        "linear",
+        "min(size, start + kElementsPerThread)",
+        "min(size - 1, start + kElementsPerThread)",
         "differs",
     ),
     "vectors where none fit": (
-        *("linear", "if (vectors && size - start >= kElementsPerThread)", "if (true)"),
+        "linear",
+        "if (vectors && size - start >= kElementsPerThread)",
+        "if (true)",
         "ends at",
     ),
     "no barrier": (
-        *("column-major", "threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
+        "column-major",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "",
         "uninitialised|no barrier between",
     ),
     "barrier for the wrong memory": (
-        *("column-major", "threadgroup_barrier(mem_flags::mem_threadgroup)"),
-        *("threadgroup_barrier(mem_flags::mem_device)", "no barrier between"),
+        "column-major",
+        "threadgroup_barrier(mem_flags::mem_threadgroup)",
+        "threadgroup_barrier(mem_flags::mem_device)",
+        "no barrier between",
     ),
     "tile too narrow": (
-        *("column-major", "tile[kTile][kTile + 1]", "tile[kTile][kTile - 1]"),
+        "column-major",
+        "tile[kTile][kTile + 1]",
+        "tile[kTile][kTile - 1]",
         "tile",
     ),
     "wrong stride": (
-        *("column-major", "column * column_stride", "column * (column_stride + 1)"),
+        "column-major",
+        "column * column_stride",
+        "column * (column_stride + 1)",
         "ends at|differs",
     ),
     "edge of the tile forgotten": (
-        *("column-major", "if (row < args.rows && column < args.columns)", "if (row < args.rows)"),
+        "column-major",
+        "if (row < args.rows && column < args.columns)",
+        "if (row < args.rows)",
         "ends at|race|bytes",
     ),
     "wrong axis": (
-        *("strided", "Index size = Index(shape[axis]);", "Index size = Index(shape[0]);"),
+        "strided",
+        "Index size = Index(shape[axis]);",
+        "Index size = Index(shape[0]);",
         "ends at|differs|race",
     ),
 }
@@ -599,6 +616,17 @@ def test_a_fault_planted_in_the_shader_is_seen(update, plant, name):
         assert "does not compile" not in str(error)
         seen = str(error)
     assert re.search(problem, seen), f"{name}: {seen or 'not seen'}"
+
+
+def test_a_tensor_that_starts_between_vectors(update):
+    """MLX's buffers start at pages on Metal, so an array's own offset decides whether vectors fit."""
+    from mlx_fused_adam import _ext
+
+    sliced = [x[1:] for x in tensors((1001,), "linear")]
+    mx.eval(sliced)
+    expected = run_update(_ext, *sliced)
+    for got, want in zip(update(*sliced), expected, strict=True):
+        assert mx.array_equal(got, want)
 
 
 LARGE = (2**16 + 1, 2**16)  # more than 2^32 elements

@@ -47,8 +47,8 @@ def test_every_instantiation_is_accepted(tmp_path):
 # What is replaced, by what, and why the compiler must refuse it.
 FAULTS = {
     "unqualified pointer parameter": (
-        "load_scalars(const device float* scalars)",
-        "load_scalars(const float* scalars)",
+        "load_scalars(const device float* scalars",
+        "load_scalars(const float* scalars",
         "no matching function for call to 'load_scalars'",
     ),
     "unqualified pointer in a struct": (
@@ -62,8 +62,8 @@ FAULTS = {
         "initialization of 'TensorPointers|no matching function",
     ),
     "constant for device": (
-        "load_scalars(const device float* scalars)",
-        "load_scalars(const constant float* scalars)",
+        "load_scalars(const device float* scalars",
+        "load_scalars(const constant float* scalars",
         "no matching function for call to 'load_scalars'",
     ),
     "device for constant": (

@@ -1,0 +1,1 @@
+"""Runs Metal kernels on Linux and checks every access; see README.md."""

@@ -1,0 +1,98 @@
+// The Python module _emulator: runs a kernel of any MSL source on NumPy arrays, for calibration and for the tests of the
+// emulator itself, and steers what the emulated extension does.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+#include <sys/mman.h>
+
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "mlx/allocator.h"
+#include "mlx/array.h"
+
+namespace nb = nanobind;
+namespace mx = mlx::core;
+using namespace nb::literals;
+
+namespace {
+
+// A buffer of a dispatch: index, array, and how the host declares it: "input", "output", "both" or "bytes".
+using Buffer = std::tuple<int, nb::ndarray<nb::device::cpu, nb::c_contig>, std::string>;
+using Sides = std::tuple<uint64_t, uint64_t, uint64_t>;
+
+emulator::Size to_size(Sides s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
+
+void run(const std::string& source, const std::string& kernel, const std::vector<Buffer>& buffers,
+         Sides grid, Sides threads_per_threadgroup,
+         const std::vector<std::pair<int, size_t>>& threadgroup_memory,
+         const std::vector<std::string>& include_dirs) {
+  static std::map<std::string, std::shared_ptr<emulator::Library>> loaded;
+  auto& library = loaded[source];
+  if (!library) library = emulator::load_library(source, include_dirs);
+  emulator::Dispatch dispatch;
+  dispatch.library = library;
+  auto found = library->kernels.find(kernel);
+  if (found == library->kernels.end()) throw std::invalid_argument("no kernel " + kernel);
+  dispatch.kernel = found->second;
+  for (auto& [index, array, use] : buffers) {
+    emulator::Binding binding;
+    binding.index = index;
+    binding.element_size = array.itemsize();
+    binding.input = use != "output";
+    binding.output = use == "output" || use == "both";
+    auto data = static_cast<char*>(array.data());
+    if (use == "bytes") {
+      binding.bytes.assign(data, data + array.nbytes());
+    } else {
+      binding.data = data;
+      binding.size = array.nbytes();
+    }
+    dispatch.bindings.push_back(std::move(binding));
+  }
+  dispatch.threadgroup_memory = threadgroup_memory;
+  dispatch.grid = to_size(grid);
+  dispatch.threads_per_threadgroup = to_size(threads_per_threadgroup);
+  emulator::validate(dispatch);
+  emulator::run(dispatch);
+}
+
+// Zeros whose pages exist only once they are touched.
+mx::array sparse_zeros(std::vector<int64_t> shape, mx::Dtype dtype) {
+  size_t count = 1;
+  for (int64_t n : shape) count *= size_t(n);
+  size_t page = 4096, bytes = count * mx::size_of(dtype);
+  char* range = static_cast<char*>(mmap(nullptr, page + bytes, PROT_READ | PROT_WRITE,
+                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (range == MAP_FAILED) throw std::bad_alloc();
+  // MLX's CPU allocator keeps the size in front of the data; the data itself begins at a page.
+  char* header = range + page - sizeof(size_t);
+  *reinterpret_cast<size_t*>(header) = bytes;
+  auto release = [range, length = page + bytes](mx::allocator::Buffer) { munmap(range, length); };
+  mx::Shape mx_shape(shape.begin(), shape.end());
+  return mx::array(mx::allocator::Data(mx::allocator::Buffer(header), release), mx_shape, dtype);
+}
+
+}  // namespace
+
+NB_MODULE(_emulator, m) {
+  m.doc() = "The Metal emulator: runs MSL kernels on the CPU and checks every access.";
+  nb::module_::import_("mlx.core");
+  m.def("run", &run, "source"_a, "kernel"_a, "buffers"_a, "grid"_a, "threads_per_threadgroup"_a,
+        "threadgroup_memory"_a = std::vector<std::pair<int, size_t>>(),
+        "include_dirs"_a = std::vector<std::string>(), nb::call_guard<nb::gil_scoped_release>());
+  m.def("sparse_zeros", &sparse_zeros, "shape"_a, "dtype"_a,
+        "Zeros of any size: only pages that are touched take memory.");
+  m.def("run_only_threadgroups", &emulator::run_only_threadgroups, "first"_a, "end"_a,
+        "Dispatches run only these of their threadgroups, by row-major index, from now on.");
+  m.def("run_all_threadgroups", &emulator::run_all_threadgroups);
+  m.def("replace_in_shaders", &emulator::replace_in_shaders, "old_text"_a, "new_text"_a,
+        "Plants a fault in every shader compiled from now on; an empty old_text ends it.");
+  m.def(
+      "dispatches", [] { return emulator::statistics().by_kernel; },
+      "How often each kernel has been run.");
+}

@@ -1,0 +1,21 @@
+# Included by the top-level CMakeLists.txt for FUSED_ADAM_GPU=emulated: libemulator, shared by _ext, which then runs
+# eval_metal.cpp on it, and by _emulator, with which the tests run kernels of their own.
+set(emulator_dir "${CMAKE_CURRENT_LIST_DIR}")
+
+add_library(emulator SHARED
+  "${emulator_dir}/checker.cpp"
+  "${emulator_dir}/dispatch.cpp"
+  "${emulator_dir}/fibers.cpp"
+  "${emulator_dir}/grid.cpp"
+  "${emulator_dir}/library.cpp"
+  "${emulator_dir}/mlx_metal.cpp")
+target_include_directories(emulator BEFORE PUBLIC "${emulator_dir}" "${emulator_dir}/include")
+target_compile_definitions(emulator PRIVATE EMULATOR_SOURCE_DIR="${emulator_dir}")
+target_link_libraries(emulator PUBLIC mlx ${CMAKE_DL_LIBS})
+
+target_sources(_ext PRIVATE "${emulator_dir}/eval_cpu_emulated.cpp")
+target_include_directories(_ext BEFORE PRIVATE "${emulator_dir}/include")
+target_link_libraries(_ext PRIVATE emulator)
+
+nanobind_add_module(_emulator NB_STATIC NB_DOMAIN mlx "${emulator_dir}/bindings.cpp")
+target_link_libraries(_emulator PRIVATE emulator)

@@ -1,0 +1,44 @@
+"""The project's shader with every instantiation that csrc/eval_metal.cpp can ask for, as one text.
+
+Used where the whole shader is compiled by another compiler: the strict check and CUDA.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SHADER = ROOT / "metal" / "adam.metal"
+INCLUDE_DIRS = [ROOT / "metal", ROOT / "csrc"]
+
+TYPES = ("float", "bfloat", "half")
+RULES = ("AdamRule", "TrafficRule")
+INDICES = ("int", "int64_t")
+
+
+def kernels(source: str) -> dict[str, list[str]]:
+    """The template parameters of each kernel template."""
+    found = re.findall(r"template <([^>]*)>\s*\[\[kernel\]\] void (\w+)", source)
+    return {name: [p.split()[-1] for p in parameters.split(",")] for parameters, name in found}
+
+
+def instantiations(
+    source: str, types: tuple[str, ...] = TYPES, rules: tuple[str, ...] = RULES
+) -> str:
+    """One line a kernel and combination of types; host names such as adam_linear<AdamRule, float, half, float>."""
+    choices = {"Rule": rules, "P": types, "G": types, "S": types, "Index": INDICES}
+    lines = []
+    for name, parameters in kernels(source).items():
+        for arguments in itertools.product(*(choices[p] for p in parameters)):
+            kernel = f"{name}<{', '.join(arguments)}>"
+            lines.append(
+                f'template [[host_name("{kernel}")]] [[kernel]] decltype({kernel}) {kernel};\n'
+            )
+    return "".join(lines)
+
+
+def full_source(types: tuple[str, ...] = TYPES, rules: tuple[str, ...] = RULES) -> str:
+    source = SHADER.read_text()
+    return source + instantiations(source, types, rules)
