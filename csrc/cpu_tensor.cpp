@@ -23,8 +23,11 @@ constexpr size_t kGather = 1 << 10;
 constexpr size_t kTileRowBytes = 256;
 constexpr size_t kTileColumnBytes = 512;
 // ... and elements of the sides of the block of tiles that is a unit of work.
-constexpr size_t kBlockRows = 256;
 constexpr size_t kBlockColumns = 512;
+constexpr size_t kBlockRows = 256;
+// Below this many elements a tensor is likely to be in the cache: its tiles are not prefetched, and a unit is one row of
+// them, so that there is work for every thread.
+constexpr size_t kSmallTensor = 1 << 20;
 constexpr size_t kCacheLine = 64;
 
 Storage storage_of(mx::Dtype dtype) {
@@ -126,10 +129,13 @@ size_t Tensor::column_shift() const {
 size_t Tensor::tile_rows() const { return kTileRowBytes / gradient_bytes_; }
 size_t Tensor::tile_columns() const { return kTileColumnBytes / parameter_bytes_; }
 
+bool Tensor::is_small() const { return size_ < kSmallTensor; }
+size_t Tensor::block_rows() const { return is_small() ? tile_rows() : kBlockRows; }
+
 size_t Tensor::blocks_across() const {
   return divide_up(layout_.columns + column_shift(), kBlockColumns);
 }
-size_t Tensor::blocks_down() const { return divide_up(layout_.rows + row_shift(), kBlockRows); }
+size_t Tensor::blocks_down() const { return divide_up(layout_.rows + row_shift(), block_rows()); }
 
 Run Tensor::at(int64_t state_offset, int64_t gradient_offset) const {
   return {base_.parameter + state_offset * int64_t(parameter_bytes_),
@@ -172,11 +178,11 @@ void Tensor::run_tiled(size_t unit, AdamScalars<float> scalars, AdamConstants co
   alignas(kCacheLine) char transposed[kTileRowBytes * kTileColumnBytes / sizeof(uint16_t)];
   int64_t batch = unit / (blocks_down() * blocks_across());
   // Rows and columns of the grid, which begins row_shift() and column_shift() before the matrix.
-  size_t first_row = unit / blocks_across() % blocks_down() * kBlockRows;
+  size_t first_row = unit / blocks_across() % blocks_down() * block_rows();
   size_t first_column = unit % blocks_across() * kBlockColumns;
   size_t grid_rows = layout_.rows + row_shift();
   size_t grid_columns = layout_.columns + column_shift();
-  size_t end_row = std::min(first_row + kBlockRows, grid_rows);
+  size_t end_row = std::min(first_row + block_rows(), grid_rows);
   size_t end_column = std::min(first_column + kBlockColumns, grid_columns);
   size_t tiles_across = divide_up(end_column - first_column, tile_columns());
   size_t tiles = tiles_across * divide_up(end_row - first_row, tile_rows());
@@ -205,7 +211,7 @@ void Tensor::run_tiled(size_t unit, AdamScalars<float> scalars, AdamConstants co
     transpose_(gradient_column(tile, 0), layout_.gradient_column_stride, tile.rows, tile.columns,
                transposed);
     for (size_t i = 0; i < tile.rows; ++i) {
-      if (!is_last) prefetch_share(next, i, tile.rows);
+      if (!is_last && !is_small()) prefetch_share(next, i, tile.rows);
       Run row = state_row(tile, i);
       row.gradient = transposed + i * tile.columns * gradient_bytes_;
       update_(row, tile.columns, scalars, constants);

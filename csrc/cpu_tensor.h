@@ -30,6 +30,8 @@ class Tensor {
   size_t tile_columns() const;
   size_t row_shift() const;
   size_t column_shift() const;
+  bool is_small() const;
+  size_t block_rows() const;
   size_t blocks_across() const;
   size_t blocks_down() const;
   // The pointers moved on, those of the gradient by another number of elements than those of the state.

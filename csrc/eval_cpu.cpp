@@ -16,7 +16,7 @@ namespace mx = mlx::core;
 namespace {
 
 // Below this many elements in a node, waking another thread costs more than it saves.
-constexpr size_t kWorthThreads = 1 << 18;
+constexpr size_t kWorthThreads = 1 << 15;
 
 // A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and could
 // not be updated in place. Waiting costs a moment of a thread that only queues work. With a GPU in the process the

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -61,6 +62,63 @@ struct Work {
   }
 };
 
+// Waking a sleeping thread takes longer than updating a tensor of average size, so a helper that is done looks out for
+// the next one for as long as one usually takes to come.
+constexpr auto kLinger = std::chrono::microseconds(100);
+
+class Helpers {
+ public:
+  void offer(const std::shared_ptr<Work>& work, size_t wanted) {
+    size_t present;
+    {
+      std::lock_guard lock(mutex_);
+      current_ = work;
+      ++offers_;
+      present = std::min(wanted, lingering_);
+    }
+    if (present == wanted) return;
+    auto& threads = pool(wanted);
+    for (size_t i = present; i < wanted; ++i) {
+      threads.enqueue([this, work] { help(work); });
+    }
+  }
+
+ private:
+  void help(std::shared_ptr<Work> work) {
+    uint64_t seen = offers_;
+    while (work) {
+      work->run();
+      work = next_after(seen);
+    }
+  }
+
+  // Null if none comes in time.
+  std::shared_ptr<Work> next_after(uint64_t& seen) {
+    {
+      std::lock_guard lock(mutex_);
+      ++lingering_;
+    }
+    auto end = std::chrono::steady_clock::now() + kLinger;
+    while (offers_ == seen && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    std::lock_guard lock(mutex_);
+    --lingering_;
+    if (offers_ == seen) return nullptr;
+    seen = offers_;
+    return current_;
+  }
+
+  std::mutex mutex_;
+  std::shared_ptr<Work> current_;
+  std::atomic<uint64_t> offers_{0};
+  size_t lingering_ = 0;
+};
+
+// Leaked like the pool.
+Helpers& helpers() {
+  static Helpers* all = new Helpers;
+  return *all;
+}
+
 }  // namespace
 
 size_t num_threads() { return thread_count(); }
@@ -74,16 +132,15 @@ void set_num_threads(size_t count) {
 }
 
 void parallel_for(size_t count, const std::function<void(size_t)>& body) {
-  size_t helpers = std::min(num_threads(), count) - (count > 0);
-  if (helpers == 0) {
+  size_t wanted = std::min(num_threads(), count) - (count > 0);
+  if (wanted == 0) {
     for (size_t i = 0; i < count; ++i) body(i);
     return;
   }
   auto work = std::make_shared<Work>();
   work->body = &body;
   work->count = count;
-  auto& threads = pool(helpers);
-  for (size_t i = 0; i < helpers; ++i) threads.enqueue([work] { work->run(); });
+  helpers().offer(work, wanted);
   work->run();
   for (size_t done; (done = work->done) < count;) work->done.wait(done);
 }
