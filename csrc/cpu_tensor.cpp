@@ -28,6 +28,9 @@ constexpr size_t kBlockRows = 256;
 // Below this many elements a tensor is likely to be in the cache: its tiles are not prefetched, and a unit is one row of
 // them, so that there is work for every thread.
 constexpr size_t kSmallTensor = 1 << 20;
+// Rows of the state prefetched ahead: not a whole tile of them, since rows of matrices with sides of powers of two compete
+// for the same few places of the second-level cache.
+constexpr size_t kRowsAhead = 8;
 constexpr size_t kCacheLine = 64;
 
 Storage storage_of(mx::Dtype dtype) {
@@ -161,14 +164,14 @@ Run Tensor::state_row(const Tile& tile, size_t i) const {
   return at(tile.state + int64_t(tile.row + i) * layout_.row_stride + int64_t(tile.column), 0);
 }
 
-// Spread over the rows of the tile before, so that memory is never idle and never flooded.
-void Tensor::prefetch_share(const Tile& tile, size_t share, size_t shares) const {
-  for (size_t i = tile.rows * share / shares; i < tile.rows * (share + 1) / shares; ++i) {
-    Run row = state_row(tile, i);
-    prefetch(row.parameter, tile.columns * parameter_bytes_);
-    prefetch(row.m, tile.columns * state_bytes_);
-    prefetch(row.v, tile.columns * state_bytes_);
-  }
+void Tensor::prefetch_state_row(const Tile& tile, size_t i) const {
+  Run row = state_row(tile, i);
+  prefetch(row.parameter, tile.columns * parameter_bytes_);
+  prefetch(row.m, tile.columns * state_bytes_);
+  prefetch(row.v, tile.columns * state_bytes_);
+}
+
+void Tensor::prefetch_gradient(const Tile& tile, size_t share, size_t shares) const {
   for (size_t j = tile.columns * share / shares; j < tile.columns * (share + 1) / shares; ++j) {
     prefetch(gradient_column(tile, j), tile.rows * gradient_bytes_);
   }
@@ -211,7 +214,15 @@ void Tensor::run_tiled(size_t unit, AdamScalars<float> scalars, AdamConstants co
     transpose_(gradient_column(tile, 0), layout_.gradient_column_stride, tile.rows, tile.columns,
                transposed);
     for (size_t i = 0; i < tile.rows; ++i) {
-      if (!is_last && !is_small()) prefetch_share(next, i, tile.rows);
+      if (!is_small()) {
+        size_t ahead = i + kRowsAhead;
+        if (ahead < tile.rows) {
+          prefetch_state_row(tile, ahead);
+        } else if (!is_last && ahead - tile.rows < next.rows) {
+          prefetch_state_row(next, ahead - tile.rows);
+        }
+        if (!is_last) prefetch_gradient(next, i, tile.rows);
+      }
       Run row = state_row(tile, i);
       row.gradient = transposed + i * tile.columns * gradient_bytes_;
       update_(row, tile.columns, scalars, constants);

@@ -39,7 +39,8 @@ class Tensor {
   // Where a tile's gradient column and state row begin.
   const char* gradient_column(const Tile&, size_t j) const;
   Run state_row(const Tile&, size_t i) const;
-  void prefetch_share(const Tile&, size_t share, size_t shares) const;
+  void prefetch_state_row(const Tile&, size_t i) const;
+  void prefetch_gradient(const Tile&, size_t share, size_t shares) const;
 
   std::shared_ptr<mlx::core::array::Data> held_[4];  // what the task reads
   Layout layout_;
