@@ -57,6 +57,14 @@ def emulated_extension():
     return build.load_extension()
 
 
+@pytest.fixture(scope="session")
+def emulator():
+    """The module that runs single kernels and steers the emulated extension."""
+    from emulator import build
+
+    return build.load_emulator()
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on the named device; its value is the name."""
