@@ -3,6 +3,7 @@
 #include "adam_update.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <sstream>
 #include <stdexcept>
@@ -64,6 +65,9 @@ void check(const AdamHyperparameters& h) {
   if (!(0.0 <= h.beta1 && h.beta1 < 1.0)) refuse("beta1 must be in [0, 1) but got ", h.beta1);
   if (!(0.0 <= h.beta2 && h.beta2 < 1.0)) refuse("beta2 must be in [0, 1) but got ", h.beta2);
   if (!(0.0 <= h.eps)) refuse("eps must be at least 0 but got ", h.eps);
+  if (!std::isfinite(h.weight_decay)) {
+    refuse("weight_decay must be finite but got ", h.weight_decay);
+  }
 }
 
 mx::array scalar(const char* what, const mx::array& x, mx::Stream stream) {

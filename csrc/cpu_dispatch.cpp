@@ -11,7 +11,7 @@ const Kernels& kernels() {
   static const Kernels chosen = [] {
     auto sets = supported_kernels();
     const char* asked = std::getenv("MLX_FUSED_ADAM_ISA");
-    if (!asked) return sets.front();
+    if (!asked || !*asked) return sets.front();
     std::string names;
     for (auto& set : sets) {
       if (asked == std::string(set.isa)) return set;

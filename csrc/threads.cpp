@@ -20,7 +20,8 @@ namespace {
 constexpr size_t kMostThreads = 256;
 
 size_t default_num_threads() {
-  if (const char* setting = std::getenv("MLX_FUSED_ADAM_NUM_THREADS")) {
+  const char* setting = std::getenv("MLX_FUSED_ADAM_NUM_THREADS");
+  if (setting && *setting) {
     char* end = nullptr;
     unsigned long count = std::strtoul(setting, &end, 10);
     if (end == setting || *end != '\0' || count < 1 || count > kMostThreads) {

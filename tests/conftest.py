@@ -38,9 +38,11 @@ def _devices() -> list[str]:
     chosen = os.environ.get("DEVICE")
     if chosen is None:
         linux = ["emulated"] if sys.platform == "linux" else []
-        return ["cpu", *(["gpu"] if mx.metal.is_available() else []), *linux]
+        return ["cpu", *(["gpu"] if mx.is_available(mx.gpu) else []), *linux]
     if chosen not in CHOICES:
         raise pytest.UsageError(f"DEVICE must be one of {', '.join(CHOICES)} but got {chosen!r}")
+    if chosen == "gpu" and not mx.is_available(mx.gpu):
+        raise pytest.UsageError("DEVICE=gpu, but this MLX has no GPU back end here")
     return [chosen]
 
 

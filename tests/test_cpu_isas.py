@@ -50,7 +50,7 @@ def test_all_sets_agree_bit_for_bit():
     assert len(set(digests.values())) == 1, digests
 
 
-@pytest.mark.parametrize("isa", ["", "sse", "x86_64_v5"])
+@pytest.mark.parametrize("isa", ["sse", "x86_64_v5"])
 def test_an_unknown_set_is_an_error_at_import(isa):
     result = run(isa)
     assert result.returncode != 0

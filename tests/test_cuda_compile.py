@@ -13,7 +13,7 @@ from emulator import build, project_shader
 
 CUDA = Path(__file__).parent / "cuda"
 sys.path.insert(0, str(CUDA))
-import cases  # noqa: E402
+import cuda_cases as cases  # noqa: E402
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc, of the CUDA toolkit")

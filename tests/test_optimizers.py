@@ -215,6 +215,33 @@ def test_a_gradient_of_another_shape_names_the_path(wrong):
         np.testing.assert_array_equal(np.array(v), before[k], err_msg=f"state {k} after an error")
 
 
+def test_a_refused_first_step_leaves_no_trace():
+    """Moments are made from the first gradients; those of a wrong shape must not stay."""
+    optimizer = fused.AdamW(stock.cosine_decay(0.1, 10))
+    parameters, gradients = {"w": mx.ones((3, 4))}, {"w": mx.ones((3, 4))}
+    with pytest.raises(ValueError, match="gradient of w must have the parameter's shape"):
+        optimizer.apply_gradients({"w": mx.ones((4, 3))}, parameters)
+    new = optimizer.apply_gradients(gradients, parameters)
+    reference = fused.AdamW(stock.cosine_decay(0.1, 10))
+    assert_same_tree(new, reference.apply_gradients(gradients, parameters))
+    assert_same_tree(optimizer.state, reference.state)
+
+
+@pytest.mark.parametrize("option", [{"bias_correction": 1}, {"weight_decay": "0.1"}, {"eps": 0}])
+def test_options_as_yaml_may_say_them(option):
+    plain = {k: bool(v) if k == "bias_correction" else float(v) for k, v in option.items()}
+    parameters, gradients = {"w": mx.ones(3)}, {"w": mx.ones(3)}
+    new = fused.AdamW(0.1, **option).apply_gradients(gradients, parameters)
+    assert_same_tree(new, fused.AdamW(0.1, **plain).apply_gradients(gradients, parameters))
+
+
+def test_a_schedule_may_return_a_number():
+    parameters, gradients = {"w": mx.ones(3)}, {"w": mx.ones(3)}
+    optimizer = fused.Adam(lambda step: 0.1)
+    new = optimizer.apply_gradients(gradients, parameters)
+    assert_same_tree(new, fused.Adam(0.1).apply_gradients(gradients, parameters))
+
+
 @pytest.mark.parametrize("dtype", [mx.int32, mx.complex64, mx.bool_], ids=str)
 def test_a_gradient_of_another_kind_names_the_path(dtype):
     with pytest.raises(ValueError, match=r"gradient of a\.w must be float32, bfloat16 or float16"):
@@ -238,6 +265,9 @@ def test_a_gradient_of_another_kind_names_the_path(dtype):
         ({"betas": (1.0, 0.9)}, r"beta1 must be in \[0, 1\) but got 1"),
         ({"betas": (0.9, float("nan"))}, r"beta2 must be in \[0, 1\) but got nan"),
         ({"eps": -1e-8}, "eps must be at least 0 but got -1e-08"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite but got nan"),
+        ({"betas": (0.9,)}, r"betas must be two numbers but got \(0.9,\)"),
+        ({"step": 0, "bias_correction": True}, "step must be at least 1 but got 0"),
     ],
 )
 def test_the_operation_refuses_what_does_not_fit(change, message):

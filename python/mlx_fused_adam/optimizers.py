@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 from . import _ext
 from ._tree import Walk
 from .backends import backend_of
+from .operation import as_array
 
 # What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
 _FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
@@ -26,11 +27,14 @@ class _Fused(stock.Optimizer):
     betas: list[float]
     eps: float
     bias_correction: bool
-    weight_decay: float = 0.0
+    weight_decay: float
 
     @property
     def backend(self) -> str:
-        """What updates parameters on the default device: ``"cpu"``, ``"metal"`` or ``"stock (<reason>)"``."""
+        """What updates parameters on the default device: ``"cpu"``, ``"metal"`` or ``"stock (<reason>)"``.
+
+        Parameters of other dtypes than float32, bfloat16 and float16 are left to stock in any case.
+        """
         return backend_of().description
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
@@ -42,7 +46,8 @@ class _Fused(stock.Optimizer):
         if type(self).apply_single is not _Fused.apply_single:
             # A subclass brings a rule of its own for single parameters.
             return super().apply_gradients(gradients, parameters)
-        if not self._initialized:
+        before = None if self._initialized else tree_map(lambda x: x, self._state)
+        if before is not None:
             self.init(gradients)
         step = self.step
         for name, scheduler in self._schedulers.items():
@@ -51,7 +56,12 @@ class _Fused(stock.Optimizer):
         try:
             return self._apply_tree(gradients, parameters, self.state)
         except ValueError:
-            self.state["step"] = step  # a refused update is no step
+            # A refused update is no step, and leaves no moments of a wrong shape behind.
+            self.state["step"] = step
+            if before is not None:
+                self._state.clear()
+                self._state.update(before)
+                self._initialized = False
             raise
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
@@ -94,13 +104,13 @@ class _Fused(stock.Optimizer):
             gradients,
             [state["m"] for state in states],
             [state["v"] for state in states],
-            self.learning_rate,
+            as_array(self.learning_rate),
             self.step,
-            beta1=beta1,
-            beta2=beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            bias_correction=self.bias_correction,
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(self.eps),
+            weight_decay=float(getattr(self, "weight_decay", 0.0)),
+            bias_correction=bool(self.bias_correction),
             name=name,
         )
         for state, m, v in zip(states, new_m, new_v, strict=True):
@@ -119,10 +129,11 @@ class Adam(_Fused, stock.Adam):
         learning_rate (float or callable): The learning rate, or a schedule of the step.
         betas (list[float]): Decay rates of ``m`` and ``v``. Default: ``[0.9, 0.999]``.
         eps (float): Added to the denominator. Default: ``1e-8``.
-        bias_correction (bool): Default: ``False``.
+        bias_correction (bool): Whether to divide ``m`` and ``v`` by what they lack in their first steps, having
+            started from zero (Kingma & Ba 2015, section 3). Default: ``False``.
 
     Raises:
-        ValueError: For betas outside [0, 1) or a negative eps.
+        ValueError: At construction, for betas outside [0, 1) or a negative eps.
     """
 
 
@@ -134,8 +145,9 @@ class AdamW(_Fused, stock.AdamW):
         betas (list[float]): Decay rates of ``m`` and ``v``. Default: ``[0.9, 0.999]``.
         eps (float): Added to the denominator. Default: ``1e-8``.
         weight_decay (float): Decoupled weight decay (Loshchilov & Hutter 2019). Default: ``0.01``.
-        bias_correction (bool): Default: ``False``.
+        bias_correction (bool): Whether to divide ``m`` and ``v`` by what they lack in their first steps, having
+            started from zero (Kingma & Ba 2015, section 3). Default: ``False``.
 
     Raises:
-        ValueError: For betas outside [0, 1) or a negative eps.
+        ValueError: At construction, for betas outside [0, 1) or a negative eps.
     """

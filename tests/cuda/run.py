@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import cases  # noqa: E402
+import cuda_cases as cases  # noqa: E402
 import numpy as np  # noqa: E402
 
 from emulator import project_shader, translate  # noqa: E402
