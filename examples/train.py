@@ -7,6 +7,8 @@ progress and picture nicer.
 """
 
 import argparse
+import math
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -108,6 +110,11 @@ class Run:
         return statistics.median(_without_compilation(self.update_seconds, 1))
 
     @property
+    def is_timed(self) -> bool:
+        """Whether there are times other than those of calls that compile."""
+        return len(self.update_seconds) > 1 and len(self.step_seconds) > 2
+
+    @property
     def update_share(self) -> float:
         return self.update_time / statistics.median(_without_compilation(self.split_seconds, 1))
 
@@ -144,28 +151,38 @@ def train(runs: list[Run], corpus: Corpus, options: argparse.Namespace) -> None:
         batch = corpus.batch(corpus.train, options.batch_size)
         mx.eval(batch)
         for run in runs if i % 2 else reversed(runs):
-            run.step(*batch, split=i % SPLIT_EVERY == 0)
+            # The second step too, since the first one's time is that of compiling.
+            run.step(*batch, split=i % SPLIT_EVERY == 0 or i == 1)
         if i % 5 == 0 or i == options.steps - 1:
             bar.set_postfix_str(
-                " | ".join(
-                    f"{run.name}: loss {smoothed(run.losses[-100:])[-1]:.3f}, "
-                    f"{tokens_per_step / run.step_time:,.0f} tokens/s, "
-                    f"optimizer {100 * run.update_share:.2f}%"
-                    for run in runs
-                ),
-                refresh=False,
+                " | ".join(progress_of(run, tokens_per_step) for run in runs), refresh=False
             )
+
+
+def progress_of(run: Run, tokens_per_step: int) -> str:
+    loss = f"{run.name}: loss {smoothed(run.losses[-100:])[-1]:.3f}"
+    if not run.is_timed:
+        return loss
+    speed = f"{tokens_per_step / run.step_time:,.0f} tokens/s"
+    return f"{loss}, {speed}, optimizer {100 * run.update_share:.2f}%"
 
 
 def report(runs: list[Run], corpus: Corpus, options: argparse.Namespace) -> None:
     for run in runs:
         mx.random.seed(options.seed)
+        times = "too few steps to time"
+        if run.is_timed:
+            times = (
+                f"{1e3 * run.step_time:.1f} ms a step, {1e3 * run.update_time:.2f} ms of it "
+                f"optimizer ({100 * run.update_share:.2f}%)"
+            )
         print(
             f"{run.name}: loss from {run.losses[0]:.3f} to {smoothed(run.losses)[-1]:.3f}, "
-            f"{run.held_out_loss(corpus):.3f} held out; {1e3 * run.step_time:.1f} ms a step, "
-            f"{1e3 * run.update_time:.2f} ms of it optimizer ({100 * run.update_share:.2f}%); "
+            f"{run.held_out_loss(corpus):.3f} held out; {times}; "
             f"{sum(run.step_seconds):.0f} s in all"
         )
+        if not math.isfinite(run.losses[-1]):
+            print(f"{run.name}: training diverged; try a lower --learning-rate")
 
 
 def report_comparison(ours: Run, theirs: Run) -> None:
@@ -191,6 +208,8 @@ def report_comparison(ours: Run, theirs: Run) -> None:
         if unequal
         else "parameters and state after the last step: bit-identical"
     )
+    if not (ours.is_timed and theirs.is_timed):
+        return
     print(
         f"optimizer time: {1e3 * theirs.update_time:.2f} ms {theirs.name}, "
         f"{1e3 * ours.update_time:.2f} ms {ours.name}: "
@@ -215,21 +234,21 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def positive_int(text: str) -> int:
+def whole_number(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1 but got {value}")
     return value
 
 
-def positive_float(text: str) -> float:
+def number(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be positive but got {text}")
     return value
 
 
-def weight_decay(text: str) -> float:
+def number_or_zero(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be at least 0 but got {text}")
@@ -241,31 +260,38 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("text", nargs="?", help="UTF-8 text file; by default the prose in pydoc_data.topics")
+    add(
+        "text",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="UTF-8 text file; by default Python's documentation",
+    )
     add("--compare", action="store_true", help="also train with mlx.optimizers.AdamW")
-    add("--steps", type=positive_int, default=900)
-    add("--batch-size", type=positive_int, default=8)
-    add("--context", type=positive_int, default=64, help="characters the model looks back")
-    add("--dims", type=positive_int, default=96)
-    add("--heads", type=positive_int, default=4)
-    add("--layers", type=positive_int, default=2)
-    add("--learning-rate", type=positive_float, default=5e-3)
-    add("--weight-decay", type=weight_decay, default=0.1)
-    add("--seed", type=int, default=0)
-    add("--sample", type=positive_int, default=400, help="characters to generate at the end")
-    add("--temperature", type=positive_float, default=0.7)
+    add("--steps", type=whole_number, default=900, help="batches to train on")
+    add("--batch-size", type=whole_number, default=8, help="pieces of text in a batch")
+    add("--context", type=whole_number, default=64, help="characters the model looks back")
+    add("--dims", type=whole_number, default=96, help="width of the model")
+    add("--heads", type=whole_number, default=4, help="attention heads of a layer")
+    add("--layers", type=whole_number, default=2, help="transformer layers")
+    add("--learning-rate", type=number, default=5e-3, help="its peak, after warming up")
+    add("--weight-decay", type=number_or_zero, default=0.1, help="of AdamW")
+    add("--seed", type=int, default=0, help="of parameters, batches and sample")
+    add("--sample", type=whole_number, default=400, help="characters to generate at the end")
+    add("--temperature", type=number, default=0.7, help="of the sample")
     add("--output", type=Path, default=Path("loss.png"), help="picture of the loss curve")
     options = parser.parse_args(arguments)
     if options.dims % options.heads:
         parser.error(f"--dims {options.dims} is not a multiple of --heads {options.heads}")
     if not 0 <= options.seed < 2**64:
         parser.error(f"--seed must be from 0 to 2**64 - 1 but got {options.seed}")
-    if options.output.suffix not in PICTURES:
+    if options.output.suffix.lower() not in PICTURES:
         parser.error(f"--output: {options.output} must end in one of {', '.join(PICTURES)}")
     if not options.output.parent.is_dir():
         parser.error(f"--output: there is no folder {options.output.parent}")
+    if options.output.is_dir() or not os.access(options.output.parent, os.W_OK):
+        parser.error(f"--output: {options.output} cannot be written")
     try:
-        options.corpus = Corpus(read_text(options.text), options.context)
+        options.corpus = Corpus(read_text(getattr(options, "text", None)), options.context)
     except BadInput as error:
         parser.error(str(error))
     return options
@@ -291,7 +317,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compare:
         report_comparison(ours, runs[0])
     show_sample(ours, corpus, options)
-    print(f"Loss curve: {save_loss_plot(options.output, {run.name: run.losses for run in runs})}")
+    try:
+        picture = save_loss_plot(options.output, {run.name: run.losses for run in runs})
+    except OSError as error:
+        sys.exit(f"train.py: the loss curve could not be saved: {error}")
+    print(f"Loss curve: {picture}")
 
 
 if __name__ == "__main__":
