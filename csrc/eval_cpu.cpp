@@ -1,12 +1,13 @@
 // The CPU back end: queues a node's update on its stream, and shares it among threads when it is worth that.
+#include <future>
+#include <memory>
 #include <vector>
 
 #include "adam_update.h"
 #include "cpu_tensor.h"
 #include "in_place.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/device.h"
-#include "mlx/stream.h"
+#include "mlx/scheduler.h"
 #include "threads.h"
 
 namespace fused_adam {
@@ -19,16 +20,20 @@ namespace {
 constexpr size_t kWorthThreads = 1 << 15;
 
 // A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and could
-// not be updated in place. Waiting costs a moment of a thread that only queues work. With a GPU in the process the
-// stream might itself be waiting for work that is not committed yet, so there a fresh buffer is the price.
-void await_pending_readers(const std::vector<mx::array>& inputs, mx::Stream stream) {
+// not be updated in place: wait for it. Only where that read cannot depend on work that is yet to be queued, that is with a
+// single stream in the process, and where the caller waits for the results anyway; else a fresh buffer is the price.
+void await_pending_readers(const std::vector<mx::array>& inputs, const mx::array& output,
+                           mx::Stream stream) {
+  bool is_async = output.event().valid();
   for (size_t i = 1; i < inputs.size(); ++i) {
     bool is_gradient = (i - 1) % AdamUpdate::kInputsPerTensor == 1;
-    if (!is_gradient && inputs[i].data_shared_ptr().use_count() > 1 &&
-        !mx::is_available(mx::Device::gpu)) {
-      mx::synchronize(stream);
-      return;
-    }
+    if (is_gradient || inputs[i].data_shared_ptr().use_count() == 1) continue;
+    if (is_async || mx::get_streams().size() > 1) return;
+    // Not mx::synchronize, which throws the errors of earlier tasks: those belong to whoever evaluates them.
+    auto drained = std::make_shared<std::promise<void>>();
+    mx::scheduler::enqueue(stream, [drained] { drained->set_value(); });
+    drained->get_future().wait();
+    return;
   }
 }
 
@@ -44,8 +49,8 @@ void run_unit(const std::vector<cpu::Tensor>& tensors, size_t index, AdamScalars
 }  // namespace
 
 void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  release_sibling_inputs(inputs, outputs);
-  await_pending_readers(inputs, stream());
+  SoleInputs sole_inputs(inputs, outputs);
+  await_pending_readers(inputs, outputs[0], stream());
   auto& encoder = mx::cpu::get_command_encoder(stream());
   auto rule = rule_ == UpdateRule::adam ? cpu::kAdam : cpu::kTraffic;
   std::vector<cpu::Tensor> tensors;
@@ -68,7 +73,7 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
       parallel_for(units, [&](size_t i) { run_unit(tensors, i, scalars, constants); });
     }
   });
-  release_inputs(outputs);
+  sole_inputs.drop_all();
 }
 
 // Each node costs MLX a task, and each of its tensors costs time for every other: two is where the sum is least.

@@ -210,7 +210,7 @@ class Encoding {
 }  // namespace
 
 void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  release_sibling_inputs(inputs, outputs);
+  SoleInputs sole_inputs(inputs, outputs);
   std::vector<Tensor> row_major, others;
   for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
     auto in = &inputs[1 + i * kInputsPerTensor];
@@ -222,7 +222,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
     if (t.size() == 0) continue;
     (t.layout.kind == LayoutKind::linear ? row_major : others).push_back(std::move(t));
   }
-  if (row_major.empty() && others.empty()) return;
+  if (row_major.empty() && others.empty()) return sole_inputs.keep_dropped();
 
   Encoding encoding(stream(), rule_ == UpdateRule::adam ? "AdamRule" : "TrafficRule", constants_,
                     inputs[0], row_major.empty() ? others[0] : row_major[0]);
@@ -231,6 +231,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   for (auto& t : others) {
     t.layout.kind == LayoutKind::tiled ? encoding.tiled(t) : encoding.general(t);
   }
+  sole_inputs.keep_dropped();
 }
 
 Backend gpu_backend() { return {"metal", nullptr, kGroupTensors}; }

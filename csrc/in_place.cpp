@@ -10,29 +10,33 @@ namespace fused_adam {
 
 namespace mx = mlx::core;
 
-namespace {
-
-bool graph_is_needed(const std::vector<mx::array>& outputs) {
-  return std::any_of(outputs.begin(), outputs.end(), [](auto& x) { return x.is_tracer(); });
-}
-
-}  // namespace
-
-void release_sibling_inputs(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  if (graph_is_needed(outputs)) return;
-  for (auto& output : outputs) {
-    if (&output.inputs() != &inputs) output.inputs().clear();
+SoleInputs::SoleInputs(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs)
+    : inputs_(inputs),
+      outputs_(outputs),
+      may_drop_(
+          std::none_of(outputs.begin(), outputs.end(), [](auto& x) { return x.is_tracer(); })) {
+  if (!may_drop_) return;
+  for (auto& output : outputs_) {
+    if (&output.inputs() != &inputs_) output.inputs().clear();
   }
 }
 
-void release_inputs(std::vector<mx::array>& outputs) {
-  if (graph_is_needed(outputs)) return;
-  for (auto& output : outputs) output.inputs().clear();
+SoleInputs::~SoleInputs() {
+  if (is_done_ || !may_drop_) return;
+  for (auto& output : outputs_) {
+    if (&output.inputs() != &inputs_) output.inputs() = inputs_;
+  }
+}
+
+void SoleInputs::drop_all() {
+  is_done_ = true;
+  if (!may_drop_) return;
+  for (auto& output : outputs_) output.inputs().clear();
 }
 
 bool allocate_in_place(const mx::array& input, mx::array& output) {
   if (input.flags().row_contiguous && input.dtype() == output.dtype() &&
-      mx::is_donatable(input, output)) {
+      input.size() == output.size() && mx::is_donatable(input, output)) {
     output.copy_shared_buffer(input);
     return true;
   }

@@ -8,13 +8,28 @@
 namespace fused_adam {
 
 // MLX gives every output of a primitive its own copy of the inputs vector, so none of the inputs would ever look unused.
-// Drops the copies of all outputs but the one being evaluated, unless a transformation still needs the graph.
-void release_sibling_inputs(const std::vector<mlx::core::array>& inputs,
-                            std::vector<mlx::core::array>& outputs);
+// Drops the copies of all outputs but the one being evaluated (unless a transformation still needs the graph), and gives
+// them back if the evaluation ends by an exception, so that it can be tried again.
+class SoleInputs {
+ public:
+  SoleInputs(const std::vector<mlx::core::array>& inputs, std::vector<mlx::core::array>& outputs);
+  ~SoleInputs();
+  SoleInputs(const SoleInputs&) = delete;
+  SoleInputs& operator=(const SoleInputs&) = delete;
 
-// Drops what is left of them, once a task holds the buffers that it reads: with many small tensors, MLX's own set of
-// buffers to hold for each node costs more than the update.
-void release_inputs(std::vector<mlx::core::array>& outputs);
+  // The evaluation has succeeded.
+  void keep_dropped() { is_done_ = true; }
+
+  // It has, and its task holds the buffers that it reads: drops the last copy too. With many small tensors, MLX's own set
+  // of buffers to hold for each node costs more than the update.
+  void drop_all();
+
+ private:
+  const std::vector<mlx::core::array>& inputs_;
+  std::vector<mlx::core::array>& outputs_;
+  bool may_drop_;
+  bool is_done_ = false;
+};
 
 // Gives `output` the buffer of `input` if nobody else can see it, else a fresh row-major one. True if in place.
 bool allocate_in_place(const mlx::core::array& input, mlx::core::array& output);

@@ -54,6 +54,9 @@ def row_major(rng, shape, dtype, positive):
     return values(rng, shape, dtype, positive)
 
 
+# Around the blocks of tiles of the CPU back end, wherever in a cache line buffers begin.
+EDGES = [(rows, columns) for rows in (64, 260) for columns in (*range(500, 516, 3), 1022)]
+
 LAYOUTS = [row_major, transposed, sliced, reversed_axes, broadcast, offset]
 
 
@@ -87,7 +90,18 @@ def test_any_layout_of_any_input(assert_equal, shape, layouts, dtype, seed):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(4, 4), (31, 33), (32, 32), (64, 128), (65, 129), (63, 127), (7, 300), (300, 7), (23, 24, 25)],
+    [
+        (4, 4),
+        (31, 33),
+        (32, 32),
+        (64, 128),
+        (65, 129),
+        (63, 127),
+        (7, 300),
+        (300, 7),
+        (23, 24, 25),
+        *EDGES,
+    ],
     ids=str,
 )
 def test_column_major_gradients_at_tile_edges(assert_equal, shape, dtype):

@@ -24,7 +24,7 @@ def settings_of():
         beta1=st.sampled_from([0.0, 0.1, 0.9, 0.95]),
         beta2=st.sampled_from([0.0, 0.25, 0.95, 0.999]),
         eps=st.sampled_from([0.0, 1e-8, 1e-6, 1.0]),
-        weight_decay=st.sampled_from([0.0, 0.01, 0.5]),
+        weight_decay=st.sampled_from([0.0, 0.01, 0.5, -0.1]),
         bias_correction=st.booleans(),
     )
 
@@ -107,6 +107,16 @@ def test_16_bit_stores_round_to_nearest_even(assert_equal, dtype):
     zeros = mx.zeros(g.shape, dtype)
     _, m, _ = fused.adam_update(zeros, mx.array(g), zeros, zeros, 0.0, betas=(0.0, 0.5))
     assert_equal(m, oracle.store(g, dtype), "m")
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_every_nan_is_stored_as_nan(device, dtype):
+    """Also those whose payload would round up into infinity or into a number."""
+    bits = [0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F801000]
+    g = mx.view(mx.array(bits, mx.uint32), mx.float32)
+    zeros = mx.zeros(g.shape, dtype)
+    _, m, v = fused.adam_update(zeros, g, zeros, zeros, 0.0, betas=(0.0, 0.0))
+    assert mx.all(mx.isnan(m)).item() and mx.all(mx.isnan(v)).item()
 
 
 class Transformer(nn.Module):

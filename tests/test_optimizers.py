@@ -1,6 +1,7 @@
 """fused.Adam and AdamW stand in for those of mlx.optimizers: same signature, state tree, methods and errors."""
 
 import inspect
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -178,8 +179,61 @@ def test_a_subclass_keeps_its_own_rule():
     parameters = {"w": mx.ones(4), "b": [mx.ones(2)]}
     gradients = tree_map(lambda p: p * 7, parameters)
     signs = tree_map(mx.sign, gradients)
-    new = Signed(0.1).apply_gradients(gradients, parameters)
-    assert_same_tree(new, fused.Adam(0.1).apply_gradients(signs, parameters))
+    optimizer, reference = Signed(0.1), fused.Adam(0.1)
+    new = optimizer.apply_gradients(gradients, parameters)
+    assert_same_tree(new, reference.apply_gradients(signs, parameters))
+    assert_same_tree(optimizer.state, reference.state)
+
+    instance = fused.Adam(0.1)
+    instance.apply_single = lambda gradient, parameter, state: parameter + gradient
+    assert_same_tree(
+        instance.apply_gradients(gradients, parameters),
+        tree_map(lambda p, g: p + g, parameters, gradients),
+    )
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def test_tuples_within_tuples():
+    x = mx.ones(2)
+    parameters = {"a": ((x,),), "b": (x, (x, [(x,)])), "c": Pair(Pair(x, x), (x,))}
+    new = fused.Adam(0.1).apply_gradients(parameters, parameters)
+    expected = stock.Adam(0.1).apply_gradients(parameters, parameters)
+    kinds = lambda tree: tree_map(lambda _: 0, tree)  # noqa: E731
+    assert repr(kinds(new)) == repr(kinds(expected))
+    assert_same_tree(new, expected)
+
+
+def test_a_refused_step_in_a_mixed_tree_leaves_no_trace():
+    """Neither half of the tree moves when the other is refused, nor do step and schedule."""
+    with mx.stream(mx.cpu):
+        optimizer = fused.Adam(lambda step: 1 / (1 + step))
+        parameters = {"single": mx.ones(3), "double": mx.ones(3, mx.float64)}
+        optimizer.init(parameters)
+        before = {k: np.array(v) for k, v in flat(optimizer.state).items()}
+        for wrong in ("single", "double"):
+            gradients = {k: mx.ones(2 if k == wrong else 3, p.dtype) for k, p in parameters.items()}
+            with pytest.raises(ValueError):
+                new = optimizer.apply_gradients(gradients, parameters)
+                mx.eval(new, optimizer.state)
+            for k, v in flat(optimizer.state).items():
+                np.testing.assert_array_equal(np.array(v), before[k], err_msg=f"{wrong}: {k}")
+
+
+@pytest.mark.parametrize("step", [5, mx.array(5), mx.array(5.0)], ids=str)
+def test_kinds_of_step(step):
+    optimizer = fused.Adam(0.1, bias_correction=True)
+    optimizer.init({"w": mx.ones(3)})
+    optimizer.state["step"] = step
+    new = optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
+    np.testing.assert_allclose(
+        np.array(new["w"]),
+        1 - 0.1 * (0.1 / (1 - 0.9**6)) / (0.001 / (1 - 0.999**6)) ** 0.5,
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize(

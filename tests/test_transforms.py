@@ -124,16 +124,37 @@ def test_compile_with_arrays_passed(shapeless):
             assert_close(a, e, f"{name} of {shape}")
 
 
+def test_shapeless_compile_of_several_tensors():
+    """Each tensor keeps its own shape, and shapes that do not fit are refused in later calls too."""
+
+    def step(tensors, m, v):
+        optimizer = fused.Adam(0.1)
+        optimizer.state.update({k: {"m": m[k], "v": v[k]} for k in tensors})
+        optimizer._initialized = True
+        return optimizer.apply_gradients(tensors, tensors)
+
+    compiled = mx.compile(step, shapeless=True)
+    for rows in (2, 5):
+        tensors = {"a": mx.ones((rows, 3)), "b": mx.ones((rows,)), "c": mx.ones((7, rows))}
+        zeros = {k: mx.zeros_like(x) for k, x in tensors.items()}
+        results = compiled(tensors, zeros, zeros)
+        for k, x in tensors.items():
+            assert results[k].shape == x.shape
+            assert mx.allclose(results[k], step(tensors, zeros, zeros)[k]).item(), k
+    with pytest.raises(ValueError, match="must have the parameter's shape"):
+        compiled(tensors, {**zeros, "b": mx.zeros((4,))}, zeros)
+
+
 def test_compile_does_not_confuse_settings():
     """Common subexpressions are merged only if every constant is equal."""
-    w, g, m, v, _, _ = arguments()
+    w, g, m, v, rate, _ = arguments()
 
     @mx.compile
-    def both(w, g, m, v):
+    def both(w, g, m, v, rate):
         kinds = [{}, {"eps": 0.5}, {"betas": (0.5, 0.999)}, {"betas": (0.9, 0.5)}, {}]
-        return [fused.adam_update(w, g, m, v, 0.1, **kind)[0] for kind in kinds]
+        return [fused.adam_update(w, g, m, v, rate, **kind)[0] for kind in kinds]
 
-    a, b, c, d, e = both(w, g, m, v)
+    a, b, c, d, e = both(w, g, m, v, rate)
     assert mx.array_equal(a, e).item()
     for x, y in [(a, b), (a, c), (a, d), (b, c), (c, d)]:
         assert not mx.array_equal(x, y).item()

@@ -53,7 +53,7 @@ class Walk:
 
     def result(self) -> Any:
         """The tree of results, in containers of the gradients' types."""
-        for container, key, kind in reversed(self._tuples):
+        for container, key, kind in self._tuples:  # inner ones come before those around them
             items = container[key]
             container[key] = kind(*items) if hasattr(kind, "_fields") else kind(items)
         return self._root[""]

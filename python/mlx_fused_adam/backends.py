@@ -76,18 +76,22 @@ def _find(kind: mx.DeviceType) -> Backend:
 def self_check(kind: mx.DeviceType) -> str | None:
     """Compare a small update of every layout and dtype with stock; None if it is right, else the reason."""
     try:
-        for dtype, tolerance in TOLERANCE.items():
+        # The mixed case too, since each combination of dtypes is a kernel of its own.
+        for dtype, gradient_dtype in [*((d, d) for d in TOLERANCE), (mx.float32, mx.bfloat16)]:
             with mx.stream(kind):
-                error = largest_error(dtype)
-            if not error <= tolerance:  # so that NaN fails too
-                return f"self-check in {dtype} is off by {error:.1e}, more than {tolerance:.1e}"
+                error = largest_error(dtype, gradient_dtype)
+            if not error <= TOLERANCE[dtype]:  # so that NaN fails too
+                return (
+                    f"self-check in {dtype} is off by {error:.1e}, more than {TOLERANCE[dtype]:.1e}"
+                )
     except Exception as error:  # any failure of a kernel must lead to stock, not to the user
         return f"self-check failed: {error}"
     return None
 
 
-def largest_error(dtype: mx.Dtype) -> float:
+def largest_error(dtype: mx.Dtype, gradient_dtype: mx.Dtype | None = None) -> float:
     """The largest error against stock in float32, relative to each tensor's largest element."""
+    gradient_dtype = gradient_dtype or dtype
 
     def sample(*shape: int) -> mx.array:
         return (mx.sin(mx.arange(1, math.prod(shape) + 1) * 0.7) * 0.5).reshape(shape).astype(dtype)
@@ -95,6 +99,7 @@ def largest_error(dtype: mx.Dtype) -> float:
     parameters = [sample(37), sample(70, 40), sample(3, 10), sample(300)]
     # A row-major, a column-major and a strided gradient: one for each kernel.
     gradients = [sample(37), sample(40, 70).T, sample(6, 10)[::2], sample(300)]
+    gradients = [g.astype(gradient_dtype) for g in gradients]
     m = [p * 0.1 for p in parameters]
     v = [mx.square(p) for p in parameters]
     settings = {"betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1, "bias_correction": True}

@@ -43,11 +43,12 @@ class _Fused(stock.Optimizer):
         Raises:
             ValueError: If a gradient's shape or dtype does not fit, naming the parameter's path.
         """
-        if type(self).apply_single is not _Fused.apply_single:
-            # A subclass brings a rule of its own for single parameters.
+        if getattr(self.apply_single, "__func__", None) is not _Fused.apply_single:
+            # A subclass or an instance brings a rule of its own for single parameters.
             return super().apply_gradients(gradients, parameters)
-        before = None if self._initialized else tree_map(lambda x: x, self._state)
-        if before is not None:
+        was_initialized = self._initialized
+        before = dict(self._state) if was_initialized else tree_map(lambda x: x, self._state)
+        if not was_initialized:
             self.init(gradients)
         step = self.step
         for name, scheduler in self._schedulers.items():
@@ -57,11 +58,9 @@ class _Fused(stock.Optimizer):
             return self._apply_tree(gradients, parameters, self.state)
         except ValueError:
             # A refused update is no step, and leaves no moments of a wrong shape behind.
-            self.state["step"] = step
-            if before is not None:
-                self._state.clear()
-                self._state.update(before)
-                self._initialized = False
+            self._state.clear()
+            self._state.update(before)
+            self._initialized = was_initialized
             raise
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
@@ -80,16 +79,21 @@ class _Fused(stock.Optimizer):
             fused = [i for i, p in enumerate(walk.parameters) if p.dtype in _FUSED_DTYPES]
             if len(fused) == len(walk.parameters):
                 raise
-            leaves = list(zip(walk.gradients, walk.parameters, walk.states, strict=True))
-            columns = zip(*[leaves[i] for i in fused], strict=True) if fused else ((), (), ())
-            updated = iter(self._update(*columns, lambda i: walk.path(fused[i])))
-            is_fused = set(fused)
-            new = [
-                next(updated) if i in is_fused else apply_stock(*leaf)
-                for i, leaf in enumerate(leaves)
-            ]
+            new = self._apply_mixed(walk, fused, apply_stock)
         walk.fill(new)
         return walk.result()
+
+    def _apply_mixed(self, walk: Walk, fused: list[int], apply_stock: Callable) -> list[mx.array]:
+        """Leaves whose indices are not in ``fused`` go to stock; on copies of their states, lest ours be refused."""
+        leaves = list(zip(walk.gradients, walk.parameters, walk.states, strict=True))
+        rest = {i: (g, w, dict(s)) for i, (g, w, s) in enumerate(leaves) if i not in set(fused)}
+        new = {i: apply_stock(*leaf) for i, leaf in rest.items()}
+        columns = zip(*[leaves[i] for i in fused], strict=True) if fused else ((), (), ())
+        updated = self._update(*columns, lambda i: walk.path(fused[i]))
+        new.update(zip(fused, updated, strict=True))
+        for i, (_, _, state) in rest.items():
+            walk.states[i].update(state)
+        return [new[i] for i in range(len(leaves))]
 
     def _update(
         self,
@@ -105,7 +109,7 @@ class _Fused(stock.Optimizer):
             [state["m"] for state in states],
             [state["v"] for state in states],
             as_array(self.learning_rate),
-            self.step,
+            as_array(self.step),
             beta1=float(beta1),
             beta2=float(beta2),
             eps=float(self.eps),
