@@ -1,7 +1,10 @@
 // The CPU's inner loops: load -> rule -> store, vectorised by the compiler. CMake compiles this file once per instruction
-// set, with FUSED_ADAM_ISA naming it and FUSED_ADAM_HALF_HEADER its float16 conversions. No standard container or algorithm may enter here: an inline function compiled
+// set, with FUSED_ADAM_ISA naming it, FUSED_ADAM_HALF_HEADER its float16 conversions and
+// FUSED_ADAM_VECTOR_BYTES the width of its vectors. No standard container or algorithm may enter here: an inline function compiled
 // for a newer instruction set could be the copy that the linker keeps for everyone.
 #include "cpu_kernels.h"
+
+#include <utility>
 
 #include FUSED_ADAM_HALF_HEADER
 
@@ -151,37 +154,29 @@ void fill(Update (&table)[kStorageCount][kStorageCount][kStorageCount]) {
   fill<RuleT, Float16>(table[kFloat16]);
 }
 
-// Sixteen-byte vectors: every target has them, and a tile of this size stays in registers.
+// Square blocks as wide as a vector, FUSED_ADAM_VECTOR_BYTES bytes: whole cache lines where the target has such vectors, so
+// that many lines are asked for at once.
 template <typename Element>
-struct Block;
+struct Block {
+  static constexpr std::size_t kSide = FUSED_ADAM_VECTOR_BYTES / sizeof(Element) > 16
+                                           ? 16
+                                           : FUSED_ADAM_VECTOR_BYTES / sizeof(Element);
+  typedef Element Vector __attribute__((vector_size(kSide * sizeof(Element))));
 
-template <>
-struct Block<std::uint32_t> {
-  typedef std::uint32_t Vector __attribute__((vector_size(16)));
-  static constexpr std::size_t kSide = 4;
-  static void transpose(Vector (&r)[kSide]) {
-    Vector a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
-    Vector b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-    Vector c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-    Vector d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-    r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-    r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-    r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-    r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+  // Interleaves the lower (from = 0) or upper (from = kSide / 2) halves of two rows.
+  template <std::size_t from, std::size_t... i>
+  static Vector interleave(Vector a, Vector b, std::index_sequence<i...>) {
+    return __builtin_shufflevector(a, b, (i % 2 * kSide + from + i / 2)...);
   }
-};
 
-template <>
-struct Block<std::uint16_t> {
-  typedef std::uint16_t Vector __attribute__((vector_size(16)));
-  static constexpr std::size_t kSide = 8;
-  // Three rounds of interleaving row i with row i + 4 transpose an 8 x 8 block.
+  // log2(kSide) rounds of interleaving row i with row i + kSide / 2 transpose the block.
   static void transpose(Vector (&r)[kSide]) {
-    for (int round = 0; round < 3; ++round) {
+    using Lanes = std::make_index_sequence<kSide>;
+    for (std::size_t round = 1; round < kSide; round *= 2) {
       Vector t[kSide];
-      for (std::size_t i = 0; i < 4; ++i) {
-        t[2 * i] = __builtin_shufflevector(r[i], r[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-        t[2 * i + 1] = __builtin_shufflevector(r[i], r[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+      for (std::size_t i = 0; i < kSide / 2; ++i) {
+        t[2 * i] = interleave<0>(r[i], r[i + kSide / 2], Lanes());
+        t[2 * i + 1] = interleave<kSide / 2>(r[i], r[i + kSide / 2], Lanes());
       }
       for (std::size_t i = 0; i < kSide; ++i) r[i] = t[i];
     }

@@ -1,5 +1,5 @@
 // See cpu_tensor.h. A gradient that is not row-major is brought into a small buffer piece by piece, so it is read from
-// memory once; for column-major ones the next tile is prefetched meanwhile, since no hardware prefetcher follows tiles.
+// memory once.
 #include "cpu_tensor.h"
 
 #include <algorithm>
@@ -18,19 +18,15 @@ namespace {
 constexpr size_t kRun = 1 << 15;
 // Elements gathered at a time: four float32 buffers of this many stay in the first-level cache.
 constexpr size_t kGather = 1 << 10;
-// Bytes of a transposed tile's sides: down the gradient's columns and along the parameter's rows. Whole cache lines of
-// both, and two tiles of all four arrays at hand in the second-level cache ...
+// Bytes of a transposed tile's sides: down the gradient's columns, whole cache lines; along the parameter's rows, long
+// enough for hardware prefetchers to take up (prefetching by hand gained nothing beside them).
 constexpr size_t kTileRowBytes = 256;
-constexpr size_t kTileColumnBytes = 512;
-// ... and elements of the sides of the block of tiles that is a unit of work.
-constexpr size_t kBlockColumns = 512;
+constexpr size_t kTileColumnBytes = 1024;
+// Elements of the sides of the block of tiles that is a unit of work ...
+constexpr size_t kBlockColumns = 1024;
 constexpr size_t kBlockRows = 256;
-// Below this many elements a tensor is likely to be in the cache: its tiles are not prefetched, and a unit is one row of
-// them, so that there is work for every thread.
+// ... but one row of tiles in tensors below this many elements, so that there is work for every thread.
 constexpr size_t kSmallTensor = 1 << 20;
-// Rows of the state prefetched ahead: not a whole tile of them, since rows of matrices with sides of powers of two compete
-// for the same few places of the second-level cache.
-constexpr size_t kRowsAhead = 8;
 constexpr size_t kCacheLine = 64;
 
 Storage storage_of(mx::Dtype dtype) {
@@ -73,10 +69,6 @@ void gather(const char* from_bytes, const std::vector<int64_t>& shape,
     for (size_t i = 0; i < count; ++i) to[done + i] = row[int64_t(i) * stride];
     done += count;
   }
-}
-
-void prefetch(const char* from, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
 }
 
 }  // namespace
@@ -132,8 +124,7 @@ size_t Tensor::column_shift() const {
 size_t Tensor::tile_rows() const { return kTileRowBytes / gradient_bytes_; }
 size_t Tensor::tile_columns() const { return kTileColumnBytes / parameter_bytes_; }
 
-bool Tensor::is_small() const { return size_ < kSmallTensor; }
-size_t Tensor::block_rows() const { return is_small() ? tile_rows() : kBlockRows; }
+size_t Tensor::block_rows() const { return size_ < kSmallTensor ? tile_rows() : kBlockRows; }
 
 size_t Tensor::blocks_across() const {
   return divide_up(layout_.columns + column_shift(), kBlockColumns);
@@ -162,19 +153,6 @@ const char* Tensor::gradient_column(const Tile& tile, size_t j) const {
 
 Run Tensor::state_row(const Tile& tile, size_t i) const {
   return at(tile.state + int64_t(tile.row + i) * layout_.row_stride + int64_t(tile.column), 0);
-}
-
-void Tensor::prefetch_state_row(const Tile& tile, size_t i) const {
-  Run row = state_row(tile, i);
-  prefetch(row.parameter, tile.columns * parameter_bytes_);
-  prefetch(row.m, tile.columns * state_bytes_);
-  prefetch(row.v, tile.columns * state_bytes_);
-}
-
-void Tensor::prefetch_gradient(const Tile& tile, size_t share, size_t shares) const {
-  for (size_t j = tile.columns * share / shares; j < tile.columns * (share + 1) / shares; ++j) {
-    prefetch(gradient_column(tile, j), tile.rows * gradient_bytes_);
-  }
 }
 
 void Tensor::run_tiled(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
@@ -206,23 +184,11 @@ void Tensor::run_tiled(size_t unit, AdamScalars<float> scalars, AdamConstants co
                 next_column - column};
   };
 
-  Tile next = tile_at(0);
   for (size_t index = 0; index < tiles; ++index) {
-    Tile tile = next;
-    bool is_last = index + 1 == tiles;
-    if (!is_last) next = tile_at(index + 1);
+    Tile tile = tile_at(index);
     transpose_(gradient_column(tile, 0), layout_.gradient_column_stride, tile.rows, tile.columns,
                transposed);
     for (size_t i = 0; i < tile.rows; ++i) {
-      if (!is_small()) {
-        size_t ahead = i + kRowsAhead;
-        if (ahead < tile.rows) {
-          prefetch_state_row(tile, ahead);
-        } else if (!is_last && ahead - tile.rows < next.rows) {
-          prefetch_state_row(next, ahead - tile.rows);
-        }
-        if (!is_last) prefetch_gradient(next, i, tile.rows);
-      }
       Run row = state_row(tile, i);
       row.gradient = transposed + i * tile.columns * gradient_bytes_;
       update_(row, tile.columns, scalars, constants);

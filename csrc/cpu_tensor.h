@@ -30,7 +30,6 @@ class Tensor {
   size_t tile_columns() const;
   size_t row_shift() const;
   size_t column_shift() const;
-  bool is_small() const;
   size_t block_rows() const;
   size_t blocks_across() const;
   size_t blocks_down() const;
@@ -39,8 +38,6 @@ class Tensor {
   // Where a tile's gradient column and state row begin.
   const char* gradient_column(const Tile&, size_t j) const;
   Run state_row(const Tile&, size_t i) const;
-  void prefetch_state_row(const Tile&, size_t i) const;
-  void prefetch_gradient(const Tile&, size_t share, size_t shares) const;
 
   std::shared_ptr<mlx::core::array::Data> held_[4];  // what the task reads
   Layout layout_;
