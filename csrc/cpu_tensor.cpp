@@ -83,9 +83,7 @@ struct Tensor::Tile {
 Tensor::Tensor(const mx::array* in, mx::array* out, Rule rule)
     : layout_(layout_of(in[0], in[1], in[2], in[3])), size_(in[0].size()) {
   auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
-  allocate_in_place(parameter, out[0]);
-  allocate_in_place(m, out[1]);
-  allocate_in_place(v, out[2]);
+  allocate_outputs(in, out);
   base_ = {parameter.data<char>(), gradient.data<char>(), m.data<char>(),     v.data<char>(),
            out[0].data<char>(),    out[1].data<char>(),   out[2].data<char>()};
   for (int i = 0; i < 4; ++i) held_[i] = in[i].data_shared_ptr();

@@ -216,9 +216,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
     auto in = &inputs[1 + i * kInputsPerTensor];
     auto out = &outputs[i * kOutputsPerTensor];
     Tensor t{in, out, layout_of(in[0], in[1], in[2], in[3])};
-    allocate_in_place(in[0], out[0]);
-    allocate_in_place(in[2], out[1]);
-    allocate_in_place(in[3], out[2]);
+    allocate_outputs(in, out);
     if (t.size() == 0) continue;
     (t.layout.kind == LayoutKind::linear ? row_major : others).push_back(std::move(t));
   }

@@ -34,14 +34,19 @@ void SoleInputs::drop_all() {
   for (auto& output : outputs_) output.inputs().clear();
 }
 
-bool allocate_in_place(const mx::array& input, mx::array& output) {
+static void allocate_in_place(const mx::array& input, mx::array& output) {
   if (input.flags().row_contiguous && input.dtype() == output.dtype() &&
       input.size() == output.size() && mx::is_donatable(input, output)) {
     output.copy_shared_buffer(input);
-    return true;
+  } else {
+    output.set_data(mx::allocator::malloc(output.nbytes()));
   }
-  output.set_data(mx::allocator::malloc(output.nbytes()));
-  return false;
+}
+
+void allocate_outputs(const mx::array* in, mx::array* out) {
+  allocate_in_place(in[0], out[0]);
+  allocate_in_place(in[2], out[1]);
+  allocate_in_place(in[3], out[2]);
 }
 
 }  // namespace fused_adam

@@ -31,7 +31,8 @@ class SoleInputs {
   bool is_done_ = false;
 };
 
-// Gives `output` the buffer of `input` if nobody else can see it, else a fresh row-major one. True if in place.
-bool allocate_in_place(const mlx::core::array& input, mlx::core::array& output);
+// Gives the outputs of one tensor (parameter, m, v) the buffers of its inputs (parameter, gradient, m, v) where nobody else
+// can see them, else fresh row-major ones.
+void allocate_outputs(const mlx::core::array* in, mlx::core::array* out);
 
 }  // namespace fused_adam

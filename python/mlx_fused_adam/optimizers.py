@@ -86,7 +86,8 @@ class _Fused(stock.Optimizer):
     def _apply_mixed(self, walk: Walk, fused: list[int], apply_stock: Callable) -> list[mx.array]:
         """Leaves whose indices are not in ``fused`` go to stock; on copies of their states, lest ours be refused."""
         leaves = list(zip(walk.gradients, walk.parameters, walk.states, strict=True))
-        rest = {i: (g, w, dict(s)) for i, (g, w, s) in enumerate(leaves) if i not in set(fused)}
+        is_fused = set(fused)
+        rest = {i: (g, w, dict(s)) for i, (g, w, s) in enumerate(leaves) if i not in is_fused}
         new = {i: apply_stock(*leaf) for i, leaf in rest.items()}
         columns = zip(*[leaves[i] for i in fused], strict=True) if fused else ((), (), ())
         updated = self._update(*columns, lambda i: walk.path(fused[i]))
