@@ -170,14 +170,15 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars, bool fus
 
 AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_rate,
                         const std::optional<mx::array>& step,
-                        const AdamHyperparameters& hyperparameters, bool fused,
+                        const AdamHyperparameters& hyperparameters, bool fused, bool wide_indices,
                         mx::StreamOrDevice s, const TensorName& name) {
   check(tensors, name);
   check(hyperparameters);
   auto stream = mx::to_stream(s);
   auto scalars = scalars_of(learning_rate, step, hyperparameters, stream);
   return build(tensors, scalars, fused, stream, [&] {
-    return std::make_shared<AdamUpdate>(stream, UpdateRule::adam, constants_of(hyperparameters));
+    return std::make_shared<AdamUpdate>(stream, UpdateRule::adam, constants_of(hyperparameters),
+                                        wide_indices);
   });
 }
 

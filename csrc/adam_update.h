@@ -39,10 +39,11 @@ struct AdamResults {
 using TensorName = std::function<std::string(size_t)>;
 
 // Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction. Where the stream's device
-// has no kernel, `fused` false gives the same update as a composition of MLX's operations.
+// has no kernel, `fused` false gives the same update as a composition of MLX's operations. `wide_indices` makes kernels
+// index in 64 bits where 32 would do, so that a self-check can run what only huge tensors need.
 AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
                         const std::optional<mlx::core::array>& step,
-                        const AdamHyperparameters& hyperparameters, bool fused,
+                        const AdamHyperparameters& hyperparameters, bool fused, bool wide_indices,
                         mlx::core::StreamOrDevice stream, const TensorName& name);
 
 // The traffic of adam_update without its arithmetic, through the same back ends: what a benchmark compares with.
@@ -59,8 +60,9 @@ class AdamUpdate : public mlx::core::Primitive {
   static constexpr size_t kInputsPerTensor = 4;
   static constexpr size_t kOutputsPerTensor = 3;
 
-  AdamUpdate(mlx::core::Stream stream, UpdateRule rule, AdamConstants constants)
-      : Primitive(stream), rule_(rule), constants_(constants) {}
+  AdamUpdate(mlx::core::Stream stream, UpdateRule rule, AdamConstants constants,
+             bool wide_indices = false)
+      : Primitive(stream), rule_(rule), constants_(constants), wide_indices_(wide_indices) {}
 
   void eval_cpu(const std::vector<mlx::core::array>& inputs,
                 std::vector<mlx::core::array>& outputs) override;
@@ -87,6 +89,7 @@ class AdamUpdate : public mlx::core::Primitive {
  private:
   UpdateRule rule_;
   AdamConstants constants_;
+  bool wide_indices_;
 };
 
 // What runs updates on a device; each defined by its back end.

@@ -29,21 +29,21 @@ NB_MODULE(_ext, m) {
       "adam_update",
       [](Arrays parameters, Arrays gradients, Arrays m, Arrays v, const mx::array& learning_rate,
          const std::optional<mx::array>& step, double beta1, double beta2, double eps,
-         double weight_decay, bool bias_correction, bool fused, mx::StreamOrDevice stream,
-         const fused_adam::TensorName& name) {
+         double weight_decay, bool bias_correction, bool fused, bool wide_indices,
+         mx::StreamOrDevice stream, const fused_adam::TensorName& name) {
         auto results = fused_adam::adam_update(
             {std::move(parameters), std::move(gradients), std::move(m), std::move(v)},
-            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, fused, stream,
-            name);
+            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, fused,
+            wide_indices, stream, name);
         return std::make_tuple(std::move(results.parameters), std::move(results.m),
                                std::move(results.v));
       },
       "parameters"_a, "gradients"_a, "m"_a, "v"_a, "learning_rate"_a, "step"_a.none(),
       nb::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
-      "fused"_a = true, "stream"_a = nb::none(), "name"_a,
+      "fused"_a = true, "wide_indices"_a = false, "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v).
 
-``fused=False`` composes the update of MLX's operations instead. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+``fused=False`` composes the update of MLX's operations instead. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def(
       "traffic_probe",

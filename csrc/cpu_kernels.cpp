@@ -47,7 +47,8 @@ struct Bfloat16 {
 };
 
 template <typename RuleT, typename P, typename G, typename S>
-void update(const Run& run, std::size_t n, AdamScalars<float> scalars, AdamConstants constants) {
+void update(const RunPointers& run, std::size_t n, AdamScalars<float> scalars,
+            AdamConstants constants) {
   auto parameter = reinterpret_cast<const typename P::Element*>(run.parameter);
   auto gradient = reinterpret_cast<const typename G::Element*>(run.gradient);
   auto m = reinterpret_cast<const typename S::Element*>(run.m);
@@ -96,7 +97,7 @@ struct Staged<Float16> {
 };
 
 template <typename RuleT, typename P, typename G, typename S>
-void update_in_blocks(const Run& run, std::size_t n, AdamScalars<float> scalars,
+void update_in_blocks(const RunPointers& run, std::size_t n, AdamScalars<float> scalars,
                       AdamConstants constants) {
   float parameter[kBlock], gradient[kBlock], m[kBlock], v[kBlock];
   for (std::size_t start = 0; start < n; start += kBlock) {
@@ -104,13 +105,13 @@ void update_in_blocks(const Run& run, std::size_t n, AdamScalars<float> scalars,
     std::size_t p = start * sizeof(typename P::Element);
     std::size_t g = start * sizeof(typename G::Element);
     std::size_t s = start * sizeof(typename S::Element);
-    Run block = {Staged<P>::in(run.parameter + p, count, parameter),
-                 Staged<G>::in(run.gradient + g, count, gradient),
-                 Staged<S>::in(run.m + s, count, m),
-                 Staged<S>::in(run.v + s, count, v),
-                 Staged<P>::out(run.new_parameter + p, parameter),
-                 Staged<S>::out(run.new_m + s, m),
-                 Staged<S>::out(run.new_v + s, v)};
+    RunPointers block = {Staged<P>::in(run.parameter + p, count, parameter),
+                         Staged<G>::in(run.gradient + g, count, gradient),
+                         Staged<S>::in(run.m + s, count, m),
+                         Staged<S>::in(run.v + s, count, v),
+                         Staged<P>::out(run.new_parameter + p, parameter),
+                         Staged<S>::out(run.new_m + s, m),
+                         Staged<S>::out(run.new_v + s, v)};
     update<RuleT, typename Staged<P>::Type, typename Staged<G>::Type, typename Staged<S>::Type>(
         block, count, scalars, constants);
     Staged<P>::finish(parameter, count, run.new_parameter + p);

@@ -10,7 +10,7 @@
 namespace fused_adam::cpu {
 
 // Elements are addressed by bytes here, so that one signature serves every dtype combination.
-struct Run {
+struct RunPointers {
   const char* parameter;
   const char* gradient;
   const char* m;
@@ -24,7 +24,7 @@ enum Storage { kFloat32, kBfloat16, kFloat16, kStorageCount };
 enum Rule { kAdam, kTraffic, kRuleCount };
 
 // Updates n consecutive elements; a new_* pointer may equal its old one.
-using Update = void (*)(const Run&, std::size_t n, AdamScalars<float>, AdamConstants);
+using Update = void (*)(const RunPointers&, std::size_t n, AdamScalars<float>, AdamConstants);
 
 // Writes the rows x columns tile at `from` (element [i][j] at from[i + j * from_stride]) row by row, `columns` elements
 // apart, to `to`. Strides are in elements.

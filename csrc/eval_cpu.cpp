@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "adam_update.h"
-#include "cpu_tensor.h"
+#include "cpu_update.h"
 #include "in_place.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/scheduler.h"
@@ -38,8 +38,8 @@ void await_pending_readers(const std::vector<mx::array>& inputs, const mx::array
 }
 
 // Runs unit `index` of all the tensors' units taken together.
-void run_unit(const std::vector<cpu::Tensor>& tensors, size_t index, AdamScalars<float> scalars,
-              AdamConstants constants) {
+void run_unit(const std::vector<cpu::TensorUpdate>& tensors, size_t index,
+              AdamScalars<float> scalars, AdamConstants constants) {
   for (auto& tensor : tensors) {
     if (index < tensor.units()) return tensor.run(index, scalars, constants);
     index -= tensor.units();
@@ -53,7 +53,7 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
   await_pending_readers(inputs, outputs[0], stream());
   auto& encoder = mx::cpu::get_command_encoder(stream());
   auto rule = rule_ == UpdateRule::adam ? cpu::kAdam : cpu::kTraffic;
-  std::vector<cpu::Tensor> tensors;
+  std::vector<cpu::TensorUpdate> tensors;
   size_t units = 0, elements = 0;
   for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
     tensors.emplace_back(&inputs[1 + i * kInputsPerTensor], &outputs[i * kOutputsPerTensor], rule);
@@ -73,7 +73,7 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
       parallel_for(units, [&](size_t i) { run_unit(tensors, i, scalars, constants); });
     }
   });
-  sole_inputs.drop_all();
+  sole_inputs.commit_and_release();
 }
 
 // Each node costs MLX a task, and each of its tensors costs time for every other: two is where the sum is least.

@@ -41,7 +41,7 @@ const char* metal_type(mx::Dtype dtype) {
 
 size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
 
-struct Tensor {
+struct BoundTensor {
   const mx::array* in;  // parameter, gradient, m, v
   mx::array* out;       // parameter, m, v
   Layout layout;
@@ -65,11 +65,12 @@ struct Tensor {
 class Encoding {
  public:
   Encoding(mx::Stream stream, const char* rule, AdamConstants constants, const mx::array& scalars,
-           const Tensor& any)
+           const BoundTensor& any, bool wide_indices)
       : device_(mx::metal::device(stream.device)),
         encoder_(mx::metal::get_command_encoder(stream)),
         constants_(constants),
-        scalars_(scalars) {
+        scalars_(scalars),
+        wide_indices_(wide_indices) {
     std::ostringstream variant;
     variant << rule;
     for (auto& x : {any.parameter(), any.gradient(), any.m()})
@@ -78,7 +79,7 @@ class Encoding {
     library_ = device_.get_library("fused_adam<" + variant_ + ">", [&] { return source(); });
   }
 
-  void linear(const Tensor& t) {
+  void linear(const BoundTensor& t) {
     for (size_t start = 0; start < t.size(); start += kLargestLinear) {
       size_t size = std::min(kLargestLinear, t.size() - start);
       use("adam_linear");
@@ -89,7 +90,7 @@ class Encoding {
     }
   }
 
-  void group(const std::vector<Tensor>& tensors) {
+  void group(const std::vector<BoundTensor>& tensors) {
     GroupArgs args{constants_, scalar_count(), {}, {}, {}};
     use("adam_group");
     unsigned threads = 0;
@@ -107,7 +108,7 @@ class Encoding {
     dispatch_threads(threads, 1);
   }
 
-  void tiled(const Tensor& t) {
+  void tiled(const BoundTensor& t) {
     auto& layout = t.layout;
     // One axis at least, and the matrix's own strides last, as the kernel expects.
     auto shape = layout.shape;
@@ -132,9 +133,9 @@ class Encoding {
                                    MTL::Size(kTile, kTileThreadRows, 1));
   }
 
-  void general(const Tensor& t) {
+  void general(const BoundTensor& t) {
     auto& layout = t.layout;
-    use(needs_64_bits(t) ? "adam_general_64" : "adam_general_32");
+    use(wide_indices_ || needs_64_bits(t) ? "adam_general_64" : "adam_general_32");
     encoder_.set_bytes(GeneralArgs{constants_, scalar_count(), unsigned(layout.shape.size())},
                        kArgs);
     bind(t, kFirstTensor, 0);
@@ -160,7 +161,7 @@ class Encoding {
     return text.str();
   }
 
-  static bool needs_64_bits(const Tensor& t) {
+  static bool needs_64_bits(const BoundTensor& t) {
     int64_t furthest = int64_t(divide_up(t.size(), kGeneralWidth)) * kGeneralWidth;
     for (auto& strides : t.layout.strides) {
       int64_t span = 0;
@@ -185,7 +186,7 @@ class Encoding {
   }
 
   // Binds a tensor's arrays from element `start` on.
-  void bind(const Tensor& t, int index, size_t start) {
+  void bind(const BoundTensor& t, int index, size_t start) {
     for (size_t i = 0; i < AdamUpdate::kInputsPerTensor; ++i) {
       encoder_.set_input_array(t.in[i], index++, int64_t(start * t.in[i].itemsize()));
     }
@@ -203,6 +204,7 @@ class Encoding {
   mx::metal::CommandEncoder& encoder_;
   AdamConstants constants_;
   const mx::array& scalars_;
+  bool wide_indices_;
   std::string variant_;
   MTL::Library* library_;
 };
@@ -211,25 +213,25 @@ class Encoding {
 
 void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   SoleInputs sole_inputs(inputs, outputs);
-  std::vector<Tensor> row_major, others;
+  std::vector<BoundTensor> row_major, others;
   for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
     auto in = &inputs[1 + i * kInputsPerTensor];
     auto out = &outputs[i * kOutputsPerTensor];
-    Tensor t{in, out, layout_of(in[0], in[1], in[2], in[3])};
+    BoundTensor t{in, out, layout_of(in[0], in[1], in[2], in[3])};
     allocate_outputs(in, out);
     if (t.size() == 0) continue;
     (t.layout.kind == LayoutKind::linear ? row_major : others).push_back(std::move(t));
   }
-  if (row_major.empty() && others.empty()) return sole_inputs.keep_dropped();
+  if (row_major.empty() && others.empty()) return sole_inputs.commit();
 
   Encoding encoding(stream(), rule_ == UpdateRule::adam ? "AdamRule" : "TrafficRule", constants_,
-                    inputs[0], row_major.empty() ? others[0] : row_major[0]);
+                    inputs[0], row_major.empty() ? others[0] : row_major[0], wide_indices_);
   if (row_major.size() == 1) encoding.linear(row_major[0]);
   if (row_major.size() > 1) encoding.group(row_major);
   for (auto& t : others) {
     t.layout.kind == LayoutKind::tiled ? encoding.tiled(t) : encoding.general(t);
   }
-  sole_inputs.keep_dropped();
+  sole_inputs.commit();
 }
 
 Backend gpu_backend() { return {"metal", nullptr, kGroupTensors}; }

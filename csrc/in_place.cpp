@@ -28,7 +28,7 @@ SoleInputs::~SoleInputs() {
   }
 }
 
-void SoleInputs::drop_all() {
+void SoleInputs::commit_and_release() {
   is_done_ = true;
   if (!may_drop_) return;
   for (auto& output : outputs_) output.inputs().clear();

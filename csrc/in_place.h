@@ -18,11 +18,11 @@ class SoleInputs {
   SoleInputs& operator=(const SoleInputs&) = delete;
 
   // The evaluation has succeeded.
-  void keep_dropped() { is_done_ = true; }
+  void commit() { is_done_ = true; }
 
   // It has, and its task holds the buffers that it reads: drops the last copy too. With many small tensors, MLX's own set
   // of buffers to hold for each node costs more than the update.
-  void drop_all();
+  void commit_and_release();
 
  private:
   const std::vector<mlx::core::array>& inputs_;

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from mlx_fused_adam import backends, operation, optimizers
+from mlx_fused_adam import _backends, _operation, _optimizers
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle  # noqa: E402
@@ -70,10 +70,10 @@ def emulator():
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on the named device; its value is the name."""
-    monkeypatch.setattr(backends, "_checked", {})
+    monkeypatch.setattr(_backends, "_checked", {})
     if request.param == "emulated":
         emulated = request.getfixturevalue("emulated_extension")
-        for module in (backends, operation, optimizers):
+        for module in (_backends, _operation, _optimizers):
             monkeypatch.setattr(module, "_ext", emulated)
     kind = mx.gpu if request.param == "gpu" else mx.cpu
     before = mx.default_device()
@@ -86,7 +86,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.fixture
 def extension(device: str):
     """The compiled module that the test's device uses."""
-    return operation._ext
+    return _operation._ext
 
 
 @pytest.fixture

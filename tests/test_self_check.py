@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mlx_fused_adam as fused
-from mlx_fused_adam import backends, operation, optimizers
+from mlx_fused_adam import _backends, _operation, _optimizers
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -52,7 +52,7 @@ def fail_when_evaluated(results):
 @pytest.fixture(params=[raise_compile_error, shift_one_element, give_nan, fail_when_evaluated])
 def broken(request, extension, monkeypatch):
     faulty = Faulty(extension, request.param)
-    for module in (backends, operation, optimizers):
+    for module in (_backends, _operation, _optimizers):
         monkeypatch.setattr(module, "_ext", faulty)
     return request.param
 

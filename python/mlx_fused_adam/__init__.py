@@ -10,8 +10,8 @@ from ._compatibility import check_mlx as _check_mlx
 _check_mlx()  # before the extension loads: against another mlx it might crash instead of failing
 
 from ._ext import num_threads, set_num_threads  # noqa: E402
-from .operation import adam_update  # noqa: E402
-from .optimizers import Adam, AdamW  # noqa: E402
+from ._operation import adam_update  # noqa: E402
+from ._optimizers import Adam, AdamW  # noqa: E402
 
 __version__ = _version("mlx-fused-adam")
 

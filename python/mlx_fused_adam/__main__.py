@@ -16,7 +16,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.optimizers as stock
 
-from . import Adam, __version__, _ext, backends
+from . import Adam, __version__, _backends, _ext
 from ._build_info import MLX_VERSION
 
 _ELEMENTS = 4_194_304
@@ -40,14 +40,14 @@ def _check(kind: mx.DeviceType) -> bool:
     """Prints what updates on this device and how far it is from stock; False if a kernel fails."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason is part of the line below
-        backend = backends.backend_of(kind)
+        backend = _backends.backend_of(kind)
     print(f"\n{kind.name}: {backend.description}")
     built_in = (_ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend())[0] is not None
     if not backend.is_fused:
         return not built_in
-    for dtype, tolerance in backends.TOLERANCE.items():
+    for dtype, tolerance in _backends.TOLERANCE.items():
         with mx.stream(kind):
-            error = backends.largest_error(dtype)
+            error = _backends.largest_error(dtype)
         print(
             f"  {str(dtype):20} largest error against stock {error:.1e} (allowed {tolerance:.1e})"
         )
@@ -108,7 +108,7 @@ def main() -> int:
     for kind in (mx.cpu, mx.gpu):
         if mx.is_available(kind):
             is_right &= _check(kind)
-            if backends.backend_of(kind).is_fused:
+            if _backends.backend_of(kind).is_fused:
                 _speed(kind)
     print("\nEverything that should work does." if is_right else "\nA kernel failed: see above.")
     return 0 if is_right else 1

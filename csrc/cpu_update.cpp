@@ -1,6 +1,6 @@
-// See cpu_tensor.h. A gradient that is not row-major is brought into a small buffer piece by piece, so it is read from
+// See cpu_update.h. A gradient that is not row-major is brought into a small buffer piece by piece, so it is read from
 // memory once.
-#include "cpu_tensor.h"
+#include "cpu_update.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -74,13 +74,13 @@ void gather(const char* from_bytes, const std::vector<int64_t>& shape,
 }  // namespace
 
 // A part of one of the matrices of a tiled layout.
-struct Tensor::Tile {
+struct TensorUpdate::Tile {
   int64_t state;     // offset of the matrix in parameter, m and v
   int64_t gradient;  // and in the gradient
   size_t row, column, rows, columns;
 };
 
-Tensor::Tensor(const mx::array* in, mx::array* out, Rule rule)
+TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, Rule rule)
     : layout_(layout_of(in[0], in[1], in[2], in[3])), size_(in[0].size()) {
   auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
   allocate_outputs(in, out);
@@ -99,7 +99,7 @@ Tensor::Tensor(const mx::array* in, mx::array* out, Rule rule)
                : divide_up(size_, kRun);
 }
 
-void Tensor::run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+void TensorUpdate::run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
   switch (layout_.kind) {
     case LayoutKind::linear:
       return run_linear(unit, scalars, constants);
@@ -112,24 +112,26 @@ void Tensor::run(size_t unit, AdamScalars<float> scalars, AdamConstants constant
 
 // The tiles' grid begins before the matrix by what its first element lies past a cache line, so that the edges of tiles
 // fall on the edges of lines: MLX's buffers begin in the middle of one.
-size_t Tensor::row_shift() const {
+size_t TensorUpdate::row_shift() const {
   return reinterpret_cast<uintptr_t>(base_.gradient) % kCacheLine / gradient_bytes_;
 }
-size_t Tensor::column_shift() const {
+size_t TensorUpdate::column_shift() const {
   return reinterpret_cast<uintptr_t>(base_.parameter) % kCacheLine / parameter_bytes_;
 }
 
-size_t Tensor::tile_rows() const { return kTileRowBytes / gradient_bytes_; }
-size_t Tensor::tile_columns() const { return kTileColumnBytes / parameter_bytes_; }
+size_t TensorUpdate::tile_rows() const { return kTileRowBytes / gradient_bytes_; }
+size_t TensorUpdate::tile_columns() const { return kTileColumnBytes / parameter_bytes_; }
 
-size_t Tensor::block_rows() const { return size_ < kSmallTensor ? tile_rows() : kBlockRows; }
+size_t TensorUpdate::block_rows() const { return size_ < kSmallTensor ? tile_rows() : kBlockRows; }
 
-size_t Tensor::blocks_across() const {
+size_t TensorUpdate::blocks_across() const {
   return divide_up(layout_.columns + column_shift(), kBlockColumns);
 }
-size_t Tensor::blocks_down() const { return divide_up(layout_.rows + row_shift(), block_rows()); }
+size_t TensorUpdate::blocks_down() const {
+  return divide_up(layout_.rows + row_shift(), block_rows());
+}
 
-Run Tensor::at(int64_t state_offset, int64_t gradient_offset) const {
+RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) const {
   return {base_.parameter + state_offset * int64_t(parameter_bytes_),
           base_.gradient + gradient_offset * int64_t(gradient_bytes_),
           base_.m + state_offset * int64_t(state_bytes_),
@@ -139,21 +141,23 @@ Run Tensor::at(int64_t state_offset, int64_t gradient_offset) const {
           base_.new_v + state_offset * int64_t(state_bytes_)};
 }
 
-void Tensor::run_linear(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+void TensorUpdate::run_linear(size_t unit, AdamScalars<float> scalars,
+                              AdamConstants constants) const {
   size_t start = unit * kRun;
   update_(at(start, start), std::min(kRun, size_ - start), scalars, constants);
 }
 
-const char* Tensor::gradient_column(const Tile& tile, size_t j) const {
+const char* TensorUpdate::gradient_column(const Tile& tile, size_t j) const {
   int64_t column = int64_t(tile.column + j) * layout_.gradient_column_stride;
   return base_.gradient + (tile.gradient + int64_t(tile.row) + column) * int64_t(gradient_bytes_);
 }
 
-Run Tensor::state_row(const Tile& tile, size_t i) const {
+RunPointers TensorUpdate::state_row(const Tile& tile, size_t i) const {
   return at(tile.state + int64_t(tile.row + i) * layout_.row_stride + int64_t(tile.column), 0);
 }
 
-void Tensor::run_tiled(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
+                             AdamConstants constants) const {
   alignas(kCacheLine) char transposed[kTileRowBytes * kTileColumnBytes / sizeof(uint16_t)];
   int64_t batch = unit / (blocks_down() * blocks_across());
   // Rows and columns of the grid, which begins row_shift() and column_shift() before the matrix.
@@ -187,19 +191,20 @@ void Tensor::run_tiled(size_t unit, AdamScalars<float> scalars, AdamConstants co
     transpose_(gradient_column(tile, 0), layout_.gradient_column_stride, tile.rows, tile.columns,
                transposed);
     for (size_t i = 0; i < tile.rows; ++i) {
-      Run row = state_row(tile, i);
+      RunPointers row = state_row(tile, i);
       row.gradient = transposed + i * tile.columns * gradient_bytes_;
       update_(row, tile.columns, scalars, constants);
     }
   }
 }
 
-void Tensor::run_general(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+void TensorUpdate::run_general(size_t unit, AdamScalars<float> scalars,
+                               AdamConstants constants) const {
   alignas(kCacheLine) char buffers[4][kGather * sizeof(float)];
   size_t end = std::min((unit + 1) * kRun, size_);
   for (size_t start = unit * kRun; start < end; start += kGather) {
     size_t n = std::min(kGather, end - start);
-    Run run = at(start, 0);  // the outputs are row-major whatever the inputs are
+    RunPointers run = at(start, 0);  // the outputs are row-major whatever the inputs are
     auto bring = [&](int array, const char* from, size_t bytes) -> const char* {
       auto gather_elements = bytes == 4 ? gather<uint32_t> : gather<uint16_t>;
       gather_elements(from, layout_.shape, layout_.strides[array], start, n, buffers[array]);

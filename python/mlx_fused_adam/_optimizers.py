@@ -13,9 +13,9 @@ import mlx.optimizers as stock
 from mlx.utils import tree_map
 
 from . import _ext
+from ._backends import backend_of
+from ._operation import as_array
 from ._tree import Walk
-from .backends import backend_of
-from .operation import as_array
 
 # What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
 _FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import _ext
-from .backends import backend_of
+from ._backends import backend_of
 
 Scalar = float | mx.array
 

@@ -11,10 +11,10 @@
 
 namespace fused_adam::cpu {
 
-class Tensor {
+class TensorUpdate {
  public:
   // Allocates the three outputs, in place where nobody else holds the input. `in` is parameter, gradient, m, v.
-  Tensor(const mlx::core::array* in, mlx::core::array* out, Rule rule);
+  TensorUpdate(const mlx::core::array* in, mlx::core::array* out, Rule rule);
 
   size_t size() const { return size_; }
   size_t units() const { return units_; }
@@ -34,14 +34,14 @@ class Tensor {
   size_t blocks_across() const;
   size_t blocks_down() const;
   // The pointers moved on, those of the gradient by another number of elements than those of the state.
-  Run at(int64_t state_offset, int64_t gradient_offset) const;
+  RunPointers at(int64_t state_offset, int64_t gradient_offset) const;
   // Where a tile's gradient column and state row begin.
   const char* gradient_column(const Tile&, size_t j) const;
-  Run state_row(const Tile&, size_t i) const;
+  RunPointers state_row(const Tile&, size_t i) const;
 
   std::shared_ptr<mlx::core::array::Data> held_[4];  // what the task reads
   Layout layout_;
-  Run base_;
+  RunPointers base_;
   size_t size_;
   size_t parameter_bytes_, gradient_bytes_, state_bytes_;  // of an element
   Update update_;
