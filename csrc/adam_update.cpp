@@ -11,6 +11,7 @@
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
+#include "storage.h"
 
 namespace fused_adam {
 
@@ -29,10 +30,6 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());
 }
 
-bool is_supported(mx::Dtype dtype) {
-  return dtype == mx::float32 || dtype == mx::bfloat16 || dtype == mx::float16;
-}
-
 void check(const AdamTensors& tensors, const TensorName& name) {
   size_t count = tensors.parameters.size();
   if (tensors.gradients.size() != count || tensors.m.size() != count || tensors.v.size() != count) {
@@ -42,7 +39,7 @@ void check(const AdamTensors& tensors, const TensorName& name) {
   for (size_t i = 0; i < count; ++i) {
     auto& parameter = tensors.parameters[i];
     auto check_one = [&](const char* what, const mx::array& x) {
-      if (!is_supported(x.dtype())) {
+      if (!is_storage(x.dtype())) {
         refuse(what, " of ", name(i), " must be float32, bfloat16 or float16 but got ", x.dtype());
       }
       if (x.shape() != parameter.shape()) {
@@ -114,6 +111,11 @@ AdamScalars<mx::array> unpack(const mx::array& scalars) {
 
 using DtypeKey = std::tuple<mx::Dtype::Val, mx::Dtype::Val, mx::Dtype::Val>;
 
+DtypeKey key_of(const AdamTensors& tensors, size_t i) {
+  return {tensors.parameters[i].dtype().val(), tensors.gradients[i].dtype().val(),
+          tensors.m[i].dtype().val()};
+}
+
 // Lists of tensor indices, each to become one node.
 std::vector<std::vector<size_t>> group(const AdamTensors& tensors, size_t tensors_per_node) {
   std::vector<std::vector<size_t>> groups;
@@ -123,9 +125,7 @@ std::vector<std::vector<size_t>> group(const AdamTensors& tensors, size_t tensor
       groups.push_back({i});
       continue;
     }
-    DtypeKey key{tensors.parameters[i].dtype().val(), tensors.gradients[i].dtype().val(),
-                 tensors.m[i].dtype().val()};
-    auto [entry, is_new] = open.try_emplace(key, groups.size());
+    auto [entry, is_new] = open.try_emplace(key_of(tensors, i), groups.size());
     if (is_new || groups[entry->second].size() == tensors_per_node) {
       entry->second = groups.size();
       groups.emplace_back().reserve(tensors_per_node);
@@ -135,11 +135,12 @@ std::vector<std::vector<size_t>> group(const AdamTensors& tensors, size_t tensor
   return groups;
 }
 
-AdamResults build(const AdamTensors& tensors, const mx::array& scalars, bool fused,
+AdamResults build(const AdamTensors& tensors, const mx::array& scalars, const IsFused& is_fused,
                   mx::Stream stream,
                   const std::function<std::shared_ptr<AdamUpdate>()>& make_primitive) {
   AdamResults results{tensors.parameters, tensors.m, tensors.v};
   auto backend = stream.device == mx::Device::gpu ? gpu_backend() : cpu_backend();
+  std::map<DtypeKey, bool> fused;
   for (auto& members : group(tensors, backend.tensors_per_node)) {
     std::vector<mx::array> inputs{scalars};
     std::vector<mx::Shape> shapes;
@@ -154,8 +155,15 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars, bool fus
                     {tensors.parameters[i].dtype(), tensors.m[i].dtype(), tensors.v[i].dtype()});
     }
     auto primitive = make_primitive();
-    auto outputs = fused ? mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs)
-                         : primitive->composed()(inputs);
+    size_t any = members[0];
+    auto [entry, is_new] = fused.try_emplace(key_of(tensors, any));
+    if (is_new) {
+      entry->second = is_fused(tensors.parameters[any].dtype(), tensors.gradients[any].dtype(),
+                               tensors.m[any].dtype());
+    }
+    auto outputs = entry->second
+                       ? mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs)
+                       : primitive->composed()(inputs);
     for (size_t k = 0; k < members.size(); ++k) {
       auto output = outputs.begin() + AdamUpdate::kOutputsPerTensor * k;
       results.parameters[members[k]] = *output++;
@@ -170,13 +178,13 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars, bool fus
 
 AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_rate,
                         const std::optional<mx::array>& step,
-                        const AdamHyperparameters& hyperparameters, bool fused, bool wide_indices,
-                        mx::StreamOrDevice s, const TensorName& name) {
+                        const AdamHyperparameters& hyperparameters, const IsFused& is_fused,
+                        bool wide_indices, mx::StreamOrDevice s, const TensorName& name) {
   check(tensors, name);
   check(hyperparameters);
   auto stream = mx::to_stream(s);
   auto scalars = scalars_of(learning_rate, step, hyperparameters, stream);
-  return build(tensors, scalars, fused, stream, [&] {
+  return build(tensors, scalars, is_fused, stream, [&] {
     return std::make_shared<AdamUpdate>(stream, UpdateRule::adam, constants_of(hyperparameters),
                                         wide_indices);
   });
@@ -185,8 +193,16 @@ AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_ra
 AdamResults traffic_probe(const AdamTensors& tensors, mx::StreamOrDevice s,
                           const TensorName& name) {
   check(tensors, name);
+  for (size_t i = 0; i < tensors.parameters.size(); ++i) {
+    auto dtype = tensors.parameters[i].dtype();
+    if (tensors.gradients[i].dtype() != dtype || tensors.m[i].dtype() != dtype) {
+      refuse("all arrays of ", name(i), " must share one dtype but got ", dtype, ", ",
+             tensors.gradients[i].dtype(), " and ", tensors.m[i].dtype());
+    }
+  }
   auto stream = mx::to_stream(s);
-  return build(tensors, mx::array(0.0f), true, stream, [&] {
+  auto always = [](mx::Dtype, mx::Dtype, mx::Dtype) { return true; };
+  return build(tensors, mx::array(0.0f), always, stream, [&] {
     return std::make_shared<AdamUpdate>(stream, UpdateRule::traffic, AdamConstants{});
   });
 }
@@ -237,15 +253,6 @@ std::pair<std::vector<mx::array>, std::vector<int>> AdamUpdate::vmap(
     const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
   auto outputs = mx::vmap(composed(), axes)(inputs);
   return {outputs, std::vector<int>(outputs.size(), 0)};
-}
-
-bool AdamUpdate::is_equivalent(const Primitive& other) const {
-  auto& o = static_cast<const AdamUpdate&>(other);
-  auto key = [](const AdamUpdate& u) {
-    auto& c = u.constants_;
-    return std::make_tuple(u.rule_, c.beta1, c.one_minus_beta1, c.beta2, c.one_minus_beta2, c.eps);
-  };
-  return key(*this) == key(o);
 }
 
 // Asked for by shapeless compilation, whose later calls no other check sees.

@@ -38,18 +38,24 @@ struct AdamResults {
 // Names tensor i in an error message; called only then.
 using TensorName = std::function<std::string(size_t)>;
 
-// Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction. Where the stream's device
-// has no kernel, `fused` false gives the same update as a composition of MLX's operations. `wide_indices` makes kernels
-// index in 64 bits where 32 would do, so that a self-check can run what only huge tensors need.
+// Whether the stream's device has a kernel to be trusted with these dtypes: of a parameter, its gradient, and its m and v.
+using IsFused = std::function<bool(mlx::core::Dtype, mlx::core::Dtype, mlx::core::Dtype)>;
+
+// Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction. Tensors of which `is_fused`
+// says false get the same update as a composition of MLX's operations. `wide_indices` makes kernels index in 64 bits where
+// 32 would do, so that a self-check can run what only huge tensors need.
 AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
                         const std::optional<mlx::core::array>& step,
-                        const AdamHyperparameters& hyperparameters, bool fused, bool wide_indices,
-                        mlx::core::StreamOrDevice stream, const TensorName& name);
+                        const AdamHyperparameters& hyperparameters, const IsFused& is_fused,
+                        bool wide_indices, mlx::core::StreamOrDevice stream,
+                        const TensorName& name);
 
-// The traffic of adam_update without its arithmetic, through the same back ends: what a benchmark compares with.
+// The traffic of adam_update without its arithmetic, through the same back ends: what a benchmark compares with. All four
+// arrays must share one dtype.
 AdamResults traffic_probe(const AdamTensors& tensors, mlx::core::StreamOrDevice stream,
                           const TensorName& name);
 
+// Names one of the rules of adam_rule.h.
 enum class UpdateRule { adam, traffic };
 
 // Inputs: scalars (float32; [3]: the fields of AdamScalars, or []: step_size, the others being 1), then parameter,
@@ -80,7 +86,8 @@ class AdamUpdate : public mlx::core::Primitive {
       const std::vector<mlx::core::array>& inputs, const std::vector<int>& axes) override;
 
   const char* name() const override { return "AdamUpdate"; }
-  bool is_equivalent(const Primitive& other) const override;
+  // Never: mx.compile would merge equal updates, and loses outputs when it merges nodes that have several.
+  bool is_equivalent(const Primitive&) const override { return false; }
   std::vector<mlx::core::Shape> output_shapes(const std::vector<mlx::core::array>& inputs) override;
 
   // The same update as a composition of MLX's own operations, whose derivatives MLX knows.

@@ -9,7 +9,8 @@
 #include <nanobind/stl/vector.h>
 
 #include "adam_update.h"
-#include "cpu_dispatch.h"
+#include "cpu_kernels.h"
+#include "in_place.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -21,29 +22,27 @@ using Arrays = std::vector<mx::array>;
 NB_MODULE(_ext, m) {
   m.doc() = "The fused Adam operation on lists of MLX arrays.";
   nb::module_::import_("mlx.core");  // registers the types that the signatures below name
-  // A bad setting is an error at import, not in a stream's thread.
-  fused_adam::num_threads();
-  fused_adam::cpu::kernels();
+  fused_adam::cpu::kernels();  // a bad setting is an error at import, not in a stream's thread
 
   m.def(
       "adam_update",
       [](Arrays parameters, Arrays gradients, Arrays m, Arrays v, const mx::array& learning_rate,
          const std::optional<mx::array>& step, double beta1, double beta2, double eps,
-         double weight_decay, bool bias_correction, bool fused, bool wide_indices,
-         mx::StreamOrDevice stream, const fused_adam::TensorName& name) {
+         double weight_decay, bool bias_correction, const fused_adam::IsFused& is_fused,
+         bool wide_indices, mx::StreamOrDevice stream, const fused_adam::TensorName& name) {
         auto results = fused_adam::adam_update(
             {std::move(parameters), std::move(gradients), std::move(m), std::move(v)},
-            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, fused,
+            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, is_fused,
             wide_indices, stream, name);
         return std::make_tuple(std::move(results.parameters), std::move(results.m),
                                std::move(results.v));
       },
       "parameters"_a, "gradients"_a, "m"_a, "v"_a, "learning_rate"_a, "step"_a.none(),
       nb::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
-      "fused"_a = true, "wide_indices"_a = false, "stream"_a = nb::none(), "name"_a,
+      "is_fused"_a, "wide_indices"_a = false, "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v).
 
-``fused=False`` composes the update of MLX's operations instead. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+``is_fused(p, g, s)`` is asked once for each combination of dtypes (parameter, gradient, m and v); where it says False, the update is composed of MLX's operations instead. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def(
       "traffic_probe",
@@ -57,6 +56,9 @@ NB_MODULE(_ext, m) {
       "The memory traffic of one update with an addition in place of its arithmetic, for "
       "benchmarks.");
 
+  m.def("note_idle_stream", &fused_adam::note_idle_stream,
+        "Tell that the newest stream is for self-checks alone, so that updates elsewhere need not "
+        "reckon with it.");
   m.def("num_threads", &fused_adam::num_threads, "Threads that one CPU update may use.");
   m.def("set_num_threads", &fused_adam::set_num_threads, "count"_a,
         "Set the threads that one CPU update may use; 1 runs it on MLX's own stream thread.");
@@ -67,7 +69,9 @@ NB_MODULE(_ext, m) {
       "supported_cpu_isas",
       [] {
         std::vector<std::string> names;
-        for (auto& set : fused_adam::cpu::supported_kernels()) names.emplace_back(set.isa);
+        for (size_t i = 0; auto set = fused_adam::cpu::supported_kernels(i); ++i) {
+          names.emplace_back(set->isa);
+        }
         return names;
       },
       "The instruction sets to choose from on this machine, best first.");

@@ -46,7 +46,7 @@ struct Bfloat16 {
   }
 };
 
-template <typename RuleT, typename P, typename G, typename S>
+template <typename Rule, typename P, typename G, typename S>
 void update(const RunPointers& run, std::size_t n, AdamScalars<float> scalars,
             AdamConstants constants) {
   auto parameter = reinterpret_cast<const typename P::Element*>(run.parameter);
@@ -59,14 +59,14 @@ void update(const RunPointers& run, std::size_t n, AdamScalars<float> scalars,
   FUSED_ADAM_VECTORIZE
   for (std::size_t i = 0; i < n; ++i) {
     AdamState<float> old{P::load(parameter[i]), S::load(m[i]), S::load(v[i])};
-    AdamState<float> next = RuleT::step(old, G::load(gradient[i]), scalars, constants);
+    AdamState<float> next = Rule::step(old, G::load(gradient[i]), scalars, constants);
     new_parameter[i] = P::store(next.parameter);
     new_m[i] = S::store(next.m);
     new_v[i] = S::store(next.v);
   }
 }
 
-// float16 has its own conversions (half.h), and compilers do not vectorise them inside the loop above: whole blocks are
+// float16 has conversions of its own (FUSED_ADAM_HALF_HEADER), and compilers do not vectorise them inside the loop above: whole blocks are
 // brought to float32 and back in the first-level cache.
 struct Float16 {
   using Element = std::uint16_t;
@@ -96,7 +96,7 @@ struct Staged<Float16> {
   }
 };
 
-template <typename RuleT, typename P, typename G, typename S>
+template <typename Rule, typename P, typename G, typename S>
 void update_in_blocks(const RunPointers& run, std::size_t n, AdamScalars<float> scalars,
                       AdamConstants constants) {
   float parameter[kBlock], gradient[kBlock], m[kBlock], v[kBlock];
@@ -112,7 +112,7 @@ void update_in_blocks(const RunPointers& run, std::size_t n, AdamScalars<float> 
                          Staged<P>::out(run.new_parameter + p, parameter),
                          Staged<S>::out(run.new_m + s, m),
                          Staged<S>::out(run.new_v + s, v)};
-    update<RuleT, typename Staged<P>::Type, typename Staged<G>::Type, typename Staged<S>::Type>(
+    update<Rule, typename Staged<P>::Type, typename Staged<G>::Type, typename Staged<S>::Type>(
         block, count, scalars, constants);
     Staged<P>::finish(parameter, count, run.new_parameter + p);
     Staged<S>::finish(m, count, run.new_m + s);
@@ -125,34 +125,33 @@ constexpr bool is_staged = false;
 template <>
 constexpr bool is_staged<Float16> = true;
 
-template <typename RuleT, typename P, typename G, typename S>
+template <typename Rule, typename P, typename G, typename S>
 constexpr Update update_of() {
   if constexpr (is_staged<P> || is_staged<G> || is_staged<S>) {
-    return update_in_blocks<RuleT, P, G, S>;
+    return update_in_blocks<Rule, P, G, S>;
   } else {
-    return update<RuleT, P, G, S>;
+    return update<Rule, P, G, S>;
   }
 }
 
-template <typename RuleT, typename P, typename G>
+template <typename P, typename G>
 void fill(Update (&row)[kStorageCount]) {
-  row[kFloat32] = update_of<RuleT, P, G, Float32>();
-  row[kBfloat16] = update_of<RuleT, P, G, Bfloat16>();
-  row[kFloat16] = update_of<RuleT, P, G, Float16>();
+  row[int(Storage::float32)] = update_of<AdamRule, P, G, Float32>();
+  row[int(Storage::bfloat16)] = update_of<AdamRule, P, G, Bfloat16>();
+  row[int(Storage::float16)] = update_of<AdamRule, P, G, Float16>();
 }
 
-template <typename RuleT, typename P>
+template <typename P>
 void fill(Update (&table)[kStorageCount][kStorageCount]) {
-  fill<RuleT, P, Float32>(table[kFloat32]);
-  fill<RuleT, P, Bfloat16>(table[kBfloat16]);
-  fill<RuleT, P, Float16>(table[kFloat16]);
+  fill<P, Float32>(table[int(Storage::float32)]);
+  fill<P, Bfloat16>(table[int(Storage::bfloat16)]);
+  fill<P, Float16>(table[int(Storage::float16)]);
 }
 
-template <typename RuleT>
 void fill(Update (&table)[kStorageCount][kStorageCount][kStorageCount]) {
-  fill<RuleT, Float32>(table[kFloat32]);
-  fill<RuleT, Bfloat16>(table[kBfloat16]);
-  fill<RuleT, Float16>(table[kFloat16]);
+  fill<Float32>(table[int(Storage::float32)]);
+  fill<Bfloat16>(table[int(Storage::bfloat16)]);
+  fill<Float16>(table[int(Storage::float16)]);
 }
 
 // Square blocks as wide as a vector, FUSED_ADAM_VECTOR_BYTES bytes: whole cache lines where the target has such vectors, so
@@ -218,13 +217,24 @@ void transpose(const char* from_bytes, std::ptrdiff_t from_stride, std::size_t r
   }
 }
 
+template <typename Element>
+void gather(const char* from_bytes, const std::int64_t* offsets, std::size_t n, char* to_bytes) {
+  auto from = reinterpret_cast<const Element*>(from_bytes);
+  auto to = reinterpret_cast<Element*>(to_bytes);
+  for (std::size_t i = 0; i < n; ++i) to[i] = from[offsets[i]];
+}
+
 Kernels make_kernels(const char* isa) {
   Kernels set;
   set.isa = isa;
-  fill<AdamRule>(set.update[kAdam]);
-  fill<TrafficRule>(set.update[kTraffic]);
+  fill(set.adam);
+  set.traffic[int(Storage::float32)] = update_of<TrafficRule, Float32, Float32, Float32>();
+  set.traffic[int(Storage::bfloat16)] = update_of<TrafficRule, Bfloat16, Bfloat16, Bfloat16>();
+  set.traffic[int(Storage::float16)] = update_of<TrafficRule, Float16, Float16, Float16>();
   set.transpose_2_bytes = transpose<std::uint16_t>;
   set.transpose_4_bytes = transpose<std::uint32_t>;
+  set.gather_2_bytes = gather<std::uint16_t>;
+  set.gather_4_bytes = gather<std::uint32_t>;
   return set;
 }
 

@@ -1,15 +1,16 @@
-// What the CPU back end asks of its vectorised inner loops: update a contiguous run, transpose a tile.
-// cpu_kernels.cpp is compiled once per instruction set; cpu_dispatch.h chooses.
+// What the CPU back end asks of its vectorised inner loops: update a contiguous run, transpose a tile, gather by a table.
+// cpu_kernels.cpp is compiled once per instruction set; cpu_dispatch.cpp chooses.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "adam_rule.h"
+#include "storage.h"
 
 namespace fused_adam::cpu {
 
-// Elements are addressed by bytes here, so that one signature serves every dtype combination.
+// The elements of a run. They are addressed by bytes, so that one signature serves every dtype combination.
 struct RunPointers {
   const char* parameter;
   const char* gradient;
@@ -20,9 +21,6 @@ struct RunPointers {
   char* new_v;
 };
 
-enum Storage { kFloat32, kBfloat16, kFloat16, kStorageCount };
-enum Rule { kAdam, kTraffic, kRuleCount };
-
 // Updates n consecutive elements; a new_* pointer may equal its old one.
 using Update = void (*)(const RunPointers&, std::size_t n, AdamScalars<float>, AdamConstants);
 
@@ -31,15 +29,23 @@ using Update = void (*)(const RunPointers&, std::size_t n, AdamScalars<float>, A
 using Transpose = void (*)(const char* from, std::ptrdiff_t from_stride, std::size_t rows,
                            std::size_t columns, char* to);
 
+// to[i] = from[offsets[i]], in elements.
+using Gather = void (*)(const char* from, const std::int64_t* offsets, std::size_t n, char* to);
+
 struct Kernels {
   const char* isa;
-  Update update[kRuleCount][kStorageCount][kStorageCount]
-               [kStorageCount];  // [parameter][gradient][state]
+  Update adam[kStorageCount][kStorageCount][kStorageCount];  // [parameter][gradient][state]
+  Update traffic[kStorageCount];                             // all four in one dtype
   Transpose transpose_2_bytes;
   Transpose transpose_4_bytes;
+  Gather gather_2_bytes;
+  Gather gather_4_bytes;
 };
 
-// The set in use; cpu_dispatch.cpp chooses it.
+// The set in use.
 const Kernels& kernels();
+
+// The i-th set that this machine can run, best first; nullptr past the last.
+const Kernels* supported_kernels(std::size_t i);
 
 }  // namespace fused_adam::cpu

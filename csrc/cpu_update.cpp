@@ -3,7 +3,6 @@
 #include "cpu_update.h"
 
 #include <algorithm>
-#include <stdexcept>
 #include <vector>
 
 #include "in_place.h"
@@ -16,8 +15,11 @@ namespace {
 
 // Elements of a unit of linear work: small enough to balance, large enough that claiming it costs nothing.
 constexpr size_t kRun = 1 << 15;
-// Elements gathered at a time: four float32 buffers of this many stay in the first-level cache.
-constexpr size_t kGather = 1 << 10;
+// Blocks of a general layout that make a unit.
+constexpr size_t kBlocksPerUnit = 8;
+// How many row-major elements cost as much as one of the other layouts, roughly.
+constexpr size_t kTiledCost = 2;
+constexpr size_t kGeneralCost = 4;
 // Bytes of a transposed tile's sides: down the gradient's columns, whole cache lines; along the parameter's rows, long
 // enough for hardware prefetchers to take up (prefetching by hand gained nothing beside them).
 constexpr size_t kTileRowBytes = 256;
@@ -28,21 +30,6 @@ constexpr size_t kBlockRows = 256;
 // ... but one row of tiles in tensors below this many elements, so that there is work for every thread.
 constexpr size_t kSmallTensor = 1 << 20;
 constexpr size_t kCacheLine = 64;
-
-Storage storage_of(mx::Dtype dtype) {
-  switch (dtype.val()) {
-    case mx::Dtype::Val::float32:
-      return kFloat32;
-    case mx::Dtype::Val::bfloat16:
-      return kBfloat16;
-    case mx::Dtype::Val::float16:
-      return kFloat16;
-    default:
-      throw std::logic_error("[AdamUpdate] dtype was not validated");
-  }
-}
-
-size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
 
 // Where row-major element `index` of an array with these axes lies, in elements.
 int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
@@ -55,22 +42,6 @@ int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
   return offset;
 }
 
-template <typename Element>
-void gather(const char* from_bytes, const std::vector<int64_t>& shape,
-            const std::vector<int64_t>& strides, int64_t start, size_t n, char* to_bytes) {
-  auto from = reinterpret_cast<const Element*>(from_bytes);
-  auto to = reinterpret_cast<Element*>(to_bytes);
-  int64_t inner = shape.back();
-  int64_t stride = strides.back();
-  for (size_t done = 0; done < n;) {
-    int64_t at = start + int64_t(done);
-    auto row = from + offset_of(at, shape, strides);
-    size_t count = std::min<size_t>(n - done, inner - at % inner);
-    for (size_t i = 0; i < count; ++i) to[done + i] = row[int64_t(i) * stride];
-    done += count;
-  }
-}
-
 }  // namespace
 
 // A part of one of the matrices of a tiled layout.
@@ -80,23 +51,51 @@ struct TensorUpdate::Tile {
   size_t row, column, rows, columns;
 };
 
-TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, Rule rule)
+TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, UpdateRule rule)
     : layout_(layout_of(in[0], in[1], in[2], in[3])), size_(in[0].size()) {
   auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
   allocate_outputs(in, out);
   base_ = {parameter.data<char>(), gradient.data<char>(), m.data<char>(),     v.data<char>(),
            out[0].data<char>(),    out[1].data<char>(),   out[2].data<char>()};
-  for (int i = 0; i < 4; ++i) held_[i] = in[i].data_shared_ptr();
+  for (int i = 0; i < kArrays; ++i) held_[i] = in[i].data_shared_ptr();
   parameter_bytes_ = parameter.itemsize();
   gradient_bytes_ = gradient.itemsize();
   state_bytes_ = m.itemsize();
   auto& set = kernels();
-  update_ = set.update[rule][storage_of(parameter.dtype())][storage_of(gradient.dtype())]
-                      [storage_of(m.dtype())];
+  int p = int(storage_of(parameter.dtype())), g = int(storage_of(gradient.dtype())),
+      s = int(storage_of(m.dtype()));
+  update_ = rule == UpdateRule::adam ? set.adam[p][g][s] : set.traffic[p];
   transpose_ = gradient_bytes_ == 4 ? set.transpose_4_bytes : set.transpose_2_bytes;
-  units_ = layout_.kind == LayoutKind::tiled
-               ? size_t(layout_.batches()) * blocks_down() * blocks_across()
-               : divide_up(size_, kRun);
+  switch (layout_.kind) {
+    case LayoutKind::linear:
+      units_ = divide_up(size_, kRun);
+      break;
+    case LayoutKind::tiled:
+      units_ = size_t(layout_.batches()) * blocks_down() * blocks_across();
+      break;
+    case LayoutKind::general: {
+      bool gathered[kArrays];
+      for (int i = 0; i < kArrays; ++i) {
+        gathered[i] = !in[i].flags().row_contiguous;
+        gather_[i] = in[i].itemsize() == 4 ? set.gather_4_bytes : set.gather_2_bytes;
+      }
+      blocks_ = Blocks(layout_, gathered);
+      units_ = divide_up(blocks_.count(), kBlocksPerUnit);
+      break;
+    }
+  }
+}
+
+size_t TensorUpdate::cost() const {
+  switch (layout_.kind) {
+    case LayoutKind::linear:
+      return size_;
+    case LayoutKind::tiled:
+      return kTiledCost * size_;
+    case LayoutKind::general:
+      return kGeneralCost * size_;
+  }
+  return size_;
 }
 
 void TensorUpdate::run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
@@ -200,21 +199,26 @@ void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
 
 void TensorUpdate::run_general(size_t unit, AdamScalars<float> scalars,
                                AdamConstants constants) const {
-  alignas(kCacheLine) char buffers[4][kGather * sizeof(float)];
-  size_t end = std::min((unit + 1) * kRun, size_);
-  for (size_t start = unit * kRun; start < end; start += kGather) {
-    size_t n = std::min(kGather, end - start);
-    RunPointers run = at(start, 0);  // the outputs are row-major whatever the inputs are
-    auto bring = [&](int array, const char* from, size_t bytes) -> const char* {
-      auto gather_elements = bytes == 4 ? gather<uint32_t> : gather<uint16_t>;
-      gather_elements(from, layout_.shape, layout_.strides[array], start, n, buffers[array]);
-      return buffers[array];
-    };
-    run.parameter = bring(0, base_.parameter, parameter_bytes_);
-    run.gradient = bring(1, base_.gradient, gradient_bytes_);
-    run.m = bring(2, base_.m, state_bytes_);
-    run.v = bring(3, base_.v, state_bytes_);
-    update_(run, n, scalars, constants);
+  alignas(kCacheLine) char buffers[kArrays][Blocks::kMost * sizeof(float)];
+  const char* bases[kArrays] = {base_.parameter, base_.gradient, base_.m, base_.v};
+  size_t bytes[kArrays] = {parameter_bytes_, gradient_bytes_, state_bytes_, state_bytes_};
+  size_t end = std::min((unit + 1) * kBlocksPerUnit, blocks_.count());
+  for (size_t index = unit * kBlocksPerUnit; index < end; ++index) {
+    auto block = blocks_[index];
+    const char* from[kArrays];
+    for (int i = 0; i < kArrays; ++i) {
+      from[i] = bases[i] + block.offsets[i] * int64_t(bytes[i]);
+      if (auto table = blocks_.table(i)) {
+        gather_[i](from[i], table, block.size, buffers[i]);
+        from[i] = buffers[i];
+      }
+    }
+    RunPointers run = at(block.start, 0);  // the outputs are row-major whatever the inputs are
+    run.parameter = from[0];
+    run.gradient = from[1];
+    run.m = from[2];
+    run.v = from[3];
+    update_(run, block.size, scalars, constants);
   }
 }
 

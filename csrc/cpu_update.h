@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "adam_update.h"
+#include "cpu_blocks.h"
 #include "cpu_kernels.h"
 #include "layout.h"
 #include "mlx/array.h"
@@ -14,9 +16,10 @@ namespace fused_adam::cpu {
 class TensorUpdate {
  public:
   // Allocates the three outputs, in place where nobody else holds the input. `in` is parameter, gradient, m, v.
-  TensorUpdate(const mlx::core::array* in, mlx::core::array* out, Rule rule);
+  TensorUpdate(const mlx::core::array* in, mlx::core::array* out, UpdateRule rule);
 
-  size_t size() const { return size_; }
+  // What it costs, in row-major elements that cost as much.
+  size_t cost() const;
   size_t units() const { return units_; }
   void run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const;
 
@@ -39,13 +42,15 @@ class TensorUpdate {
   const char* gradient_column(const Tile&, size_t j) const;
   RunPointers state_row(const Tile&, size_t i) const;
 
-  std::shared_ptr<mlx::core::array::Data> held_[4];  // what the task reads
+  std::shared_ptr<mlx::core::array::Data> held_[kArrays];  // what the task reads
   Layout layout_;
+  Blocks blocks_;  // of a general layout
   RunPointers base_;
   size_t size_;
   size_t parameter_bytes_, gradient_bytes_, state_bytes_;  // of an element
   Update update_;
   Transpose transpose_;
+  Gather gather_[kArrays];
   size_t units_;
 };
 

@@ -16,7 +16,7 @@ namespace mx = mlx::core;
 
 namespace {
 
-// Below this many elements in a node, waking another thread costs more than it saves.
+// Where a node costs less than this many row-major elements, waking another thread costs more than it saves.
 constexpr size_t kWorthThreads = 1 << 15;
 
 // A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and could
@@ -28,7 +28,7 @@ void await_pending_readers(const std::vector<mx::array>& inputs, const mx::array
   for (size_t i = 1; i < inputs.size(); ++i) {
     bool is_gradient = (i - 1) % AdamUpdate::kInputsPerTensor == 1;
     if (is_gradient || inputs[i].data_shared_ptr().use_count() == 1) continue;
-    if (is_async || mx::get_streams().size() > 1) return;
+    if (is_async || !is_only_stream()) return;
     // Not mx::synchronize, which throws the errors of earlier tasks: those belong to whoever evaluates them.
     auto drained = std::make_shared<std::promise<void>>();
     mx::scheduler::enqueue(stream, [drained] { drained->set_value(); });
@@ -52,22 +52,21 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
   SoleInputs sole_inputs(inputs, outputs);
   await_pending_readers(inputs, outputs[0], stream());
   auto& encoder = mx::cpu::get_command_encoder(stream());
-  auto rule = rule_ == UpdateRule::adam ? cpu::kAdam : cpu::kTraffic;
   std::vector<cpu::TensorUpdate> tensors;
-  size_t units = 0, elements = 0;
+  size_t units = 0, cost = 0;
   for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
-    tensors.emplace_back(&inputs[1 + i * kInputsPerTensor], &outputs[i * kOutputsPerTensor], rule);
+    tensors.emplace_back(&inputs[1 + i * kInputsPerTensor], &outputs[i * kOutputsPerTensor], rule_);
     units += tensors.back().units();
-    elements += tensors.back().size();
+    cost += tensors.back().cost();
   }
   for (auto& input : inputs) encoder.set_input_array(input);
   for (auto& output : outputs) encoder.set_output_array(output);
-  encoder.dispatch([tensors = std::move(tensors), units, elements, packed = inputs[0].data<float>(),
+  encoder.dispatch([tensors = std::move(tensors), units, cost, packed = inputs[0].data<float>(),
                     count = inputs[0].size(), packed_holder = inputs[0].data_shared_ptr(),
                     constants = constants_] {
     AdamScalars<float> scalars{packed[0], 1.0f, 1.0f};
     if (count > 1) scalars = {packed[0], packed[1], packed[2]};
-    if (elements < kWorthThreads) {
+    if (cost < kWorthThreads) {
       for (size_t i = 0; i < units; ++i) run_unit(tensors, i, scalars, constants);
     } else {
       parallel_for(units, [&](size_t i) { run_unit(tensors, i, scalars, constants); });

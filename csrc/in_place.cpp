@@ -2,9 +2,11 @@
 #include "in_place.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "mlx/allocator.h"
 #include "mlx/backend/common/utils.h"
+#include "mlx/stream.h"
 
 namespace fused_adam {
 
@@ -48,5 +50,10 @@ void allocate_outputs(const mx::array* in, mx::array* out) {
   allocate_in_place(in[2], out[1]);
   allocate_in_place(in[3], out[2]);
 }
+
+static std::atomic<size_t> idle_streams{0};
+
+bool is_only_stream() { return mx::get_streams().size() <= 1 + idle_streams; }
+void note_idle_stream() { ++idle_streams; }
 
 }  // namespace fused_adam

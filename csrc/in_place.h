@@ -35,4 +35,9 @@ class SoleInputs {
 // can see them, else fresh row-major ones.
 void allocate_outputs(const mlx::core::array* in, mlx::core::array* out);
 
+// Whether the process has a single stream in use. Streams told of as idle do not count: nothing but a self-check, which
+// waits for its own results, runs there.
+bool is_only_stream();
+void note_idle_stream();
+
 }  // namespace fused_adam

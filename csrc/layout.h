@@ -2,12 +2,15 @@
 // Stock layers hand over every nn.Linear weight gradient column-major, so that case has a kernel of its own.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "mlx/array.h"
 
 namespace fused_adam {
+
+constexpr size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
 
 enum class LayoutKind {
   linear,  // all four arrays are row-major

@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "mlx/threadpool.h"
 
@@ -17,36 +20,41 @@ namespace fused_adam {
 
 namespace {
 
-constexpr size_t kMostThreads = 256;
-
-size_t default_num_threads() {
-  const char* setting = std::getenv("MLX_FUSED_ADAM_NUM_THREADS");
-  if (setting && *setting) {
-    char* end = nullptr;
-    unsigned long count = std::strtoul(setting, &end, 10);
-    if (end == setting || *end != '\0' || count < 1 || count > kMostThreads) {
-      throw std::invalid_argument("[num_threads] MLX_FUSED_ADAM_NUM_THREADS must be from 1 to " +
-                                  std::to_string(kMostThreads) + " but got " + setting);
-    }
-    return count;
-  }
-  return std::max(1u, std::thread::hardware_concurrency());
-}
-
 std::atomic<size_t>& thread_count() {
-  static std::atomic<size_t> count{default_num_threads()};
+  static std::atomic<size_t> count{1};
   return count;
 }
 
-// Grows to the largest count ever asked for. Leaked on purpose: MLX's stream threads may outlive static destructors.
-ThreadPool& pool(size_t workers) {
-  static std::mutex mutex;
-  static ThreadPool* threads = new ThreadPool(0);
-  static size_t size = 0;
-  std::lock_guard lock(mutex);
-  if (workers > size) threads->resize(size = workers);
-  return *threads;
-}
+// MLX's pool, and how many of its threads could be started. Leaked on purpose: MLX's stream threads may outlive static
+// destructors.
+class Workers {
+ public:
+  static Workers& all() {
+    static Workers* workers = new Workers;
+    return *workers;
+  }
+
+  // Grows to `wanted` threads, or as far as the system lets it; returns how many of those wanted there are.
+  size_t grow(size_t wanted) {
+    std::lock_guard lock(mutex_);
+    try {
+      for (; started_ < wanted; ++started_) pool_.resize(started_ + 1);
+    } catch (const std::system_error&) {
+      // A limit on processes or memory. The threads there are do the work, and the next call tries again.
+    }
+    return std::min(wanted, started_);
+  }
+
+  template <typename Task>
+  void enqueue(Task&& task) {
+    pool_.enqueue(std::forward<Task>(task));
+  }
+
+ private:
+  std::mutex mutex_;
+  ThreadPool pool_{0};
+  size_t started_ = 0;
+};
 
 // Shared by the caller and its helpers; a helper that starts late finds nothing left to claim.
 struct Work {
@@ -54,10 +62,18 @@ struct Work {
   size_t count;
   std::atomic<size_t> next{0};
   std::atomic<size_t> done{0};
+  std::mutex error_mutex;
+  std::exception_ptr error;
 
-  void run() {
+  // Lets nothing escape: the caller must not return, and so end the body's life, before every index is done.
+  void run() noexcept {
     for (size_t i; (i = next.fetch_add(1)) < count;) {
-      (*body)(i);
+      try {
+        (*body)(i);
+      } catch (...) {
+        std::lock_guard lock(error_mutex);
+        if (!error) error = std::current_exception();
+      }
       if (done.fetch_add(1) + 1 == count) done.notify_all();
     }
   }
@@ -70,6 +86,7 @@ constexpr auto kLinger = std::chrono::microseconds(100);
 class Helpers {
  public:
   void offer(const std::shared_ptr<Work>& work, size_t wanted) {
+    wanted = Workers::all().grow(wanted);
     size_t present;
     {
       std::lock_guard lock(mutex_);
@@ -77,10 +94,8 @@ class Helpers {
       ++offers_;
       present = std::min(wanted, lingering_);
     }
-    if (present == wanted) return;
-    auto& threads = pool(wanted);
     for (size_t i = present; i < wanted; ++i) {
-      threads.enqueue([this, work] { help(work); });
+      Workers::all().enqueue([this, work] { help(work); });
     }
   }
 
@@ -141,9 +156,14 @@ void parallel_for(size_t count, const std::function<void(size_t)>& body) {
   auto work = std::make_shared<Work>();
   work->body = &body;
   work->count = count;
-  helpers().offer(work, wanted);
+  try {
+    helpers().offer(work, wanted);
+  } catch (const std::bad_alloc&) {
+    // Fewer helpers then; those that were asked are waited for as ever.
+  }
   work->run();
   for (size_t done; (done = work->done) < count;) work->done.wait(done);
+  if (work->error) std::rethrow_exception(work->error);
 }
 
 }  // namespace fused_adam

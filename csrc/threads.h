@@ -6,11 +6,14 @@
 
 namespace fused_adam {
 
-// Threads an update may use, the caller included. Defaults to MLX_FUSED_ADAM_NUM_THREADS, else to the CPUs of the process.
+constexpr size_t kMostThreads = 256;
+
+// Threads an update may use, the caller included; 1 until the package's import has set it.
 size_t num_threads();
 void set_num_threads(size_t count);
 
-// Runs body(0) ... body(count - 1), each exactly once, and returns when all are done. Callable from several threads.
+// Runs body(0) ... body(count - 1), each exactly once, and returns when all are done, by as many threads as can be had.
+// If a body throws, the others run all the same, and then the first exception is thrown again. Callable from several threads.
 void parallel_for(size_t count, const std::function<void(size_t)>& body);
 
 }  // namespace fused_adam

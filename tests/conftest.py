@@ -70,7 +70,7 @@ def emulator():
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on the named device; its value is the name."""
-    monkeypatch.setattr(_backends, "_checked", {})
+    monkeypatch.setattr(_backends, "_known", {})
     if request.param == "emulated":
         emulated = request.getfixturevalue("emulated_extension")
         for module in (_backends, _operation, _optimizers):

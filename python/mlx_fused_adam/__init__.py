@@ -9,9 +9,14 @@ from ._compatibility import check_mlx as _check_mlx
 
 _check_mlx()  # before the extension loads: against another mlx it might crash instead of failing
 
+from . import _backends, _threads  # noqa: E402
 from ._ext import num_threads, set_num_threads  # noqa: E402
 from ._operation import adam_update  # noqa: E402
 from ._optimizers import Adam, AdamW  # noqa: E402
+
+# A bad setting is an error at import, not in the middle of a training run.
+set_num_threads(_threads.default_num_threads())
+_backends.forced_backend()
 
 __version__ = _version("mlx-fused-adam")
 

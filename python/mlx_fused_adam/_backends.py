@@ -1,54 +1,107 @@
-"""Which kernel updates parameters on a device, and whether it may: the guard against a kernel that fails on a user's machine.
+"""Which kernel updates parameters on a device, and for which dtypes it may: the guard against a kernel that fails on a
+user's machine.
 
-The first time a device is met, a small update is compared with mlx.optimizers there; on an error or a mismatch the
-device is left to stock operations, with one warning that says why.
+A combination of dtypes is checked when it is first met (_self_check.py). On an error or a mismatch that combination is
+left to stock operations, with one warning that says why. MLX_FUSED_ADAM_BACKEND=stock|cpu|metal forces a choice.
 """
 
 from __future__ import annotations
 
-import math
+import os
 import threading
 import warnings
-from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.optimizers as stock
 
-from . import _ext
+from . import _ext, _self_check
+from ._self_check import Dtypes
 
 Place = mx.Stream | mx.Device | mx.DeviceType | None
 
-# Relative error allowed against stock's float32 result: a few roundings in float32, one in the 16-bit dtypes.
-TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 2**-8, mx.float16: 2**-10}
+_SETTING = "MLX_FUSED_ADAM_BACKEND"
+_PLAIN: Dtypes = (mx.float32, mx.float32, mx.float32)
 
 
-@dataclass(frozen=True)
 class Backend:
-    """What updates parameters on a device: the kernel's name, or why there is none."""
+    """What updates parameters on a device: a kernel, for the combinations of dtypes that pass their check, or stock."""
 
-    name: str | None
-    reason: str | None = None
+    def __init__(
+        self, name: str | None, reason: str | None, kind: mx.DeviceType, is_forced: bool = False
+    ):
+        self.name = name
+        self.reason = reason  # why there is no kernel
+        self.kind = kind  # of the device where updates run
+        self.is_forced = is_forced
+        self.verdicts: dict[
+            Dtypes, str | None
+        ] = {}  # by (parameter, gradient, m and v): what is wrong
+        self._lock = threading.RLock()
 
-    @property
-    def is_fused(self) -> bool:
-        return self.name is not None
+    def is_fused(self, parameter: mx.Dtype, gradient: mx.Dtype, state: mx.Dtype) -> bool:
+        """Whether the kernel updates tensors of these dtypes; checks a combination that is new.
+
+        Raises:
+            RuntimeError: If the check fails and the environment forces this back end.
+        """
+        if self.name is None:
+            return False
+        return self._verdict((parameter, gradient, state)) is None
+
+    def place(self, asked: Place) -> Place:
+        """Where to run what is asked to run there: another device if one is forced."""
+        return self.kind if self.is_forced and _kind(asked) != self.kind else asked
+
+    def check(self, dtypes: Dtypes = _PLAIN) -> str | None:
+        """What is wrong with the kernel for these dtypes, or None."""
+        return self.reason if self.name is None else self._verdict(dtypes)
 
     @property
     def description(self) -> str:
-        return self.name or f"stock ({self.reason})"
+        """``"cpu"``, ``"metal"``, ``"metal (but stock for …: <reason>)"`` or ``"stock (<reason>)"``."""
+        self.check()
+        failed = {dtypes: reason for dtypes, reason in self.verdicts.items() if reason}
+        if self.name is None or (failed and len(failed) == len(self.verdicts)):
+            return f"stock ({self.reason or next(iter(failed.values()))})"
+        if failed:
+            named = ", ".join(_self_check.names(dtypes) for dtypes in failed)
+            return f"{self.name} (but stock for {named}: {next(iter(failed.values()))})"
+        return self.name
+
+    def _verdict(self, dtypes: Dtypes) -> str | None:
+        if dtypes not in self.verdicts:
+            with self._lock:
+                if dtypes not in self.verdicts:
+                    self.verdicts[dtypes] = self._find(dtypes)
+        return self.verdicts[dtypes]
+
+    def _find(self, dtypes: Dtypes) -> str | None:
+        reason = _self_check.run(_ext, self.kind, dtypes)
+        if reason is None:
+            return None
+        if self.is_forced:
+            raise RuntimeError(f"[{_SETTING}] {self.name} is forced but its {reason}")
+        _warn(f"of {_self_check.names(dtypes)} on the {self.kind.name}", reason)
+        return reason
 
 
-_checked: dict[mx.DeviceType, Backend] = {}
+def _warn(what: str, reason: str) -> None:
+    message = f"mlx-fused-adam leaves updates {what} to stock operations: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+_known: dict[mx.DeviceType, Backend] = {}
 _lock = threading.RLock()
 
 
 def backend_of(place: Place = None) -> Backend:
-    """The backend for a stream, a device or (None) the default device; self-checked at first sight."""
+    """The back end for a stream, a device or (None) the default device."""
     kind = _kind(place)
-    backend = _checked.get(kind)
+    backend = _known.get(kind)
     if backend is None:
         with _lock:
-            backend = _checked.get(kind) or _checked.setdefault(kind, _find(kind))
+            backend = _known.get(kind)
+            if backend is None:
+                backend = _known[kind] = forced_backend() or _find(kind)
     return backend
 
 
@@ -59,68 +112,32 @@ def _kind(place: Place) -> mx.DeviceType:
     return device.type
 
 
+def _kernel(kind: mx.DeviceType) -> tuple[str | None, str | None]:
+    """The kernel's name and why there is none; one of them is None."""
+    return (_ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend())[:2]
+
+
 def _find(kind: mx.DeviceType) -> Backend:
-    name, reason, _ = _ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend()
-    if name is not None:
-        reason = self_check(kind)
-    if reason is None:
-        return Backend(name)
-    warnings.warn(
-        f"mlx-fused-adam leaves updates on the {kind.name} to mlx.optimizers: {reason}",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-    return Backend(None, reason)
+    name, reason = _kernel(kind)
+    if name is None:
+        _warn(f"on the {kind.name}", str(reason))
+    return Backend(name, reason, kind)
 
 
-def self_check(kind: mx.DeviceType) -> str | None:
-    """Compare a small update of every layout and dtype with stock; None if it is right, else the reason."""
-    try:
-        # The mixed case too, since each combination of dtypes is a kernel of its own.
-        for dtype, gradient_dtype in [*((d, d) for d in TOLERANCE), (mx.float32, mx.bfloat16)]:
-            with mx.stream(kind):
-                error = largest_error(dtype, gradient_dtype)
-            if not error <= TOLERANCE[dtype]:  # so that NaN fails too
-                return (
-                    f"self-check in {dtype} is off by {error:.1e}, more than {TOLERANCE[dtype]:.1e}"
-                )
-    except Exception as error:  # any failure of a kernel must lead to stock, not to the user
-        return f"self-check failed: {error}"
-    return None
+def forced_backend() -> Backend | None:
+    """What MLX_FUSED_ADAM_BACKEND asks for, if it is set.
 
-
-def largest_error(dtype: mx.Dtype, gradient_dtype: mx.Dtype | None = None) -> float:
-    """The largest error against stock in float32, relative to each tensor's largest element."""
-    gradient_dtype = gradient_dtype or dtype
-
-    def sample(*shape: int) -> mx.array:
-        return (mx.sin(mx.arange(1, math.prod(shape) + 1) * 0.7) * 0.5).reshape(shape).astype(dtype)
-
-    parameters = [sample(37), sample(70, 40), sample(3, 10), sample(300)]
-    # A row-major, a column-major and a strided gradient: one for each kernel.
-    gradients = [sample(37), sample(40, 70).T, sample(6, 10)[::2], sample(300)]
-    gradients = [g.astype(gradient_dtype) for g in gradients]
-    m = [p * 0.1 for p in parameters]
-    v = [mx.square(p) for p in parameters]
-    settings = {"betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1, "bias_correction": True}
-
-    reference = stock.AdamW(0.01, **settings)
-    as_float32 = [[x.astype(mx.float32) for x in xs] for xs in (parameters, gradients, m, v)]
-    step = reference.state["step"] = mx.array(3, mx.uint64)
-    state = [{"m": m_i, "v": v_i} for m_i, v_i in zip(*as_float32[2:], strict=True)]
-    expected = [
-        (reference.apply_single(g, p, s), s["m"], s["v"])
-        for p, g, s in zip(*as_float32[:2], state, strict=True)
-    ]
-
-    beta1, beta2 = settings.pop("betas")
-    actual = _ext.adam_update(
-        parameters, gradients, m, v, mx.array(0.01), step,
-        beta1=beta1, beta2=beta2, **settings, name=str,
-    )  # fmt: skip
-    errors = [
-        mx.max(mx.abs(a.astype(mx.float32) - e)) / mx.max(mx.abs(e))
-        for e_i, a_i in zip(expected, zip(*actual, strict=True), strict=True)
-        for e, a in zip(e_i, a_i, strict=True)
-    ]
-    return mx.max(mx.stack(errors)).item()
+    Raises:
+        ValueError: If this machine has no such back end.
+    """
+    asked = os.environ.get(_SETTING, "")
+    if not asked:
+        return None
+    if asked == "stock":
+        return Backend(None, f"{_SETTING}=stock", mx.default_device().type, is_forced=True)
+    kinds = [kind for kind in (mx.cpu, mx.gpu) if mx.is_available(kind)]
+    kernels = {name.split()[0]: (name, kind) for kind in kinds if (name := _kernel(kind)[0])}
+    if asked not in kernels:
+        choices = ", ".join(["stock", *kernels])
+        raise ValueError(f"[{_SETTING}] must be one of {choices} on this machine but got {asked!r}")
+    return Backend(kernels[asked][0], None, kernels[asked][1], is_forced=True)

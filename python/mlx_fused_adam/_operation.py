@@ -1,4 +1,4 @@
-"""The operation by itself, in the manner of ``mx.fast``: one tensor, any MLX transformation."""
+"""The operation by itself, like those of ``mx.fast``: one tensor, any MLX transformation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import _ext
+from ._arguments import Scalar, as_array, as_number, as_scalar, check_betas
 from ._backends import backend_of
-
-Scalar = float | mx.array
 
 
 def adam_update(
@@ -41,11 +40,12 @@ def adam_update(
     at each store. Buffers of inputs that nobody else holds are reused for the results; what you still hold never changes.
 
     Args:
-        parameter: Any shape; float32, bfloat16 or float16.
+        parameter: Any shape; float32, bfloat16 or float16. NumPy arrays are taken too, here and for ``m`` and ``v``.
         gradient: Same shape, any memory layout; float32, bfloat16 or float16.
-        m, v: First and second moment, same shape, one of those dtypes (the same for both).
+        m, v: First and second moment, same shape, one of those dtypes (the same for both). float16 cannot hold a
+            ``v`` that is smaller than 6e-8: with gradients below 0.005 or so, use bfloat16 or float32.
         learning_rate: A number, or an array of one element (it may be lazy).
-        step: Steps taken, this one included, so 1 at first. Needed with ``bias_correction``, else ignored.
+        step: Steps taken, this one included, so from 1 to 2**63 - 1. Needed with ``bias_correction``, else ignored.
         betas: Decay rates of ``m`` and ``v``, in [0, 1). Default: ``(0.9, 0.999)``.
         eps: Added to the denominator, at least 0. Default: ``1e-8``.
         weight_decay: Decoupled weight decay. Default: ``0.0``.
@@ -57,35 +57,29 @@ def adam_update(
 
     Raises:
         ValueError: For shapes, dtypes or values that do not fit.
+        TypeError: For arguments of another type.
 
     Example:
         >>> w, m, v = mx.ones(3), mx.zeros(3), mx.zeros(3)
         >>> w, m, v = fused.adam_update(w, mx.ones(3), m, v, 1e-3)
     """
-    if len(betas) != 2:
-        raise ValueError(f"[adam_update] betas must be two numbers but got {betas!r}")
-    if isinstance(step, (int, float)) and step < 1:
-        raise ValueError(f"[adam_update] step must be at least 1 but got {step}")
-    beta1, beta2 = betas
+    beta1, beta2 = check_betas("adam_update", betas)
+    tensors = {"parameter": parameter, "gradient": gradient, "m": m, "v": v}
+    arrays = [[as_array(what, x, "the tensor")] for what, x in tensors.items()]
+    if not (stream is None or isinstance(stream, (mx.Stream, mx.Device, mx.DeviceType))):
+        raise TypeError(f"[adam_update] stream must be a stream or a device but got {stream!r}")
+    backend = backend_of(stream)
     parameters, ms, vs = _ext.adam_update(
-        [parameter],
-        [gradient],
-        [m],
-        [v],
-        as_array(learning_rate),
-        None if step is None else as_array(step),
+        *arrays,
+        as_scalar("learning_rate", learning_rate),
+        None if step is None else as_scalar("step", step),
         beta1=beta1,
         beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        bias_correction=bias_correction,
-        fused=backend_of(stream).is_fused,
-        stream=stream,
+        eps=as_number("adam_update", "eps", eps),
+        weight_decay=as_number("adam_update", "weight_decay", weight_decay),
+        bias_correction=bool(bias_correction),
+        is_fused=backend.is_fused,
+        stream=backend.place(stream),
         name=lambda _: "the tensor",
     )
     return parameters[0], ms[0], vs[0]
-
-
-def as_array(x: Scalar) -> mx.array:
-    """A number as a float32 array; an array as it is."""
-    return x if isinstance(x, mx.array) else mx.array(x, mx.float32)

@@ -9,19 +9,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as stock
-from mlx.utils import tree_map
+
+# As they are at import: a user may put this package's classes in their place.
+from mlx.optimizers import Adam as _StockAdam
+from mlx.optimizers import AdamW as _StockAdamW
+from mlx.optimizers import Optimizer as _StockOptimizer
+from mlx.utils import tree_flatten, tree_map
 
 from . import _ext
+from ._arguments import as_array, as_number, as_scalar, check_betas
 from ._backends import backend_of
-from ._operation import as_array
 from ._tree import Walk
 
 # What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
 _FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
+_MOMENTS = ("m", "v")
 
 
-class _Fused(stock.Optimizer):
+class _Fused(_StockOptimizer):
     """How gradients are applied; stands before mlx.optimizers.Adam or AdamW in the bases."""
 
     betas: list[float]
@@ -37,30 +42,56 @@ class _Fused(stock.Optimizer):
         """
         return backend_of().description
 
+    def init(self, parameters: Any) -> None:
+        """Make the state of parameters that have none, as mlx.optimizers does, and take over what was loaded.
+
+        float16 cannot hold ``v`` (of gradients below 0.005 it becomes 0, and the next step divides by eps alone), so
+        moments that are float16 become bfloat16, which takes as much memory.
+        """
+        super().init(parameters)
+        tree_map(lambda _, state: self._take_over(state), parameters, self._state)
+
+    def init_single(self, parameter: mx.array, state: dict) -> None:
+        """Give one parameter's state its ``m`` and ``v``: zeros of its dtype, or bfloat16 if that is float16."""
+        super().init_single(parameter, state)
+        self._take_over(state)
+
+    @staticmethod
+    def _take_over(state: dict) -> None:
+        for name in _MOMENTS:
+            moment = as_array(name, state[name])
+            state[name] = moment.astype(mx.bfloat16) if moment.dtype == mx.float16 else moment
+
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """Update every parameter that has a gradient; arguments and result as in mlx.optimizers.
 
+        After an exception, step, schedules and state are as they were before.
+
         Raises:
-            ValueError: If a gradient's shape or dtype does not fit, naming the parameter's path.
+            ValueError: If a gradient's shape or dtype does not fit, or there is no such parameter; names the path.
+            TypeError: If something among gradients or parameters is no array, naming the path.
         """
         if getattr(self.apply_single, "__func__", None) is not _Fused.apply_single:
             # A subclass or an instance brings a rule of its own for single parameters.
             return super().apply_gradients(gradients, parameters)
         was_initialized = self._initialized
         before = dict(self._state) if was_initialized else tree_map(lambda x: x, self._state)
-        if not was_initialized:
-            self.init(gradients)
-        step = self.step
-        for name, scheduler in self._schedulers.items():
-            self.state[name] = scheduler(step)
-        self.state["step"] = step + 1
         try:
+            if not was_initialized:
+                self.init(gradients)
+            step = self.step
+            for name, scheduler in self._schedulers.items():
+                self.state[name] = scheduler(step)
+            self.state["step"] = step + 1
             return self._apply_tree(gradients, parameters, self.state)
-        except ValueError:
+        except BaseException as error:
             # A refused update is no step, and leaves no moments of a wrong shape behind.
             self._state.clear()
             self._state.update(before)
             self._initialized = was_initialized
+            if isinstance(error, TypeError):
+                for path, gradient in tree_flatten(gradients):
+                    as_array("gradient", gradient, path)
             raise
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
@@ -68,33 +99,48 @@ class _Fused(stock.Optimizer):
         return self._apply_tree(gradient, parameter, state)
 
     def _apply_tree(self, gradients: Any, parameters: Any, states: Any) -> Any:
-        apply_stock = super().apply_single
-        if not backend_of().is_fused:
-            return tree_map(apply_stock, gradients, parameters, states)
         walk = Walk(gradients, parameters, states)
         try:
-            new = self._update(walk.gradients, walk.parameters, walk.states, walk.path)
-        except ValueError:
-            # Not asked before, since looking at every dtype would cost time in every step.
-            fused = [i for i, p in enumerate(walk.parameters) if p.dtype in _FUSED_DTYPES]
-            if len(fused) == len(walk.parameters):
+            others = [i for i, p in enumerate(walk.parameters) if p.dtype not in _FUSED_DTYPES]
+        except AttributeError:  # not even an array; named below
+            others = [0]
+        try:
+            new = self._apply_mixed(walk) if others else self._update_all(walk)
+        except TypeError:
+            if others:
                 raise
-            new = self._apply_mixed(walk, fused, apply_stock)
+            new = self._apply_mixed(walk)  # NumPy moments, or the error that names what is no array
         walk.fill(new)
         return walk.result()
 
-    def _apply_mixed(self, walk: Walk, fused: list[int], apply_stock: Callable) -> list[mx.array]:
-        """Leaves whose indices are not in ``fused`` go to stock; on copies of their states, lest ours be refused."""
-        leaves = list(zip(walk.gradients, walk.parameters, walk.states, strict=True))
-        is_fused = set(fused)
-        rest = {i: (g, w, dict(s)) for i, (g, w, s) in enumerate(leaves) if i not in is_fused}
-        new = {i: apply_stock(*leaf) for i, leaf in rest.items()}
-        columns = zip(*[leaves[i] for i in fused], strict=True) if fused else ((), (), ())
-        updated = self._update(*columns, lambda i: walk.path(fused[i]))
-        new.update(zip(fused, updated, strict=True))
-        for i, (_, _, state) in rest.items():
+    def _apply_mixed(self, walk: Walk) -> list[mx.array]:
+        """Where not all leaves are what the kernels take: NumPy arrays are converted, other dtypes go to stock.
+
+        States change only once everything has been accepted.
+        """
+        fused, others = [], []
+        for i, (parameter, gradient, state) in enumerate(
+            zip(walk.parameters, walk.gradients, walk.states, strict=True)
+        ):
+            path = walk.path(i)
+            parameter = as_array("parameter", parameter, path)
+            gradient = as_array("gradient", gradient, path)
+            moments = {name: as_array(name, state[name], path) for name in _MOMENTS}
+            leaves = fused if parameter.dtype in _FUSED_DTYPES else others
+            leaves.append((i, gradient, parameter, {**state, **moments}))
+        new: dict[int, mx.array] = {}
+        for i, gradient, parameter, state in others:
+            new[i] = super().apply_single(gradient, parameter, state)
+        if fused:
+            indices, gradients, parameters, states = map(list, zip(*fused, strict=True))
+            updated = self._update(gradients, parameters, states, lambda k: walk.path(indices[k]))
+            new.update(zip(indices, updated, strict=True))
+        for i, _, _, state in (*fused, *others):
             walk.states[i].update(state)
-        return [new[i] for i in range(len(leaves))]
+        return [new[i] for i in range(len(new))]
+
+    def _update_all(self, walk: Walk) -> list[mx.array]:
+        return self._update(walk.gradients, walk.parameters, walk.states, walk.path)
 
     def _update(
         self,
@@ -104,18 +150,21 @@ class _Fused(stock.Optimizer):
         name: Callable[[int], str],
     ) -> list[mx.array]:
         beta1, beta2 = self.betas
+        backend = backend_of()
         new_parameters, new_m, new_v = _ext.adam_update(
             parameters,
             gradients,
             [state["m"] for state in states],
             [state["v"] for state in states],
-            as_array(self.learning_rate),
-            as_array(self.step),
+            as_scalar("learning_rate", self.learning_rate),
+            as_scalar("step", self.step),
             beta1=float(beta1),
             beta2=float(beta2),
             eps=float(self.eps),
             weight_decay=float(getattr(self, "weight_decay", 0.0)),
             bias_correction=bool(self.bias_correction),
+            is_fused=backend.is_fused,
+            stream=backend.place(None),
             name=name,
         )
         for state, m, v in zip(states, new_m, new_v, strict=True):
@@ -124,7 +173,7 @@ class _Fused(stock.Optimizer):
         return new_parameters
 
 
-class Adam(_Fused, stock.Adam):
+class Adam(_Fused, _StockAdam):
     """``mlx.optimizers.Adam`` in one pass over memory.
 
     Arguments, defaults, state tree and methods are those of :class:`mlx.optimizers.Adam`; float32 results on the CPU
@@ -138,11 +187,26 @@ class Adam(_Fused, stock.Adam):
             started from zero (Kingma & Ba 2015, section 3). Default: ``False``.
 
     Raises:
-        ValueError: At construction, for betas outside [0, 1) or a negative eps.
+        ValueError: At construction, for betas outside [0, 1), a negative eps, or a number that is not finite.
+        TypeError: At construction, for what is no number.
     """
 
+    def __init__(
+        self,
+        learning_rate: float | Callable[[mx.array], mx.array],
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        bias_correction: bool = False,
+    ) -> None:
+        super().__init__(
+            _learning_rate("Adam", learning_rate),
+            list(check_betas("Adam", betas)),
+            as_number("Adam", "eps", eps),
+            bias_correction,
+        )
 
-class AdamW(_Fused, stock.AdamW):
+
+class AdamW(_Fused, _StockAdamW):
     """``mlx.optimizers.AdamW`` in one pass over memory; see :class:`Adam`.
 
     Args:
@@ -154,5 +218,29 @@ class AdamW(_Fused, stock.AdamW):
             started from zero (Kingma & Ba 2015, section 3). Default: ``False``.
 
     Raises:
-        ValueError: At construction, for betas outside [0, 1) or a negative eps.
+        ValueError: At construction, for betas outside [0, 1), a negative eps, or a number that is not finite.
+        TypeError: At construction, for what is no number.
     """
+
+    def __init__(
+        self,
+        learning_rate: float | Callable[[mx.array], mx.array],
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        bias_correction: bool = False,
+    ) -> None:
+        super().__init__(
+            _learning_rate("AdamW", learning_rate),
+            list(check_betas("AdamW", betas)),
+            as_number("AdamW", "eps", eps),
+            as_number("AdamW", "weight_decay", weight_decay),
+            bias_correction,
+        )
+
+
+def _learning_rate(op: str, x: Any) -> Any:
+    """A schedule or an array as it is; a number checked."""
+    if callable(x) or isinstance(x, mx.array) or hasattr(x, "__array__"):
+        return x
+    return as_number(op, "learning_rate", x)

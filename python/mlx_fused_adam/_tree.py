@@ -14,7 +14,11 @@ from mlx.utils import tree_flatten
 
 
 class Walk:
-    """Parallel lists, one item a leaf, in the order of mlx.utils.tree_flatten; then ``fill`` and ``result``."""
+    """Parallel lists, one item a leaf, in the order of mlx.utils.tree_flatten; then ``fill`` and ``result``.
+
+    Raises:
+        ValueError: If parameters or states lack what the gradients have, naming its path.
+    """
 
     def __init__(self, gradients: Any, parameters: Any, states: Any) -> None:
         self.gradients: list[mx.array] = []
@@ -26,7 +30,16 @@ class Walk:
         self._tree = gradients
         # A root above the tree, so that a tree which is a single leaf has a place too.
         self._root: dict[str, Any] = {"": None}
-        self._walk(self._root, [("", gradients)], {"": parameters}, {"": states})
+        try:
+            self._walk(self._root, [("", gradients)], {"": parameters}, {"": states})
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            for what, tree in (("parameters", parameters), ("state", states)):
+                if (path := _missing(gradients, tree)) is not None:
+                    raise ValueError(
+                        f"[adam_update] {what} must have what the gradients have but got nothing "
+                        f"at {path}"
+                    ) from error
+            raise
 
     def _walk(self, result: Any, items: Iterable, parameters: Any, states: Any) -> None:
         for key, gradient in items:
@@ -61,3 +74,24 @@ class Walk:
     def path(self, leaf: int) -> str:
         """The path of a leaf, as in ``layers.0.weight``."""
         return tree_flatten(self._tree)[leaf][0] or "the parameter"
+
+
+def _missing(gradients: Any, tree: Any, path: str = "") -> str | None:
+    """The path of the first leaf or container of the gradients that the tree has no counterpart of."""
+    if isinstance(gradients, dict):
+        items = list(gradients.items())
+    elif isinstance(gradients, (list, tuple)):
+        items = list(enumerate(gradients))
+    else:
+        return None
+    for key, gradient in items:
+        inner = f"{path}.{key}" if path else str(key)
+        try:
+            part = tree[key] if isinstance(tree, (dict, list, tuple)) else None
+        except (KeyError, IndexError):
+            part = None
+        if part is None:
+            return inner
+        if (found := _missing(gradient, part, inner)) is not None:
+            return found
+    return None

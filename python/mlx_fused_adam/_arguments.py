@@ -1,0 +1,85 @@
+"""Turns what users pass (numbers, NumPy arrays, YAML's strings) into what the extension takes, or says what is wrong.
+
+Errors read ``[op] what must be X but got Y``. Shapes, dtypes and ranges of arrays are checked by the extension, where the
+graph is built.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Sequence
+from numbers import Complex, Real
+from typing import Any
+
+import mlx.core as mx
+
+Scalar = float | mx.array
+
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+_LARGEST_STEP = 2**63 - 1
+
+
+def as_number(op: str, what: str, x: Any) -> float:
+    """A finite float; a string is read as a number, since YAML hands over ``1e-3`` as a string.
+
+    Raises:
+        TypeError: If ``x`` is no number.
+        ValueError: If it is not real, not finite, or not the text of a number.
+    """
+    if isinstance(x, Complex) and not isinstance(x, Real):
+        raise ValueError(f"[{op}] {what} must be real but got {x!r}")
+    if not isinstance(x, (Real, str)):
+        raise TypeError(f"[{op}] {what} must be a number but got {_described(x)}")
+    try:
+        number = float(x)
+    except OverflowError:
+        number = math.inf
+    except ValueError:
+        raise ValueError(f"[{op}] {what} must be a number but got {x!r}") from None
+    if not abs(number) <= _LARGEST_FLOAT32:
+        raise ValueError(f"[{op}] {what} must be finite but got {reprlib.repr(x)}")
+    return number
+
+
+def check_betas(op: str, betas: Any) -> tuple[float, float]:
+    """Two numbers; their range is checked by whoever uses them."""
+    if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
+        kind = ValueError if isinstance(betas, Sequence) else TypeError
+        raise kind(f"[{op}] betas must be two numbers but got {betas!r}")
+    return as_number(op, "beta1", betas[0]), as_number(op, "beta2", betas[1])
+
+
+def as_scalar(what: str, x: Any) -> mx.array:
+    """An array as it is; a number as float32, or as int64 if it is a step."""
+    if isinstance(x, mx.array):
+        return x
+    if hasattr(x, "__array__") and not isinstance(x, Complex):
+        return as_array(what, x)
+    if what != "step":
+        return mx.array(as_number("adam_update", what, x), mx.float32)
+    if not isinstance(x, Complex):
+        raise TypeError(f"[adam_update] step must be a number but got {_described(x)}")
+    if not (isinstance(x, Real) and 1 <= x <= _LARGEST_STEP):
+        raise ValueError(
+            f"[adam_update] step must be from 1 to 2**63 - 1 but got {reprlib.repr(x)}"
+        )
+    return mx.array(float(x), mx.float32)
+
+
+def as_array(what: str, x: Any, path: str = "") -> mx.array:
+    """An array as it is; a NumPy array copied, unless it is a gradient, which no transformation of MLX gives as one.
+
+    Raises:
+        TypeError: For anything else, naming the path of the leaf.
+    """
+    if isinstance(x, mx.array):
+        return x
+    if what == "gradient" or not hasattr(x, "__array__"):
+        leaf = f" of {path}" if path else ""
+        raise TypeError(f"[adam_update] {what}{leaf} must be an array but got {_described(x)}")
+    return mx.array(x)
+
+
+def _described(x: Any) -> str:
+    return "None" if x is None else f"{reprlib.repr(x)} ({type(x).__name__})"
