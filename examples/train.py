@@ -2,17 +2,20 @@
 
 Shows loss, speed and the optimizer's share while it runs, then a sample of generated text, and
 saves the loss curve. `--compare` trains a second copy with mlx.optimizers.AdamW, step for step from
-the same seed. Needs MLX and this package; tqdm and matplotlib (`pip install '.[examples]'`) make
-progress and picture nicer.
+the same seed. Ctrl-C ends the training early: sample and curve are then those of the steps so far,
+and the exit status is 130. Needs MLX and this package; tqdm and matplotlib
+(`pip install '.[examples]'`) make progress and picture nicer.
 """
 
 import argparse
 import math
 import os
+import signal
 import statistics
 import sys
 from pathlib import Path
 from time import perf_counter
+from types import FrameType
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -27,6 +30,8 @@ from transformer import Transformer, generate, mean_loss
 import mlx_fused_adam as fused
 
 SPLIT_EVERY = 10  # steps; see Run.split_step
+ESTIMATE_AFTER = 12  # steps, the first of which compile
+INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
@@ -142,29 +147,72 @@ def learning_rate_schedule(peak: float, steps: int) -> Any:
     )
 
 
-def train(runs: list[Run], corpus: Corpus, options: argparse.Namespace) -> None:
-    """Every run takes each step in turn, on the same batch: the machine's moods hit both."""
+class StopOnInterrupt:
+    """While entered, the first Ctrl-C asks for an end after the step; the second ends the program.
+
+    So that no step is left half done: one model a step ahead of the other, or a graph half traced,
+    which is also why the second raises nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "StopOnInterrupt":
+        self.previous = signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(INTERRUPTED)
+        self.requested = True
+
+
+def train(runs: list[Run], corpus: Corpus, options: argparse.Namespace) -> bool:
+    """Every run takes each step in turn, on the same batch: the machine's moods hit both.
+
+    Returns whether all steps were done, that is, not ended early by Ctrl-C.
+    """
     mx.random.seed(options.seed)
     tokens_per_step = options.batch_size * options.context
     bar = progress_bar(options.steps)
-    for i in bar:
-        batch = corpus.batch(corpus.train, options.batch_size)
-        mx.eval(batch)
-        for run in runs if i % 2 else reversed(runs):
-            # The second step too, since the first one's time is that of compiling.
-            run.step(*batch, split=i % SPLIT_EVERY == 0 or i == 1)
-        if i % 5 == 0 or i == options.steps - 1:
-            bar.set_postfix_str(
-                " | ".join(progress_of(run, tokens_per_step) for run in runs), refresh=False
-            )
+    with StopOnInterrupt() as stop:
+        for i in bar:
+            batch = corpus.batch(corpus.train, options.batch_size)
+            mx.eval(batch)
+            for run in runs if i % 2 else reversed(runs):
+                # The second step too, since the first one's time is that of compiling.
+                run.step(*batch, split=i % SPLIT_EVERY == 0 or i == 1)
+            if i + 1 == ESTIMATE_AFTER < options.steps:
+                seconds = (options.steps - i) * sum(run.step_time for run in runs)
+                names = " and ".join(run.name for run in runs)
+                bar.say(f"{options.steps} steps of {names}: about {duration(seconds)} to go")
+            if i % 5 == 0 or i == options.steps - 1:
+                bar.show(progress_of(runs, tokens_per_step))
+            if stop.requested:
+                break
+    bar.close()
+    return len(runs[0].losses) == options.steps
 
 
-def progress_of(run: Run, tokens_per_step: int) -> str:
-    loss = f"{run.name}: loss {smoothed(run.losses[-100:])[-1]:.3f}"
-    if not run.is_timed:
-        return loss
-    speed = f"{tokens_per_step / run.step_time:,.0f} tokens/s"
-    return f"{loss}, {speed}, optimizer {100 * run.update_share:.2f}%"
+def duration(seconds: float) -> str:
+    return f"{max(1, seconds):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+
+
+def progress_of(runs: list[Run], tokens_per_step: int) -> list[str]:
+    """What to say beside the bar, the most important first; of two runs, their figures in turn."""
+
+    def each(form: str, figures: list[float]) -> str:
+        return " / ".join(form.format(figure) for figure in figures)
+
+    parts = [f"loss {each('{:.3f}', [smoothed(run.losses[-100:])[-1] for run in runs])}"]
+    if all(run.is_timed for run in runs):
+        parts.append(f"optimizer {each('{:.2%}', [run.update_share for run in runs])}")
+        speeds = [tokens_per_step / run.step_time for run in runs]
+        parts.append(f"{each('{:,.0f}', speeds)} tokens/s")
+    return parts
 
 
 def report(runs: list[Run], corpus: Corpus, options: argparse.Namespace) -> None:
@@ -213,9 +261,21 @@ def report_comparison(ours: Run, theirs: Run) -> None:
     print(
         f"optimizer time: {1e3 * theirs.update_time:.2f} ms {theirs.name}, "
         f"{1e3 * ours.update_time:.2f} ms {ours.name}: "
-        f"{theirs.update_time / ours.update_time:.1f} times faster; "
-        f"whole step: {theirs.step_time / ours.step_time:.3f} times faster"
+        f"{in_words(ours.update_time, theirs.update_time)}; "
+        f"whole step: {in_words(ours.step_time, theirs.step_time)}"
     )
+
+
+def in_words(ours: float, theirs: float) -> str:
+    """How our time compares with theirs: in percent of theirs, or as a factor from 2 on."""
+    if ours >= 2 * theirs:
+        return f"{ours / theirs:.1f} times as slow"
+    if theirs >= 2 * ours:
+        return f"{theirs / ours:.1f} times as fast"
+    percent = round(100 * (ours / theirs - 1), 1)
+    if percent == 0:
+        return "as fast"
+    return f"{abs(percent)} % {'slower' if percent > 0 else 'faster'}"
 
 
 def show_sample(run: Run, corpus: Corpus, options: argparse.Namespace) -> None:
@@ -309,10 +369,12 @@ def main(arguments: list[str] | None = None) -> None:
         f"{count:,} parameters, {len(corpus.text):,} characters of text, "
         f"updates by: {ours.optimizer.backend}"
     )
-    try:
-        train(runs, corpus, options)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    if options.compare:
+        print("Beside the bar, figures are those of stock / fused", flush=True)
+    completed = train(runs, corpus, options)
+    if not completed:
+        steps = len(ours.losses)
+        print(f"\nInterrupted: what follows is of the first {steps} of {options.steps} steps")
     report(runs, corpus, options)
     if options.compare:
         report_comparison(ours, runs[0])
@@ -322,7 +384,12 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         sys.exit(f"train.py: the loss curve could not be saved: {error}")
     print(f"Loss curve: {picture}")
+    if not completed:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

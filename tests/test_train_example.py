@@ -1,14 +1,27 @@
-"""The example that trains a language model: tiny runs as a user starts them, and bad input."""
+"""The example that trains a language model: tiny runs as a user starts them, in a terminal too, and bad input."""
 
+import fcntl
+import os
+import pty
 import re
+import select
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train.py"
+sys.path.append(str(SCRIPT.parent))
+import progress  # noqa: E402
+import train as example  # noqa: E402
+
 TINY = ["--steps", "25", "--batch-size", "2", "--context", "16", "--dims", "16", "--heads", "2",
         "--layers", "1", "--sample", "20"]  # fmt: skip
 
@@ -22,16 +35,196 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def train(
-    folder: Path, *arguments: str, without: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess:
+def command(*arguments: str, without: tuple[str, ...] = ()) -> list[str]:
     command = [str(SCRIPT), *arguments]
     if without:
         code = WITHOUT.format(modules=without, folder=str(SCRIPT.parent), argv=command)
         command = ["-c", code]
+    return [sys.executable, *command]
+
+
+def train(
+    folder: Path, *arguments: str, without: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300
+        command(*arguments, without=without),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+
+
+class Terminal:
+    """The script with its stderr on a terminal of so many columns; stdout goes to a file."""
+
+    def __init__(self, folder: Path, columns: int, *arguments: str, without: tuple[str, ...] = ()):
+        self.columns = columns
+        self.screen, its_end = pty.openpty()
+        fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        self.output = folder / "stdout.txt"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                command(*arguments, without=without), cwd=folder, stdout=output, stderr=its_end
+            )
+        os.close(its_end)
+        self.drawn = ""
+
+    def read(self) -> Iterator[None]:
+        """What is drawn, piece by piece, until the script ends."""
+        while True:
+            if not select.select([self.screen], [], [], 100)[0]:
+                raise TimeoutError(f"nothing drawn for 100 s after {self.drawn[-200:]!r}")
+            try:
+                piece = os.read(self.screen, 1 << 16)
+            except OSError:  # Linux's way of saying that nobody writes any more
+                piece = b""
+            if not piece:
+                self.process.wait(timeout=100)
+                return
+            self.drawn += piece.decode(errors="replace")
+            yield
+
+    def finish(self) -> str:
+        for _ in self.read():
+            pass
+        return self.output.read_text()
+
+    def close(self) -> None:
+        os.close(self.screen)
+        self.process.kill()
+        self.process.wait()
+
+    def lines(self) -> list[str]:
+        """Every state of the line that the cursor is on, escape sequences left out."""
+        plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", self.drawn)
+        return [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """terminal(columns, arguments…, without=()) starts the script on one; it ends with the test."""
+    started = []
+
+    def start(columns: int, *arguments: str, without: tuple[str, ...] = ()) -> Terminal:
+        started.append(Terminal(tmp_path, columns, *arguments, without=without))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+@pytest.mark.parametrize("without", [(), ("tqdm",)], ids=["tqdm", "plain"])
+def test_progress_fits_the_terminal(
+    terminal: Callable[..., Terminal], columns: int, without: tuple[str, ...]
+) -> None:
+    started = terminal(columns, *TINY, "--compare", without=without)
+    started.finish()
+    assert started.process.returncode == 0, started.drawn
+    widest = max(started.lines(), key=len)
+    assert len(widest) < columns, widest
+    assert started.drawn.count("\n") <= 2, started.drawn  # after the bar, and its estimate
+    last = started.lines()[-1]
+    assert "25/25" in last
+    if columns >= 60:
+        assert re.search(r"loss [\d.]+ / [\d.]+", last)
+    if columns == 80:
+        assert re.search(r"optimizer [\d.]+% / [\d.]+%", last)
+
+
+def test_the_plain_bar_draws_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    class Screen:
+        def isatty(self) -> bool:
+            return True
+
+        def fileno(self) -> int:
+            raise OSError
+
+        def write(self, text: str) -> None:
+            written.append(text)
+
+        def flush(self) -> None:
+            pass
+
+    clock = iter(i / 1000 for i in range(10_000))
+    monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys, "stderr", Screen())
+    bar = progress.PlainProgress(2000)
+    for _ in bar:
+        pass
+    assert 18 <= len(written) <= 22
+    bar.close()
+    assert "2000/2000" in written[-2] and written[-1] == "\n"
+
+
+@pytest.mark.parametrize("extra", [[], ["--compare"]], ids=["alone", "compare"])
+def test_ctrl_c_keeps_what_there_is(
+    terminal: Callable[..., Terminal], tmp_path: Path, extra: list[str]
+) -> None:
+    started = terminal(80, *TINY, "--steps", "1000000", *extra)
+    for _ in started.read():
+        if "loss" in started.drawn:
+            started.process.send_signal(signal.SIGINT)
+            break
+    output = started.finish()
+    assert started.process.returncode == 130, started.drawn
+    steps = int(re.search(r"of the first (\d+) of 1000000 steps", output).group(1))
+    assert 0 < steps < 1000000
+    assert "Sample, after the prompt" in output
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    if extra:
+        assert f"at each of the {steps} steps" in output
+    assert "Traceback" not in started.drawn
+
+
+def test_a_second_ctrl_c_leaves_at_once(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    started = terminal(80, *TINY, "--steps", "1000000", "--sample", "1000000")
+    for _ in started.read():
+        if "loss" in started.drawn:
+            break
+    # In the middle of a step, or when the long sample is being generated: nobody knows.
+    for _ in range(2):
+        started.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    started.finish()
+    assert started.process.returncode == 130, started.drawn
+    assert "Traceback" not in started.drawn
+    assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("extra", [[], ["--compare"]], ids=["alone", "compare"])
+def test_says_once_how_long_it_takes(tmp_path: Path, extra: list[str]) -> None:
+    done = train(tmp_path, *TINY, *extra)
+    names = "stock and fused" if extra else "fused"
+    found = re.findall(rf"^25 steps of {names}: about \d+ (?:s|minutes) to go$", done.stdout, re.M)
+    assert len(found) == 1, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        (1.0, 0.998, "0.2 % slower"),
+        (0.998, 1.0, "0.2 % faster"),
+        (1.0, 1.0, "as fast"),
+        (1.0001, 1.0, "as fast"),
+        (1.0, 1.9, "47.4 % faster"),
+        (1.0, 4.3, "4.3 times as fast"),
+        (4.3, 1.0, "4.3 times as slow"),
+    ],
+)
+def test_speeds_in_words(ours: float, theirs: float, words: str) -> None:
+    assert example.in_words(ours, theirs) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "1 s"), (42, "42 s"), (99.4, "99 s"), (330, "6 minutes")]
+)
+def test_durations_in_words(seconds: float, words: str) -> None:
+    assert example.duration(seconds) == words
 
 
 def test_default_text(tmp_path: Path) -> None:
