@@ -50,7 +50,14 @@ def compare(optimizers, parameters, gradients, steps=3):
 def test_subclass_with_the_same_signature(name):
     ours, theirs = getattr(fused, name), getattr(stock, name)
     assert issubclass(ours, theirs)
-    assert inspect.signature(ours) == inspect.signature(theirs)
+
+    def parameters(kind):
+        found = inspect.signature(kind).parameters.values()
+        return [
+            (p.name, p.kind, list(p.default) if p.name == "betas" else p.default) for p in found
+        ]
+
+    assert parameters(ours) == parameters(theirs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,7 +163,9 @@ def test_clipped_and_mixed_dtypes():
     optimizer.init(parameters)
     new = optimizer.apply_gradients(gradients, parameters)
     for k, p in parameters.items():
-        assert new[k].dtype == optimizer.state[k]["m"].dtype == p.dtype
+        assert new[k].dtype == p.dtype
+        moments = mx.bfloat16 if p.dtype == mx.float16 else p.dtype
+        assert optimizer.state[k]["m"].dtype == optimizer.state[k]["v"].dtype == moments
         assert mx.all(new[k] < p).item()
 
 
@@ -302,41 +311,171 @@ def test_a_gradient_of_another_kind_names_the_path(dtype):
         fused.Adam(0.1).apply_gradients({"a": {"w": mx.ones(3, dtype)}}, {"a": {"w": mx.ones(3)}})
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"m": mx.zeros(4)},
-            r"m of the tensor must have the parameter's shape \(3\) but got \(4\)",
-        ),
-        ({"v": mx.zeros((3, 1))}, "v of the tensor must have the parameter's shape"),
-        ({"parameter": mx.ones(3, mx.int32)}, "parameter of the tensor must be float32"),
-        ({"v": mx.zeros(3, mx.bfloat16)}, "m and v of the tensor must share one dtype"),
-        ({"learning_rate": mx.ones(2)}, r"learning_rate must be a scalar but got shape \(2\)"),
-        ({"learning_rate": mx.array(1j)}, "learning_rate must be real but got complex64"),
-        ({"bias_correction": True}, "step must be given with bias_correction"),
-        ({"bias_correction": True, "step": mx.ones(3)}, "step must be a scalar"),
-        ({"betas": (1.0, 0.9)}, r"beta1 must be in \[0, 1\) but got 1"),
-        ({"betas": (0.9, float("nan"))}, r"beta2 must be in \[0, 1\) but got nan"),
-        ({"eps": -1e-8}, "eps must be at least 0 but got -1e-08"),
-        ({"weight_decay": float("nan")}, "weight_decay must be finite but got nan"),
-        ({"betas": (0.9,)}, r"betas must be two numbers but got \(0.9,\)"),
-        ({"step": 0, "bias_correction": True}, "step must be at least 1 but got 0"),
-    ],
-)
+HUGE = 10**400
+BAD_ARGUMENTS = [
+    ({"m": mx.zeros(4)}, r"m of the tensor must have the parameter's shape \(3\) but got \(4\)"),
+    ({"v": mx.zeros((3, 1))}, "v of the tensor must have the parameter's shape"),
+    ({"parameter": mx.ones(3, mx.int32)}, "parameter of the tensor must be float32"),
+    ({"v": mx.zeros(3, mx.bfloat16)}, "m and v of the tensor must share one dtype"),
+    ({"learning_rate": mx.ones(2)}, r"learning_rate must be a scalar but got shape \(2\)"),
+    ({"learning_rate": mx.array(1j)}, "learning_rate must be real but got complex64"),
+    ({"learning_rate": 1j}, "learning_rate must be real but got 1j"),
+    ({"learning_rate": np.complex64(1j)}, "learning_rate must be real but got"),
+    ({"learning_rate": HUGE}, r"learning_rate must be finite but got 10000\d*\.\.\.0"),
+    ({"learning_rate": 1e39}, "learning_rate must be finite but got 1e\\+39"),
+    ({"learning_rate": float("nan")}, "learning_rate must be finite but got nan"),
+    ({"learning_rate": "fast"}, "learning_rate must be a number but got 'fast'"),
+    ({"learning_rate": None}, "learning_rate must be a number but got None"),
+    ({"bias_correction": True}, "step must be given with bias_correction"),
+    ({"bias_correction": True, "step": mx.ones(3)}, "step must be a scalar"),
+    ({"step": 0}, r"step must be from 1 to 2\*\*63 - 1 but got 0"),
+    ({"step": -1}, "step must be from 1 .* but got -1"),
+    ({"step": 2**63}, "step must be from 1 .* but got 9223372036854775808"),
+    ({"step": float("nan")}, "step must be from 1 .* but got nan"),
+    ({"step": 1j}, "step must be from 1 .* but got 1j"),
+    ({"step": "first"}, r"step must be a number but got 'first' \(str\)"),
+    ({"betas": (1.0, 0.9)}, r"beta1 must be in \[0, 1\) but got 1"),
+    ({"betas": (0.9, float("nan"))}, r"beta2 must be in \[0, 1\) but got nan"),
+    ({"betas": (0.9,)}, r"betas must be two numbers but got \(0.9,\)"),
+    ({"betas": (0.9, 0.99, 0.999)}, "betas must be two numbers but got"),
+    ({"betas": 0.9}, "betas must be two numbers but got 0.9"),
+    ({"betas": "99"}, "betas must be two numbers but got '99'"),
+    ({"betas": (0.9, None)}, "beta2 must be a number but got None"),
+    ({"eps": -1e-8}, "eps must be at least 0 but got -1e-08"),
+    ({"eps": "small"}, "eps must be a number but got 'small'"),
+    ({"eps": None}, "eps must be a number but got None"),
+    ({"weight_decay": float("nan")}, "weight_decay must be finite but got nan"),
+    ({"weight_decay": [0.1]}, r"weight_decay must be a number but got \[0.1\] \(list\)"),
+    ({"stream": "cpu"}, "stream must be a stream or a device but got 'cpu'"),
+    ({"stream": 1}, "stream must be a stream or a device but got 1"),
+    ({"gradient": None}, "gradient of the tensor must be an array but got None"),
+    ({"gradient": np.ones(3)}, r"gradient of the tensor must be an array but got .* \(ndarray\)"),
+    ({"parameter": [1.0]}, r"parameter of the tensor must be an array but got \[1.0\] \(list\)"),
+    ({"m": 3.0}, r"m of the tensor must be an array but got 3.0 \(float\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS, ids=lambda x: str(x)[:60])
 def test_the_operation_refuses_what_does_not_fit(change, message):
     arguments = {k: mx.ones(3) for k in ("parameter", "gradient", "m", "v")}
-    with pytest.raises(ValueError, match=r"\[adam_update\] " + message):
+    with pytest.raises((ValueError, TypeError), match=r"\[adam_update\] " + message):
         fused.adam_update(**{**arguments, "learning_rate": 0.1, **change})
 
 
 @pytest.mark.parametrize(
-    "change", [{"gradient": None}, {"m": 3.0}, {"eps": "small"}, {"stream": 1}]
+    ("options", "message"),
+    [
+        ({"weight_decay": float("nan")}, "weight_decay must be finite but got nan"),
+        ({"weight_decay": None}, "weight_decay must be a number but got None"),
+        ({"eps": None}, "eps must be a number but got None"),
+        ({"betas": [0.9]}, r"betas must be two numbers but got \[0.9\]"),
+        ({"betas": None}, "betas must be two numbers but got None"),
+        ({"betas": [0.9, "high"]}, "beta2 must be a number but got 'high'"),
+        ({"learning_rate": 1j}, "learning_rate must be real but got 1j"),
+        ({"learning_rate": HUGE}, "learning_rate must be finite but got 1000"),
+        ({"learning_rate": None}, "learning_rate must be a number but got None"),
+    ],
+    ids=lambda x: str(x)[:40],
 )
-def test_the_operation_refuses_other_types(change):
-    arguments = {k: mx.ones(3) for k in ("parameter", "gradient", "m", "v")}
-    with pytest.raises((TypeError, AttributeError)):
-        fused.adam_update(**{**arguments, "learning_rate": 0.1, **change})
+def test_the_constructor_refuses_what_is_no_number(options, message):
+    with pytest.raises((ValueError, TypeError), match=r"\[AdamW\] " + message):
+        fused.AdamW(**{"learning_rate": 0.1, **options})
+
+
+def test_numpy_parameters_and_moments_are_taken(device):
+    parameters = {"a": np.full(3, 0.5, np.float32), "b": mx.full((3,), 0.5)}
+    gradients = {k: mx.full((3,), 0.1) for k in parameters}
+    states = []
+    for module in (fused, stock):
+        optimizer = module.AdamW(0.1)
+        moments = {"m": np.full(3, 0.2, np.float32), "v": np.full(3, 0.3, np.float32)}
+        optimizer.state.update({k: dict(moments) for k in parameters})
+        new = optimizer.apply_gradients(gradients, parameters)
+        optimizer.state["b"].update(moments)  # NumPy arrays amid a run
+        new = optimizer.apply_gradients(gradients, new)
+        # Stock hands a NumPy parameter back as one.
+        states.append(tree_map(mx.array, {"new": new, "state": optimizer.state}))
+    assert_same_tree(*states)
+    x = np.full(3, 0.5, np.float32)
+    for actual in fused.adam_update(x, mx.array(x), x, x, 0.1):
+        assert isinstance(actual, mx.array)
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["first step", "later step"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda g: g["a"].update(w=None), "gradient of a.w must be an array but got None"),
+        (lambda g: g["a"].update(w=np.ones(3)), "gradient of a.w must be an array but got array"),
+        (lambda g: g["a"].update(w="no"), "gradient of a.w must be an array but got 'no'"),
+        (lambda g: g.update(a=mx.ones(3)), "of a must be an array but got|must have what"),
+        (lambda g: g["a"].update(w={"x": mx.ones(3)}), "parameters must have .* nothing at a.w.x"),
+        (lambda g: g.update(nope=mx.ones(3)), "parameters must have .* nothing at nope"),
+        (lambda g: g["l"].append(mx.ones(3)), "parameters must have .* nothing at l.1"),
+        (lambda g: g["a"].update(w=mx.ones(4)), "gradient of a.w must have the parameter's shape"),
+    ],
+    ids=["None", "numpy", "text", "leaf for a dict", "dict for a leaf", "key", "index", "shape"],
+)
+def test_a_refused_step_is_rolled_back(fresh, spoil, message):
+    """Whatever is wrong: step, schedule and state stay, and the optimizer can go on."""
+    schedule = stock.exponential_decay(0.1, 0.5)
+    optimizer, reference = fused.AdamW(schedule), fused.AdamW(schedule)
+    parameters = {"a": {"w": mx.ones(3)}, "l": [mx.ones(3)]}
+    gradients = tree_map(lambda p: p * 0.2, parameters)
+    if not fresh:
+        for o in (optimizer, reference):
+            o.apply_gradients(gradients, parameters)
+    before = tree_map(lambda x: x, optimizer.state)
+    bad = tree_map(lambda x: x, gradients)
+    spoil(bad)
+    with pytest.raises((ValueError, TypeError), match=message):
+        optimizer.apply_gradients(bad, parameters)
+    assert_same_tree(optimizer.state, before)
+    new = optimizer.apply_gradients(gradients, parameters)
+    assert_same_tree(new, reference.apply_gradients(gradients, parameters))
+    assert_same_tree(optimizer.state, reference.state)
+
+
+def test_an_interrupted_schedule_is_rolled_back():
+    def interrupt(step):
+        if step.item() > 0:
+            raise KeyboardInterrupt
+        return mx.array(0.1)
+
+    optimizer = fused.Adam(interrupt)
+    optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
+    assert optimizer.step.item() == 1
+
+
+def test_float16_parameters_learn_from_small_gradients():
+    """float16 moments lose v below gradients of 0.005, and the weight jumps by learning_rate * m / eps."""
+    parameters, gradients = {"w": mx.ones(8, mx.float16)}, {"w": mx.full(8, 1e-3, mx.float16)}
+    exact = {"w": mx.ones(8)}
+    optimizer, reference = fused.Adam(1e-3), stock.Adam(1e-3)
+    for _ in range(20):
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        exact = reference.apply_gradients({"w": gradients["w"].astype(mx.float32)}, exact)
+    assert parameters["w"].dtype == mx.float16
+    np.testing.assert_allclose(
+        np.array(parameters["w"].astype(mx.float32)), np.array(exact["w"]), atol=5e-3
+    )
+
+
+def test_float16_moments_that_were_loaded_become_bfloat16():
+    theirs = stock.Adam(0.1)
+    parameters = {"w": mx.ones(4, mx.float16)}
+    gradients = {"w": mx.full((4,), 0.5, mx.float16)}
+    theirs.apply_gradients(gradients, parameters)
+    assert theirs.state["w"]["v"].dtype == mx.float16
+    ours = fused.Adam(0.1)
+    ours.state = theirs.state
+    ours.apply_gradients(gradients, parameters)
+    assert ours.state["w"]["m"].dtype == ours.state["w"]["v"].dtype == mx.bfloat16
+    np.testing.assert_allclose(
+        np.array(ours.state["w"]["m"].astype(mx.float32)), 0.05 + 0.9 * 0.05, rtol=1e-2
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
-"""The guard on first use: what an optimizer does where the kernel fails or computes something else than stock."""
+"""The guard on first use: what an optimizer does where a kernel fails or computes something else than stock."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import mlx.core as mx
@@ -8,13 +11,15 @@ import numpy as np
 import pytest
 
 import mlx_fused_adam as fused
-from mlx_fused_adam import _backends, _operation, _optimizers
+from mlx_fused_adam import _backends, _operation, _optimizers, _self_check
 
 pytestmark = pytest.mark.usefixtures("device")
 
+NAMES = {"cpu": "cpu", "gpu": "metal", "emulated": "metal (emulated)"}
+
 
 class Faulty:
-    """Stands in for the extension, with another adam_update."""
+    """Stands in for the extension; what its kernels give is put through a fault, what stock operations give is not."""
 
     def __init__(self, extension, fault):
         self._extension = extension
@@ -23,37 +28,69 @@ class Faulty:
     def __getattr__(self, name):
         return getattr(self._extension, name)
 
-    def adam_update(self, *args, fused=True, **kwargs):
-        results = self._extension.adam_update(*args, fused=fused, **kwargs)
-        return self._fault(results) if fused else results
+    def adam_update(self, *args, is_fused, **kwargs):
+        answers = []
+
+        def ask(*dtypes):
+            answers.append(is_fused(*dtypes))
+            return answers[-1]
+
+        results = self._extension.adam_update(*args, is_fused=ask, **kwargs)
+        if not any(answers):
+            return results
+        step = args[5].item() if len(args) > 5 and args[5] is not None else 0
+        return self._fault(results, step, kwargs.get("wide_indices", False))
 
 
-def raise_compile_error(results):
+def install(monkeypatch, extension, fault):
+    faulty = Faulty(extension, fault)
+    for module in (_backends, _operation, _optimizers):
+        monkeypatch.setattr(module, "_ext", faulty)
+
+
+def raise_compile_error(results, step, wide):
     raise RuntimeError("shader does not compile")
 
 
-def shift_one_element(results):
+def shift(results, where):
+    """The last element of the parameters of these shapes, moved a little."""
     parameters, m, v = results
-    return [p + (0.01 if p.shape == (3, 10) else 0) for p in parameters], m, v
+
+    def shifted(p):
+        at = mx.arange(p.size).reshape(p.shape) == p.size - 1
+        return mx.where(at, p + 0.01, p).astype(p.dtype) if where(p) else p
+
+    return [shifted(p) for p in parameters], m, v
 
 
-def give_nan(results):
+def give_nan(results, step, wide):
     parameters, m, v = results
     return parameters, [x * mx.nan for x in m], v
 
 
-def fail_when_evaluated(results):
+def fail_when_evaluated(results, step, wide):
     def bad(x):
         return mx.zeros((3,)) @ mx.zeros((4,))
 
     return [[bad(x) for x in xs] for xs in results]
 
 
-@pytest.fixture(params=[raise_compile_error, shift_one_element, give_nan, fail_when_evaluated])
+FAULTS = {
+    "does not compile": raise_compile_error,
+    "NaN": give_nan,
+    "fails when evaluated": fail_when_evaluated,
+    "linear": lambda r, step, wide: shift(r, lambda p: p.shape == (70001,)),
+    "group, not aligned": lambda r, step, wide: shift(r, lambda p: p.shape == (599,)),
+    "column-major": lambda r, step, wide: shift(r, lambda p: p.shape == (170, 150)),
+    "strided": lambda r, step, wide: shift(r, lambda p: p.shape == (130, 70) and not wide),
+    "64-bit indices": lambda r, step, wide: shift(r, lambda p: wide),
+    "second step": lambda r, step, wide: shift(r, lambda p: step == 4),
+}
+
+
+@pytest.fixture(params=FAULTS)
 def broken(request, extension, monkeypatch):
-    faulty = Faulty(extension, request.param)
-    for module in (_backends, _operation, _optimizers):
-        monkeypatch.setattr(module, "_ext", faulty)
+    install(monkeypatch, extension, FAULTS[request.param])
     return request.param
 
 
@@ -61,14 +98,22 @@ def test_the_kernel_passes(device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backend = fused.Adam(0.1).backend
-    assert backend == {"cpu": "cpu", "gpu": "metal", "emulated": "metal (emulated)"}[device]
+    assert backend == NAMES[device]
+
+
+@pytest.mark.parametrize("dtypes", [
+    (mx.float32, mx.bfloat16, mx.float32), (mx.bfloat16,) * 3, (mx.float16, mx.float16, mx.bfloat16)
+], ids=_self_check.names)  # fmt: skip
+def test_kernels_pass_in_16_bits(extension, device, dtypes):
+    kind = mx.gpu if device == "gpu" else mx.cpu
+    assert _self_check.run(extension, kind, dtypes) is None
 
 
 def test_a_broken_kernel_leaves_the_work_to_stock(broken):
     """One warning with the reason; results, state and derivatives as if nothing had been replaced."""
     parameters, gradients = {"w": mx.ones((3, 4))}, {"w": mx.full((3, 4), 0.2)}
     optimizer, reference = fused.AdamW(0.1), stock.AdamW(0.1)
-    with pytest.warns(RuntimeWarning, match="leaves updates on the .pu to mlx.optimizers"):
+    with pytest.warns(RuntimeWarning, match="leaves updates of float32 on the .pu to stock"):
         new = optimizer.apply_gradients(gradients, parameters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -78,11 +123,126 @@ def test_a_broken_kernel_leaves_the_work_to_stock(broken):
             parameters = new
             new = optimizer.apply_gradients(gradients, parameters)
         assert optimizer.backend.startswith("stock (self-check ")
-        if broken is raise_compile_error:
+        if broken == "does not compile":
             assert "shader does not compile" in optimizer.backend
         x = mx.ones(3)
         w, m, v = fused.adam_update(x, x, x, x, 0.1)
     np.testing.assert_allclose(np.array(w), 0.9, rtol=1e-6)
+
+
+def test_only_the_dtypes_that_fail_fall_back(extension, device, monkeypatch):
+    """As on a GPU without bfloat: float32 still runs fused, in the same tree."""
+
+    def no_bfloat(results, step, wide):
+        if any(x.dtype == mx.bfloat16 for x in results[0]):
+            raise RuntimeError("unknown type name 'bfloat'")
+        return results
+
+    install(monkeypatch, extension, no_bfloat)
+    optimizer = fused.AdamW(0.1)
+    parameters = {"half": mx.ones(5, mx.bfloat16), "single": mx.ones(5)}
+    optimizer.init(parameters)
+    gradients = {k: mx.full((5,), 0.25, p.dtype) for k, p in parameters.items()}
+    assert optimizer.backend == NAMES[device]
+    with pytest.warns(RuntimeWarning, match="leaves updates of bfloat16 on the"):
+        # Asked apart, since the stand-in spoils all of a call.
+        half = optimizer.apply_gradients({"half": gradients["half"]}, parameters)
+    backend = _backends.backend_of()
+    assert not backend.is_fused(*[mx.bfloat16] * 3) and backend.is_fused(*[mx.float32] * 3)
+    assert optimizer.backend.startswith(f"{NAMES[device]} (but stock for bfloat16: self-check")
+    monkeypatch.undo()
+    assert half["half"].dtype == optimizer.state["half"]["v"].dtype == mx.bfloat16
+    # 0.9, to bfloat16's nearest: the update of 16-bit tensors is float32 arithmetic without a kernel too.
+    np.testing.assert_allclose(np.array(half["half"].astype(mx.float32)), 0.6836, atol=2e-3)
+
+
+def test_classes_put_in_the_place_of_stocks_are_not_the_reference(monkeypatch):
+    monkeypatch.setattr(stock, "Adam", fused.Adam)
+    monkeypatch.setattr(stock, "AdamW", fused.AdamW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = stock.AdamW(0.1)
+        new = optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
+    assert mx.all(new["w"] < 1).item() and not optimizer.backend.startswith("stock")
+
+
+PROGRAM = """
+import warnings
+warnings.simplefilter("error")
+import mlx.core as mx
+import mlx_fused_adam as fused
+"""
+USERS_ERROR = """
+mx.set_default_device(mx.cpu)
+bad = mx.linalg.inv(mx.zeros((3, 3)))
+mx.async_eval(bad)
+import time
+time.sleep(0.5)
+print(fused.Adam(0.1).backend)
+try:
+    mx.synchronize()
+except RuntimeError as error:
+    print("LU factorization failed" in str(error))
+"""
+
+
+def run(program, **environment):
+    command = [sys.executable, "-c", PROGRAM + program]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_an_earlier_error_of_the_user_is_left_to_the_user(device):
+    """It is no fault of the kernel's, and whoever waits for that work is told."""
+    if device == "gpu":
+        pytest.skip("MLX factorizes matrices on the CPU only")
+    result = run(USERS_ERROR)
+    assert (result.returncode, result.stdout.split("\n")[1]) == (0, "True"), result.stderr
+    assert not result.stdout.startswith("stock")
+
+
+UPDATE = """
+optimizer = fused.AdamW(0.1)
+new = optimizer.apply_gradients({"w": mx.full((4,), 0.2)}, {"w": mx.ones(4)})
+print(optimizer.backend, new["w"].tolist())
+"""
+
+
+def test_the_environment_forces_stock():
+    result = run(UPDATE, MLX_FUSED_ADAM_BACKEND="stock")
+    assert result.returncode == 0, result.stderr  # and no warning
+    expected = stock.AdamW(0.1).apply_gradients({"w": mx.full((4,), 0.2)}, {"w": mx.ones(4)})
+    assert result.stdout.startswith("stock (MLX_FUSED_ADAM_BACKEND=stock)")
+    assert str(expected["w"].tolist()) in result.stdout
+
+
+@pytest.mark.parametrize("asked", ["cpu", "metal"])
+def test_the_environment_forces_a_back_end(asked):
+    result = run(UPDATE, MLX_FUSED_ADAM_BACKEND=asked)
+    name = run("print(fused.Adam(0.1).backend)").stdout.strip()
+    if asked == name.split()[0] or (asked == "cpu" and mx.is_available(mx.gpu)):
+        assert result.returncode == 0 and result.stdout.startswith(asked), result.stderr
+    else:
+        assert result.returncode != 0
+        assert "[MLX_FUSED_ADAM_BACKEND] must be one of stock, " in result.stderr
+
+
+def test_an_unknown_back_end_is_an_error_at_import():
+    result = run("", MLX_FUSED_ADAM_BACKEND="cuda")
+    assert result.returncode != 0
+    assert "MLX_FUSED_ADAM_BACKEND] must be one of stock, " in result.stderr
+    assert "but got 'cuda'" in result.stderr
+
+
+def test_a_forced_back_end_does_not_fall_back(extension, monkeypatch, device):
+    install(monkeypatch, extension, give_nan)
+    monkeypatch.setenv("MLX_FUSED_ADAM_BACKEND", NAMES[device].split()[0])
+    parameters = {"w": mx.ones(3)}
+    optimizer = fused.Adam(0.1)
+    optimizer.init(parameters)
+    with pytest.raises(RuntimeError, match="is forced but its self-check of the linear kernel"):
+        optimizer.apply_gradients({"w": mx.ones(3)}, parameters)
+    assert optimizer.step.item() == 0
 
 
 def test_the_first_use_may_be_inside_compile():

@@ -20,12 +20,12 @@ _LARGEST_FLOAT32 = 3.4028234663852886e38
 _LARGEST_STEP = 2**63 - 1
 
 
-def as_number(op: str, what: str, x: Any) -> float:
-    """A finite float; a string is read as a number, since YAML hands over ``1e-3`` as a string.
+def as_number(op: str, what: str, x: Any, finite: bool = True) -> float:
+    """A float; a string is read as a number, since YAML hands over ``1e-3`` as a string.
 
     Raises:
         TypeError: If ``x`` is no number.
-        ValueError: If it is not real, not finite, or not the text of a number.
+        ValueError: If it is not real, not finite (where it must be), or not the text of a number.
     """
     if isinstance(x, Complex) and not isinstance(x, Real):
         raise ValueError(f"[{op}] {what} must be real but got {x!r}")
@@ -37,7 +37,7 @@ def as_number(op: str, what: str, x: Any) -> float:
         number = math.inf
     except ValueError:
         raise ValueError(f"[{op}] {what} must be a number but got {x!r}") from None
-    if not abs(number) <= _LARGEST_FLOAT32:
+    if finite and not abs(number) <= _LARGEST_FLOAT32:
         raise ValueError(f"[{op}] {what} must be finite but got {reprlib.repr(x)}")
     return number
 
@@ -47,7 +47,8 @@ def check_betas(op: str, betas: Any) -> tuple[float, float]:
     if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
         kind = ValueError if isinstance(betas, Sequence) else TypeError
         raise kind(f"[{op}] betas must be two numbers but got {betas!r}")
-    return as_number(op, "beta1", betas[0]), as_number(op, "beta2", betas[1])
+    beta1, beta2 = (as_number(op, f"beta{i}", x, finite=False) for i, x in enumerate(betas, 1))
+    return beta1, beta2
 
 
 def as_scalar(what: str, x: Any) -> mx.array:
