@@ -28,6 +28,8 @@ constexpr size_t kBlockRows = 256;
 // ... but one row of tiles in tensors below this many elements, so that there is work for every thread.
 constexpr size_t kSmallTensor = 1 << 20;
 constexpr size_t kCacheLine = 64;
+// Below this side of a matrix, gathering element by element is as good as tiles.
+constexpr int64_t kSmallestTileSide = 4;
 
 Storage storage_of(mx::Dtype dtype) {
   switch (dtype.val()) {
@@ -81,7 +83,7 @@ struct TensorUpdate::Tile {
 };
 
 TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, Rule rule)
-    : layout_(layout_of(in[0], in[1], in[2], in[3])), size_(in[0].size()) {
+    : layout_(layout_of(in[0], in[1], in[2], in[3], kSmallestTileSide)), size_(in[0].size()) {
   auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
   allocate_outputs(in, out);
   base_ = {parameter.data<char>(), gradient.data<char>(), m.data<char>(),     v.data<char>(),

@@ -33,7 +33,8 @@ struct Layout {
   int64_t batches() const;
 };
 
+// A matrix with a side below `smallest_tile_side` is `general`: a tile of it would be mostly edge.
 Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& gradient,
-                 const mlx::core::array& m, const mlx::core::array& v);
+                 const mlx::core::array& m, const mlx::core::array& v, int64_t smallest_tile_side);
 
 }  // namespace fused_adam
