@@ -1,11 +1,17 @@
 // The Adam update of one element: the only place where its arithmetic stands.
 // Method: Kingma & Ba 2015 (Adam) and Loshchilov & Hutter 2019 (decoupled weight decay), in the order of operations of
 // mlx.optimizers. Every back end loads, calls a rule's step and stores; by value throughout, so valid C++14, MSL and CUDA.
+//
+// Every operation is rounded once, on every device, so that float32 results are equal bit for bit. On Metal that takes two
+// things: no fused multiply-add, which its compiler forms unless told otherwise, and the correctly rounded square root
+// instead of the fast one, which plain sqrt means there. Products are statements of their own, so that a compiler which
+// fuses within an expression only finds none to fuse.
 #pragma once
 
 #if defined(__METAL_VERSION__)
 #include <metal_stdlib>
-namespace adam_math = metal;
+#pragma METAL fp contract(off)
+namespace adam_math = metal::precise;
 #define ADAM_FUNCTION inline
 #else
 #include <cmath>
@@ -53,11 +59,16 @@ struct AdamRule {
   static ADAM_FUNCTION AdamState<T> step(AdamState<T> old, T gradient, AdamScalars<T> scalars,
                                          AdamConstants c) {
     using adam_math::sqrt;
-    T m = c.beta1 * old.m + c.one_minus_beta1 * gradient;
-    T v = c.beta2 * old.v + c.one_minus_beta2 * (gradient * gradient);
-    T parameter = old.parameter * scalars.decay -
-                  (scalars.step_size * m) / (sqrt(v) * scalars.denominator_scale + c.eps);
-    return {parameter, m, v};
+    T kept_m = c.beta1 * old.m;
+    T new_m = c.one_minus_beta1 * gradient;
+    T m = kept_m + new_m;
+    T kept_v = c.beta2 * old.v;
+    T new_v = c.one_minus_beta2 * (gradient * gradient);
+    T v = kept_v + new_v;
+    T root = sqrt(v) * scalars.denominator_scale;
+    T change = scalars.step_size * m / (root + c.eps);
+    T kept_parameter = old.parameter * scalars.decay;
+    return {kept_parameter - change, m, v};
   }
 };
 

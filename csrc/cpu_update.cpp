@@ -30,6 +30,8 @@ constexpr size_t kBlockRows = 256;
 // ... but one row of tiles in tensors below this many elements, so that there is work for every thread.
 constexpr size_t kSmallTensor = 1 << 20;
 constexpr size_t kCacheLine = 64;
+// Below these sides of a matrix, gathering by a table was measured to be faster than tiles: an update's rows are short there.
+constexpr TileSides kSmallestTile{4, 12};
 
 // Where row-major element `index` of an array with these axes lies, in elements.
 int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
@@ -52,7 +54,7 @@ struct TensorUpdate::Tile {
 };
 
 TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, UpdateRule rule)
-    : layout_(layout_of(in[0], in[1], in[2], in[3])), size_(in[0].size()) {
+    : layout_(layout_of(in[0], in[1], in[2], in[3], kSmallestTile)), size_(in[0].size()) {
   auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
   allocate_outputs(in, out);
   base_ = {parameter.data<char>(), gradient.data<char>(), m.data<char>(),     v.data<char>(),

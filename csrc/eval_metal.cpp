@@ -26,6 +26,9 @@ namespace {
 // Elements of one dispatch of adam_linear: all its indices then fit 32 bits, and pieces stay aligned.
 constexpr size_t kLargestLinear = size_t{1} << 30;
 
+// Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
+constexpr TileSides kSmallestTile{16, 16};
+
 const char* metal_type(mx::Dtype dtype) {
   switch (dtype.val()) {
     case mx::Dtype::Val::float32:
@@ -217,7 +220,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
     auto in = &inputs[1 + i * kInputsPerTensor];
     auto out = &outputs[i * kOutputsPerTensor];
-    BoundTensor t{in, out, layout_of(in[0], in[1], in[2], in[3])};
+    BoundTensor t{in, out, layout_of(in[0], in[1], in[2], in[3], kSmallestTile)};
     allocate_outputs(in, out);
     if (t.size() == 0) continue;
     (t.layout.kind == LayoutKind::linear ? row_major : others).push_back(std::move(t));

@@ -10,12 +10,8 @@ namespace mx = mlx::core;
 
 namespace {
 
-// Below this side a tile is mostly edge, and gathering element by element is as good.
-constexpr int64_t kSmallestTileSide = 4;
 // Kernels count rows and columns of a matrix in 32 bits.
 constexpr int64_t kLargestTileSide = int64_t{1} << 31;
-
-bool suits_tiles(int64_t side) { return kSmallestTileSide <= side && side <= kLargestTileSide; }
 
 void drop_axis(Layout& layout, size_t axis) {
   layout.shape.erase(layout.shape.begin() + axis);
@@ -46,7 +42,7 @@ int64_t Layout::batches() const {
 }
 
 Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx::array& m,
-                 const mx::array& v) {
+                 const mx::array& v, TileSides smallest_tile) {
   bool state_is_row_major =
       parameter.flags().row_contiguous && m.flags().row_contiguous && v.flags().row_contiguous;
   if (parameter.size() <= 1 || (state_is_row_major && gradient.flags().row_contiguous)) {
@@ -63,11 +59,14 @@ Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx
   if (!state_is_row_major) return layout;
 
   auto& [parameter_strides, gradient_strides, m_strides, v_strides] = layout.strides;
+  auto suits_tiles = [](int64_t side, int64_t smallest) {
+    return smallest <= side && side <= kLargestTileSide;
+  };
   size_t last = layout.shape.size() - 1;
   if (layout.shape.size() == 1 && gradient_strides[0] == 1) return {LayoutKind::linear};
   for (size_t axis = 0; axis < last; ++axis) {
-    if (gradient_strides[axis] == 1 && suits_tiles(layout.shape[axis]) &&
-        suits_tiles(layout.shape[last])) {
+    if (gradient_strides[axis] == 1 && suits_tiles(layout.shape[axis], smallest_tile.rows) &&
+        suits_tiles(layout.shape[last], smallest_tile.columns)) {
       layout.kind = LayoutKind::tiled;
       layout.rows = layout.shape[axis];
       layout.columns = layout.shape[last];

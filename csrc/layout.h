@@ -36,7 +36,14 @@ struct Layout {
   int64_t batches() const;
 };
 
+// The sides of a matrix: along the gradient's unit stride, and along the last axis.
+struct TileSides {
+  int64_t rows;
+  int64_t columns;
+};
+
+// A matrix with a side below that of `smallest_tile` is `general`: a tile of it would be mostly edge.
 Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& gradient,
-                 const mlx::core::array& m, const mlx::core::array& v);
+                 const mlx::core::array& m, const mlx::core::array& v, TileSides smallest_tile);
 
 }  // namespace fused_adam

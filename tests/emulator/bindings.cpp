@@ -32,7 +32,7 @@ void run(const std::string& source, const std::string& kernel, const std::vector
          const std::vector<std::pair<int, size_t>>& threadgroup_memory,
          const std::vector<std::string>& include_dirs) {
   static std::map<std::string, std::shared_ptr<emulator::Library>> loaded;
-  auto& library = loaded[source];
+  auto& library = loaded[source + emulator::variant_key()];
   if (!library) library = emulator::load_library(source, include_dirs);
   emulator::Dispatch dispatch;
   dispatch.library = library;

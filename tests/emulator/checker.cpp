@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 
@@ -233,6 +234,18 @@ HOOKS_OF_SIZE(16)
 
 HOOK __tsan_read_range(void* p, size_t size) { on_access<1, true>(p, Access::read, size); }
 HOOK __tsan_write_range(void* p, size_t size) { on_access<1, true>(p, Access::write, size); }
+// What clang makes of copies and fills.
+extern "C" __attribute__((visibility("default"))) void* __tsan_memcpy(void* to, const void* from,
+                                                                      size_t size) {
+  on_access<1, true>(from, Access::read, size);
+  on_access<1, true>(to, Access::write, size);
+  return std::memcpy(to, from, size);
+}
+extern "C" __attribute__((visibility("default"))) void* __tsan_memset(void* to, int value,
+                                                                      size_t size) {
+  on_access<1, true>(to, Access::write, size);
+  return std::memset(to, value, size);
+}
 HOOK __tsan_init() {}
 HOOK __tsan_func_entry(void*) {}
 HOOK __tsan_func_exit() {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import platform
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import hostile
 from .msl import MslError
 from .translate import SHIM, compiler, for_cpu
 
@@ -34,6 +36,11 @@ GCC_FLAGS = [
     "--param=tsan-instrument-func-entry-exit=0",
 ]
 CLANG_FLAGS = ["-mllvm", "-tsan-instrument-func-entry-exit=0"]
+# Contraction takes clang, which Apple's compiler is too: GCC knows neither its pragma nor where an expression ends.
+CONTRACTING = [sys.executable, "-m", "ziglang", "c++"]
+CONTRACTING_FLAGS = ["-ffp-contract=fast-honor-pragmas", "-fno-sanitize=undefined"]
+if platform.machine() == "x86_64":
+    CONTRACTING_FLAGS += ["-mfma", "-mf16c"]
 
 
 def _threadgroup_variables(library: Path) -> str:
@@ -55,9 +62,15 @@ def _threadgroup_variables(library: Path) -> str:
 
 def build(source: str, cache: Path | str, include_dirs: Sequence[Path | str] = ()) -> Path:
     """Compiles a shader for the emulator, once for each different content, and returns the shared library."""
-    translated = for_cpu(source, include_dirs)
-    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
+    relaxations = hostile.active()
+    translated = for_cpu(source, include_dirs, relaxations)
+    compile_command = CONTRACTING if "contraction" in relaxations else compiler()
+    version = subprocess.run([*compile_command, "--version"], capture_output=True, text=True).stdout
     flags = [*COMPILE_FLAGS, *(CLANG_FLAGS if "clang" in version else GCC_FLAGS)]
+    if "contraction" in relaxations:
+        flags += CONTRACTING_FLAGS
+    if "functions" in relaxations:
+        flags.append("-DMSL_HOSTILE_FUNCTIONS")
     key = hashlib.sha256("\0".join([translated, version, *flags]).encode())
     for header in sorted([*SHIM.glob("*.h"), HERE / "abi.h"]):
         key.update(header.read_bytes())
@@ -71,16 +84,8 @@ def build(source: str, cache: Path | str, include_dirs: Sequence[Path | str] = (
                 made = Path(scratch) / "shader.so"
                 text = Path(scratch) / "shader.cpp"
                 text.write_text(translated)
-                command = [
-                    *compiler(),
-                    "-c",
-                    text,
-                    "-o",
-                    made.with_suffix(".o"),
-                    *flags,
-                    f"-I{SHIM}",
-                    f"-I{HERE}",
-                ]
+                output = ["-o", made.with_suffix(".o")]
+                command = [*compile_command, "-c", text, *output, *flags, f"-I{SHIM}", f"-I{HERE}"]
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     raise MslError(result.stderr)

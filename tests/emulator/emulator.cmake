@@ -8,7 +8,8 @@ add_library(emulator SHARED
   "${emulator_dir}/fibers.cpp"
   "${emulator_dir}/grid.cpp"
   "${emulator_dir}/library.cpp"
-  "${emulator_dir}/mlx_metal.cpp")
+  "${emulator_dir}/mlx_metal.cpp"
+  "${emulator_dir}/relaxations.cpp")
 target_include_directories(emulator BEFORE PUBLIC "${emulator_dir}" "${emulator_dir}/include")
 target_compile_definitions(emulator PRIVATE EMULATOR_SOURCE_DIR="${emulator_dir}")
 target_link_libraries(emulator PUBLIC mlx ${CMAKE_DL_LIBS})

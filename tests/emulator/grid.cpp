@@ -11,6 +11,7 @@
 
 #include "checker.h"
 #include "fibers.h"
+#include "relaxations.h"
 
 namespace emulator {
 
@@ -42,6 +43,33 @@ Position unravel(uint64_t index, Size size) {
   return {uint32_t(index % size.x), uint32_t(index / size.x % size.y),
           uint32_t(index / size.x / size.y)};
 }
+
+// While it lives, and if asked to, float32 subnormals count as zero on this thread of the operating system.
+class FlushedSubnormals {
+ public:
+  explicit FlushedSubnormals(bool asked) : before_(control()) {
+    if (asked) set_control(before_ | kFlush);
+  }
+  ~FlushedSubnormals() { set_control(before_); }
+
+ private:
+#if defined(__x86_64__)
+  static constexpr uint64_t kFlush = 0x8040;  // flush to zero, denormals are zero
+  static uint64_t control() { return __builtin_ia32_stmxcsr(); }
+  static void set_control(uint64_t value) { __builtin_ia32_ldmxcsr(uint32_t(value)); }
+#elif defined(__aarch64__)
+  static constexpr uint64_t kFlush = 1 << 24;  // FZ
+  static uint64_t control() {
+    uint64_t value;
+    asm volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+  }
+  static void set_control(uint64_t value) { asm volatile("msr fpcr, %0" : : "r"(value)); }
+#else
+#error "the emulator must know how this processor flushes subnormals"
+#endif
+  uint64_t before_;
+};
 
 class Runner {
  public:
@@ -121,9 +149,12 @@ void Runner::run(const Kernel& kernel, void* const* arguments, const Grid& grid,
   std::vector<uint64_t> sequence(end - first);
   arrange(sequence, order, random_);
   checker.running = true;
-  for (uint64_t i : sequence) {
-    run_threadgroup(first + i);
-    if (!error_.empty()) break;
+  {
+    FlushedSubnormals flushed(is_relaxed("subnormals"));
+    for (uint64_t i : sequence) {
+      run_threadgroup(first + i);
+      if (!error_.empty()) break;
+    }
   }
   checker.running = false;
   if (!error_.empty()) {

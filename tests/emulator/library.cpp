@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "dispatch.h"
+#include "relaxations.h"
 
 #ifndef EMULATOR_SOURCE_DIR
 #error "the build must say where compile_shader.py lies"
@@ -102,9 +103,9 @@ void replace_in_shaders(const std::string& old_text, const std::string& new_text
   replacement_text = new_text;
 }
 
-std::string replacement_key() {
+std::string variant_key() {
   std::lock_guard lock(replacement_mutex);
-  return replaced_text.empty() ? "" : "\n" + replaced_text + "\n" + replacement_text;
+  return "\n" + relaxations() + "\n" + replaced_text + "\n" + replacement_text;
 }
 
 std::shared_ptr<Library> load_library(const std::string& source,

@@ -32,7 +32,7 @@ std::shared_ptr<Library> load_library(const std::string& source,
 // error if it does not hold that text. An empty `old_text` ends it.
 void replace_in_shaders(const std::string& old_text, const std::string& new_text);
 
-// Changes with each replacement, for whoever keeps libraries by name.
-std::string replacement_key();
+// Changes with each replacement and relaxation, for whoever keeps libraries by name or source.
+std::string variant_key();
 
 }  // namespace emulator

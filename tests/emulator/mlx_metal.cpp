@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/backend/metal/device.h"
+#include "mlx/scheduler.h"
 
 namespace mlx::core::metal {
 
@@ -57,6 +58,7 @@ void CommandEncoder::bind(const array& a, int index, int64_t offset, bool is_out
     binding.size = size_t(high - start);
     binding.first = size_t(offset - start);
     binding.offset = size_t(a.offset() + start);
+    binding.change = emulator::ChangedInput::of(binding.data);
   }
   binding.element_size = a.itemsize();
   binding.input = !is_output;
@@ -107,7 +109,8 @@ void CommandEncoder::dispatch_threads(MTL::Size grid, MTL::Size group) {
   dispatch->threads_per_threadgroup = to_size(group);
   emulator::validate(*dispatch);
   // As with the primitives of the CPU, MLX itself keeps the arrays of this node alive until its stream gets past it.
-  cpu::get_command_encoder(stream_).dispatch([dispatch] { emulator::run(*dispatch); });
+  // Not through the encoder's own dispatch: the count that it keeps of tasks would be off for ever after one that threw.
+  scheduler::enqueue(stream_, [dispatch] { emulator::run(*dispatch); });
 }
 
 void CommandEncoder::dispatch_threadgroups(MTL::Size grid, MTL::Size group) {
@@ -123,7 +126,7 @@ MTL::Library* Device::get_library(const std::string& name, const std::string&) {
 MTL::Library* Device::get_library(const std::string& name, const CompileOptions&,
                                   const std::function<std::string(void)>& builder) {
   std::lock_guard lock(mutex_);
-  auto& library = libraries_[name + emulator::replacement_key()];
+  auto& library = libraries_[name + emulator::variant_key()];
   if (!library) {
     auto made = std::make_unique<MTL::Library>();
     made->library = emulator::load_library(builder());

@@ -160,9 +160,27 @@ def translate(
     return shader, kernels
 
 
-def for_cpu(source: str, include_dirs: Sequence[Path | str] = ()) -> str:
-    """The C++ text that the emulator compiles."""
+def contract_at_most(shader: Shader) -> None:
+    """Gives clang the pragmas that Metal has for contraction, but lets `off` stand for `on`: within an expression."""
+    for i, space in enumerate(shader.spaces):
+        shader.spaces[i] = re.sub(
+            r"#\s*pragma METAL fp contract\((\w+)\)",
+            lambda m: f"#pragma clang fp contract({'on' if m[1] == 'off' else m[1]})",
+            space,
+        )
+
+
+def for_cpu(
+    source: str,
+    include_dirs: Sequence[Path | str] = (),
+    relaxations: frozenset[str] = frozenset(),
+) -> str:
+    """The C++ text that the emulator compiles; hostile.py has the relaxations."""
     shader, kernels = translate(source, CPU_THREADGROUP, include_dirs)
+    if "no_bfloat" in relaxations and "bfloat" in shader.tokens:
+        raise MslError("this GPU has no type bfloat")
+    if "contraction" in relaxations:
+        contract_at_most(shader)
     return f'#include "msl_cpu.h"\n{shader.whole()}\n{kernel_table(kernels)}'
 
 

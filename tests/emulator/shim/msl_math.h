@@ -64,60 +64,100 @@ using if_integral = enable_if_t<is_integral_v<T>, T>;
 template <typename T>
 using if_scalar = enable_if_t<is_arithmetic_v<T>, T>;
 
-#define MSL_UNARY(name, function)                           \
+// What a function that is not of metal::precise gives in place of `exact`: on a hostile GPU, up to `ulps` units in the last
+// place beside it. How far follows from the value, so that every thread and order of execution agrees.
+MSL_FUNCTION float fast_result(float exact, uint32_t ulps) {
+#ifdef MSL_HOSTILE_FUNCTIONS
+  uint32_t bits = as_type<uint32_t>(exact), magnitude = bits & 0x7fffffffu;
+  if (magnitude == 0 || magnitude >= 0x7f800000u) return exact;
+  return as_type<float>(bits + (bits * 2654435761u >> 16) % (2 * ulps + 1) - ulps);
+#endif
+  return exact;
+}
+template <typename T>
+MSL_FUNCTION T fast_result(T exact, uint32_t) {
+  return exact;
+}
+
+// `ulps`: what Metal's fast variant for float may be off by, about as its specification has it, there in part as formulas.
+#define MSL_UNARY(name, function, ulps)                     \
+  namespace precise {                                       \
   template <typename T>                                     \
   MSL_FUNCTION if_float<T> name(T x) {                      \
     return static_cast<T>(function(static_cast<float>(x))); \
   }                                                         \
-  template <typename T, int N>                              \
-  MSL_FUNCTION vec<T, N> name(vec<T, N> x) {                \
-    for (int i = 0; i < N; ++i) x[i] = name(x[i]);          \
-    return x;                                               \
+  }                                                         \
+  template <typename T>                                     \
+  MSL_FUNCTION if_float<T> name(T x) {                      \
+    return fast_result(precise::name(x), ulps);             \
+  }                                                         \
+  MSL_VECTORS_OF(name)                                      \
+  namespace precise {                                       \
+  MSL_VECTORS_OF(name)                                      \
   }
-#define MSL_BINARY(name, function)                                                 \
+#define MSL_VECTORS_OF(name)                       \
+  template <typename T, int N>                     \
+  MSL_FUNCTION vec<T, N> name(vec<T, N> x) {       \
+    for (int i = 0; i < N; ++i) x[i] = name(x[i]); \
+    return x;                                      \
+  }
+#define MSL_BINARY(name, function, ulps)                                           \
+  namespace precise {                                                              \
   template <typename T>                                                            \
   MSL_FUNCTION if_float<T> name(T x, T y) {                                        \
     return static_cast<T>(function(static_cast<float>(x), static_cast<float>(y))); \
   }                                                                                \
-  template <typename T, int N>                                                     \
-  MSL_FUNCTION vec<T, N> name(vec<T, N> x, vec<T, N> y) {                          \
-    for (int i = 0; i < N; ++i) x[i] = name(x[i], y[i]);                           \
-    return x;                                                                      \
+  }                                                                                \
+  template <typename T>                                                            \
+  MSL_FUNCTION if_float<T> name(T x, T y) {                                        \
+    return fast_result(precise::name(x, y), ulps);                                 \
+  }                                                                                \
+  MSL_VECTORS_OF_TWO(name)                                                         \
+  namespace precise {                                                              \
+  MSL_VECTORS_OF_TWO(name)                                                         \
   }
-MSL_UNARY(acos, std::acos)
-MSL_UNARY(acosh, std::acosh)
-MSL_UNARY(asin, std::asin)
-MSL_UNARY(asinh, std::asinh)
-MSL_UNARY(atan, std::atan)
-MSL_UNARY(atanh, std::atanh)
-MSL_UNARY(ceil, std::ceil)
-MSL_UNARY(cos, std::cos)
-MSL_UNARY(cosh, std::cosh)
-MSL_UNARY(exp, std::exp)
-MSL_UNARY(exp2, std::exp2)
-MSL_UNARY(fabs, std::fabs)
-MSL_UNARY(floor, std::floor)
-MSL_UNARY(log, std::log)
-MSL_UNARY(log10, std::log10)
-MSL_UNARY(log2, std::log2)
-MSL_UNARY(rint, std::rint)
-MSL_UNARY(round, std::round)
-MSL_UNARY(rsqrt, 1.0f / std::sqrt)
-MSL_UNARY(sin, std::sin)
-MSL_UNARY(sinh, std::sinh)
-MSL_UNARY(sqrt, std::sqrt)
-MSL_UNARY(tan, std::tan)
-MSL_UNARY(tanh, std::tanh)
-MSL_UNARY(trunc, std::trunc)
-MSL_BINARY(atan2, std::atan2)
-MSL_BINARY(copysign, std::copysign)
-MSL_BINARY(fmax, std::fmax)
-MSL_BINARY(fmin, std::fmin)
-MSL_BINARY(fmod, std::fmod)
-MSL_BINARY(pow, std::pow)
-MSL_BINARY(powr, std::pow)
+#define MSL_VECTORS_OF_TWO(name)                          \
+  template <typename T, int N>                            \
+  MSL_FUNCTION vec<T, N> name(vec<T, N> x, vec<T, N> y) { \
+    for (int i = 0; i < N; ++i) x[i] = name(x[i], y[i]);  \
+    return x;                                             \
+  }
+MSL_UNARY(acos, std::acos, 5)
+MSL_UNARY(acosh, std::acosh, 4)
+MSL_UNARY(asin, std::asin, 5)
+MSL_UNARY(asinh, std::asinh, 4)
+MSL_UNARY(atan, std::atan, 5)
+MSL_UNARY(atanh, std::atanh, 5)
+MSL_UNARY(ceil, std::ceil, 0)
+MSL_UNARY(cos, std::cos, 4)
+MSL_UNARY(cosh, std::cosh, 4)
+MSL_UNARY(exp, std::exp, 4)
+MSL_UNARY(exp2, std::exp2, 4)
+MSL_UNARY(fabs, std::fabs, 0)
+MSL_UNARY(floor, std::floor, 0)
+MSL_UNARY(log, std::log, 3)
+MSL_UNARY(log10, std::log10, 3)
+MSL_UNARY(log2, std::log2, 3)
+MSL_UNARY(rint, std::rint, 0)
+MSL_UNARY(round, std::round, 0)
+MSL_UNARY(rsqrt, 1.0f / std::sqrt, 2)
+MSL_UNARY(sin, std::sin, 4)
+MSL_UNARY(sinh, std::sinh, 4)
+MSL_UNARY(sqrt, std::sqrt, 3)
+MSL_UNARY(tan, std::tan, 6)
+MSL_UNARY(tanh, std::tanh, 5)
+MSL_UNARY(trunc, std::trunc, 0)
+MSL_BINARY(atan2, std::atan2, 6)
+MSL_BINARY(copysign, std::copysign, 0)
+MSL_BINARY(fmax, std::fmax, 0)
+MSL_BINARY(fmin, std::fmin, 0)
+MSL_BINARY(fmod, std::fmod, 0)
+MSL_BINARY(pow, std::pow, 16)
+MSL_BINARY(powr, std::pow, 16)
 #undef MSL_UNARY
 #undef MSL_BINARY
+#undef MSL_VECTORS_OF
+#undef MSL_VECTORS_OF_TWO
 
 template <typename T>
 MSL_FUNCTION if_float<T> fma(T x, T y, T z) {
@@ -188,34 +228,33 @@ MSL_FUNCTION if_integral<T> rotate(T x, T count) {
   return n ? static_cast<T>(static_cast<U>(x) << n | static_cast<U>(x) >> (bits - n)) : x;
 }
 
-// The emulator has one precision; Metal's fast functions may differ from these in the last bits.
-#define MSL_FUNCTIONS_OF(space) \
-  namespace space {             \
-  using metal::acos;            \
-  using metal::acosh;           \
-  using metal::asin;            \
-  using metal::asinh;           \
-  using metal::atan;            \
-  using metal::atan2;           \
-  using metal::atanh;           \
-  using metal::cos;             \
-  using metal::cosh;            \
-  using metal::exp;             \
-  using metal::exp2;            \
-  using metal::fma;             \
-  using metal::log;             \
-  using metal::log10;           \
-  using metal::log2;            \
-  using metal::pow;             \
-  using metal::rsqrt;           \
-  using metal::sin;             \
-  using metal::sinh;            \
-  using metal::sqrt;            \
-  using metal::tan;             \
-  using metal::tanh;            \
-  }
-MSL_FUNCTIONS_OF(fast)
-MSL_FUNCTIONS_OF(precise)
-#undef MSL_FUNCTIONS_OF
+namespace precise {
+using metal::fma;
+}
+namespace fast {
+using metal::acos;
+using metal::acosh;
+using metal::asin;
+using metal::asinh;
+using metal::atan;
+using metal::atan2;
+using metal::atanh;
+using metal::cos;
+using metal::cosh;
+using metal::exp;
+using metal::exp2;
+using metal::fma;
+using metal::log;
+using metal::log10;
+using metal::log2;
+using metal::pow;
+using metal::powr;
+using metal::rsqrt;
+using metal::sin;
+using metal::sinh;
+using metal::sqrt;
+using metal::tan;
+using metal::tanh;
+}  // namespace fast
 
 }  // namespace metal
