@@ -5,6 +5,8 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import mlx_fused_adam as fused
 import oracle
@@ -145,19 +147,70 @@ def test_shapeless_compile_of_several_tensors():
         compiled(tensors, {**zeros, "b": mx.zeros((4,))}, zeros)
 
 
-def test_compile_does_not_confuse_settings():
-    """Common subexpressions are merged only if every constant is equal."""
+CONSUMERS = {"sum": mx.sum, "product": lambda x: x @ mx.ones((7, 2)), "none": lambda x: x}
+
+
+@given(
+    uses=st.lists(
+        st.tuples(st.sampled_from([0, 1]), st.integers(0, 5), st.sampled_from(list(CONSUMERS))),
+        min_size=1,
+        max_size=6,
+    ),
+    second=st.sampled_from([{}, {"eps": 0.5}, {"betas": (0.5, 0.999)}, {"betas": (0.9, 0.5)}]),
+)
+@example(uses=[(1, 5, "product"), (0, 2, "product"), (0, 0, "none")], second={})
+@example(uses=[(0, 0, "sum"), (1, 0, "sum")], second={"eps": 0.5})
+def test_updates_of_one_compiled_graph_stay_apart(uses, second):
+    """Compilation merges nodes that it takes for equal, where something consumes their results.
+
+    Two updates of the same two tensors, with other constants or with the same, must come out right whatever consumes
+    which of their six results.
+    """
     w, g, m, v, rate, _ = arguments()
 
-    @mx.compile
-    def both(w, g, m, v, rate):
-        kinds = [{}, {"eps": 0.5}, {"betas": (0.5, 0.999)}, {"betas": (0.9, 0.5)}, {}]
-        return [fused.adam_update(w, g, m, v, rate, **kind)[0] for kind in kinds]
+    def run(w, g, m, v, rate):
+        results = []
+        for kind in ({}, second):
+            optimizer = fused.Adam(0.1, **kind)
+            optimizer.state = {"x": {"m": m, "v": v}, "y": {"m": g, "v": v}, "step": mx.array(1)}
+            optimizer.learning_rate = rate
+            new = optimizer.apply_gradients({"x": g, "y": w}, {"x": w, "y": m})
+            results.append([(new[k], *optimizer.state[k].values()) for k in "xy"])
+        return [CONSUMERS[kind](results[i][k // 3][k % 3]) for i, k, kind in uses]
 
-    a, b, c, d, e = both(w, g, m, v, rate)
-    assert mx.array_equal(a, e).item()
-    for x, y in [(a, b), (a, c), (a, d), (b, c), (c, d)]:
-        assert not mx.array_equal(x, y).item()
+    inputs = (w, g, m, v, rate)
+    for use, a, e in zip(uses, mx.compile(run)(*inputs), run(*inputs), strict=True):
+        assert_close(a, e, f"{use}")
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_tracing_is_no_step(bias_correction):
+    """Step, schedule and bias correction of a compiled loop, traced again for a second shape, are those of an eager one."""
+    w = {"w": mx.random.normal((3, 5))}
+
+    def loop(compiled):
+        optimizer = fused.AdamW(lambda step: 0.1 / (1 + step), bias_correction=bias_correction)
+        parameters = dict(w)
+        optimizer.init(parameters)
+        state = [parameters, optimizer.state]
+
+        def step(x):
+            gradients = mx.grad(lambda p: mx.square(x @ p["w"]).sum())(parameters)
+            parameters.update(optimizer.apply_gradients(gradients, parameters))
+
+        run = mx.compile(step, inputs=state, outputs=state) if compiled else step
+        for rows in (2, 2, 4, 2, 4):
+            run(mx.ones((rows, 3)))
+            mx.eval(state)
+            yield optimizer.state, parameters
+
+    loops = zip(loop(True), loop(False), strict=True)
+    for count, ((state, parameters), (expected_state, expected)) in enumerate(loops, 1):
+        assert state["step"].item() == count
+        assert_close(state["learning_rate"], 0.1 / count, f"learning rate of step {count}")
+        assert_close(parameters["w"], expected["w"], f"parameter after step {count}")
+        for s in "mv":
+            assert_close(state["w"][s], expected_state["w"][s], f"{s} after step {count}")
 
 
 def test_lazy_until_asked_for():
