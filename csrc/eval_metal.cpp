@@ -14,6 +14,7 @@
 #include "in_place.h"
 #include "layout.h"
 #include "mlx/backend/metal/device.h"
+#include "storage.h"
 
 namespace fused_adam {
 
@@ -29,20 +30,8 @@ constexpr size_t kLargestLinear = size_t{1} << 30;
 // Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
 constexpr TileSides kSmallestTile{16, 16};
 
-const char* metal_type(mx::Dtype dtype) {
-  switch (dtype.val()) {
-    case mx::Dtype::Val::float32:
-      return "float";
-    case mx::Dtype::Val::bfloat16:
-      return "bfloat";
-    case mx::Dtype::Val::float16:
-      return "half";
-    default:
-      throw std::logic_error("[AdamUpdate] dtype was not validated");
-  }
-}
-
-size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
+// By Storage.
+constexpr const char* kMetalTypes[kStorageCount] = {"float", "bfloat", "half"};
 
 struct BoundTensor {
   const mx::array* in;  // parameter, gradient, m, v
@@ -77,7 +66,7 @@ class Encoding {
     std::ostringstream variant;
     variant << rule;
     for (auto& x : {any.parameter(), any.gradient(), any.m()})
-      variant << ", " << metal_type(x.dtype());
+      variant << ", " << kMetalTypes[int(storage_of(x.dtype()))];
     variant_ = variant.str();
     library_ = device_.get_library("fused_adam<" + variant_ + ">", [&] { return source(); });
   }
