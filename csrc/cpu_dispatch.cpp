@@ -51,7 +51,8 @@ const Kernels& choose() {
   std::string names;
   for (auto& set : supported()) {
     if (asked == std::string(set.isa)) return set;
-    names += (names.empty() ? "" : ", ") + std::string(set.isa);
+    if (!names.empty()) names += ", ";
+    names += set.isa;
   }
   throw std::invalid_argument("[cpu_isa] MLX_FUSED_ADAM_ISA must be one of " + names +
                               " on this machine but got " + asked);

@@ -41,6 +41,11 @@ def mac_mlx() -> macos_build.MacMLX:
 
 
 @pytest.fixture(scope="module")
+def flavours(mac_mlx: macos_build.MacMLX) -> list[macos_build.MacMLX]:
+    return macos_build.fetch_every_mlx()
+
+
+@pytest.fixture(scope="module")
 def libmlx(mac_mlx: macos_build.MacMLX) -> Module:
     return inspect(mac_mlx.library)
 
@@ -94,6 +99,43 @@ def test_every_symbol_it_needs_is_exported_on_a_mac(module: Module, libmlx: Modu
     assert from_mlx, "the extension uses nothing of MLX?"
     assert from_mlx <= libmlx.exported, sorted(from_mlx - libmlx.exported)
     assert missing_symbols(module, libmlx) == set()
+
+
+def test_every_macos_release_that_mlx_has_a_wheel_for_exports_them(
+    module: Module, flavours: list[macos_build.MacMLX]
+) -> None:
+    assert len(flavours) > 1
+    for flavour in flavours:
+        missing = missing_symbols(module, inspect(flavour.library))
+        assert not missing, f"macOS {flavour.macos}: {sorted(missing)}"
+
+
+def test_the_headers_of_every_macos_release_are_those_compiled_against(
+    mac_mlx: macos_build.MacMLX, flavours: list[macos_build.MacMLX]
+) -> None:
+    """Else the extension would have to be compiled against each."""
+
+    def headers(mac: macos_build.MacMLX) -> dict[str, bytes]:
+        folder = mac.site_packages / "mlx/include"
+        found = (path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+    expected = headers(mac_mlx)
+    assert "mlx/array.h" in expected
+    for flavour in flavours:
+        assert headers(flavour) == expected, f"macOS {flavour.macos}"
+
+
+def test_a_macs_own_build_is_for_the_oldest_macos_that_mlx_has_a_wheel_for(
+    monkeypatch: pytest.MonkeyPatch, flavours: list[macos_build.MacMLX]
+) -> None:
+    """Whatever MACOSX_DEPLOYMENT_TARGET says; the wheel's tag follows the same setting."""
+    from scikit_build_core.settings.skbuild_read_settings import SettingsReader
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    settings = SettingsReader.from_file(ROOT / "pyproject.toml").settings
+    target = settings.cmake.define["CMAKE_OSX_DEPLOYMENT_TARGET"]
+    assert target == f"{flavours[-1].macos}.0" == f"{macos_build.OLDEST}.0"
 
 
 def test_it_uses_metal_through_mlx(module: Module) -> None:

@@ -1,25 +1,37 @@
 """The package as installed: its pin on mlx, its typing, its shader text, its settings."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import requires, version
 from importlib.resources import files
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 import mlx_fused_adam
 from mlx_fused_adam import _build_info, _compatibility
 
 ROOT = Path(__file__).parent.parent
+MLX = Path(mx.__file__).parent
 
 
-def test_another_mlx_is_refused_with_the_mend():
+@pytest.mark.parametrize("name", ["mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12"])
+def test_another_mlx_is_refused_with_the_mend(name):
     with pytest.raises(ImportError) as error:
-        _compatibility.check_mlx("0.0.1")
+        _compatibility.check_mlx({"mlx": _build_info.MLX_VERSION, name: "0.0.1"})
     message = str(error.value)
-    for part in ("mlx 0.0.1", f"mlx {_build_info.MLX_VERSION}", "pip install 'mlx[cpu]=="):
+    for part in (f"{name} 0.0.1", f"mlx {_build_info.MLX_VERSION}", "pip install 'mlx[cpu]=="):
         assert part in message
+
+
+def test_the_installed_mlx_is_accepted_with_its_back_end():
+    installed = _compatibility.installed_mlx()
+    assert len(installed) >= 2 and set(installed.values()) == {_build_info.MLX_VERSION}, installed
+    _compatibility.check_mlx(installed)
 
 
 def test_another_mlx_is_refused_at_import(tmp_path):
@@ -33,12 +45,71 @@ def test_another_mlx_is_refused_at_import(tmp_path):
     assert "ImportError: mlx-fused-adam was built for mlx" in result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="on macOS mlx always brings its back end")
+def test_mlx_without_a_back_end_is_refused_at_import_with_the_mend(tmp_path):
+    """As `pip install mlx` leaves it on Linux: no libmlx.so beside the module."""
+    shutil.copytree(MLX, tmp_path / "mlx", ignore=shutil.ignore_patterns("lib", "include"))
+    environment = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mlx_fused_adam"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: mlx-fused-adam needs mlx"), result.stderr
+    assert "libmlx.so" in last and "pip install 'mlx[cpu]==" in last
+
+
 def test_mlx_is_pinned_exactly_and_once():
-    pinned = [r for r in requires("mlx-fused-adam") if r.startswith("mlx") and "extra ==" not in r]
-    assert pinned == [f"mlx[cpu]=={_build_info.MLX_VERSION}"]
-    assert version("mlx") == _build_info.MLX_VERSION
+    """Plain mlx, whose back end the user chooses; the extras cpu and test bring the CPU's."""
+    pin = _build_info.MLX_VERSION
+    wanted = [r for r in requires("mlx-fused-adam") if r.startswith("mlx")]
+    assert sorted(wanted) == [
+        'mlx-fused-adam[cpu]; extra == "test"',
+        f"mlx=={pin}",
+        f'mlx[cpu]=={pin}; extra == "cpu"',
+    ]
+    assert version("mlx") == pin
     pyproject = (ROOT / "pyproject.toml").read_text()
-    assert pyproject.count(_build_info.MLX_VERSION) == 1
+    assert pyproject.count(pin) == 1
+
+
+def test_builds_share_no_folder():
+    """Each build has a temporary folder of its own, so that two from one clone do not meet."""
+    from scikit_build_core.settings.skbuild_read_settings import SettingsReader
+
+    settings = SettingsReader.from_file(ROOT / "pyproject.toml").settings
+    assert settings.build_dir == ""
+
+
+def build_tool(name, *arguments):
+    command = [sys.executable, str(ROOT / f"python/build_tools/{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_build_refuses_a_nanobind_that_mlx_does_not_share(tmp_path):
+    extension = Path(mlx_fused_adam._ext.__file__)
+    accepted = build_tool("check_abi", MLX, extension)
+    assert accepted.returncode == 0, accepted.stderr
+    content = extension.read_bytes()
+    tag = re.search(rb"nanobind_system_\w+_v\d+", content).group()
+    other = tmp_path / extension.name
+    other.write_bytes(content.replace(tag, tag[:-1] + b"x"))
+    refused = build_tool("check_abi", MLX, other)
+    assert refused.returncode != 0
+    assert f"instead of ['{tag.decode()}']" in refused.stderr
+
+
+def test_the_shader_is_ascii_or_the_build_stops(tmp_path):
+    header, shader, out = ROOT / "csrc/adam_rule.h", tmp_path / "a.metal", tmp_path / "a.cpp"
+    shader.write_text('#include "adam_rule.h"\n', encoding="utf-8")
+    accepted = build_tool("embed_shader", out, header, shader)
+    assert accepted.returncode == 0, accepted.stderr
+    assert "struct AdamConstants" in out.read_text()
+    shader.write_text('#include "adam_rule.h"\n// ½ of it\n', encoding="utf-8")
+    refused = build_tool("embed_shader", tmp_path / "b.cpp", header, shader)
+    assert refused.returncode != 0 and not (tmp_path / "b.cpp").exists()
+    assert "a.metal:2: the shader must be ASCII" in refused.stderr
 
 
 def test_nanobind_of_the_tests_is_that_of_the_build():
@@ -69,8 +140,6 @@ def test_the_thread_setting_is_respected():
 
 def import_with(setting):
     code = "import mlx_fused_adam; print(mlx_fused_adam.num_threads())"
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -11,6 +11,17 @@ from pathlib import Path
 _PIECE = 8000
 
 
+def read_ascii(path: Path) -> str:
+    """The file's text; MLX hands it to Metal as ASCII, and anything else would fail on the user's machine."""
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.isascii():
+            raise SystemExit(
+                f"{path}:{number}: the shader must be ASCII but holds {ascii(line.strip())}"
+            )
+    return text
+
+
 def flatten(shader: Path, headers: list[Path]) -> str:
     """The shader's text with the given headers inlined once each; other includes stay."""
     by_name = {header.name: header for header in headers}
@@ -26,7 +37,7 @@ def flatten(shader: Path, headers: list[Path]) -> str:
             done.add(name)
             return inline(by_name[name])
 
-        text = path.read_text().replace("#pragma once\n", "")
+        text = read_ascii(path).replace("#pragma once\n", "")
         return re.sub(r'^#include "([^"]+)"$', replace, text, flags=re.MULTILINE)
 
     return inline(shader)

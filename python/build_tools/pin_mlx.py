@@ -1,13 +1,17 @@
-"""scikit-build-core metadata provider: requires at run time exactly the mlx that the build found.
+"""Metadata provider (pyproject.toml's dynamic-metadata): requires at run time exactly the mlx that the build found.
 
-Named in pyproject.toml, whose build-system.requires is thereby the only place that pins mlx.
+Plain mlx, since on Linux each back end of MLX (mlx-cpu, mlx-cuda-…) brings a libmlx.so of its own to the same place, and
+requiring one would overwrite another that is installed. The extra "cpu" asks for the CPU's.
 """
 
 from importlib.metadata import version
 
 
-def dynamic_metadata(field: str, settings: dict, project: dict | None = None) -> list[str]:
-    if field != "dependencies" or settings:
-        raise RuntimeError("pin_mlx gives the field 'dependencies' and takes no settings")
-    # The extra "cpu" brings the Linux library and adds nothing on macOS.
-    return [f"mlx[cpu]=={version('mlx')}"]
+def dynamic_metadata(settings: dict, project: dict) -> dict[str, object]:
+    if settings:
+        raise RuntimeError(f"pin_mlx takes no settings but got {sorted(settings)}")
+    pin = version("mlx")
+    return {
+        "dependencies": [f"mlx=={pin}"],
+        "optional-dependencies": {"cpu": [f"mlx[cpu]=={pin}"]},
+    }

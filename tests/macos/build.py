@@ -2,13 +2,15 @@
 
     python tests/macos/build.py        # builds, then prints the wheel's path
 
-Needs the packages of the test extra and, once, downloads by pip. Everything lands in build/macos.
+MLX comes in one wheel for each of several macOS releases: built is against the oldest, linked with
+each. Needs the packages of the test extra and, once, downloads by pip. Everything lands in build/macos.
 Nothing of it can be run elsewhere than on a Mac, but all of csrc/ is compiled for one and linked
 against the library that one loads.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "macos"
-PLATFORM = "macosx_14_0_arm64"
+OLDEST = 14
+NEWER_THAN_ANY = 99  # pip then takes the newest wheel
+PLATFORM = f"macosx_{OLDEST}_0_arm64"
 EXT_SUFFIX = f".cpython-3{sys.version_info.minor}-darwin.so"
 
 sys.path.insert(0, str(HERE.parent))
@@ -34,8 +38,9 @@ class DownloadError(RuntimeError):
 
 @dataclass(frozen=True)
 class MacMLX:
-    """MLX for macOS, unpacked as an installation would be, and the linker stubs derived from it."""
+    """MLX for one macOS, unpacked as an installation would be, and the linker stubs derived from it."""
 
+    macos: int  # the release it is for
     site_packages: Path
     stubs: Path
 
@@ -52,28 +57,47 @@ def run(command: list[str | Path], cwd: Path = ROOT, env: dict[str, str] | None 
     return result.stdout
 
 
-def fetch_mlx(cache: Path = CACHE) -> MacMLX:
-    """The macOS wheels of the very version of MLX that is installed here."""
+def fetch_mlx(macos: int = OLDEST, cache: Path = CACHE) -> MacMLX:
+    """What a Mac of that release installs as the very version of MLX that is installed here."""
     mlx_version = version("mlx")
-    folder = cache / f"mlx-{mlx_version}-cp3{sys.version_info.minor}"
-    mac = MacMLX(folder / "site-packages", folder / "stubs")
-    done = folder / "done"
-    if done.exists():
-        return mac
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    wanted = [f"mlx=={mlx_version}", f"mlx-metal=={mlx_version}"]
-    try:
-        run([*pip, "--platform", PLATFORM, "--dest", folder / "wheels", *wanted])
-    except RuntimeError as error:
-        raise DownloadError(error) from error
-    for wheel in sorted((folder / "wheels").glob("*.whl")):
+    asked = cache / f"mlx-{mlx_version}-cp3{sys.version_info.minor}-for-macos-{macos}"
+    if not asked.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        wanted = [f"mlx=={mlx_version}", f"mlx-metal=={mlx_version}"]
+        platform = ["--only-binary=:all:", "--platform", f"macosx_{macos}_0_arm64"]
+        wheels = cache / "wheels"
+        shutil.rmtree(wheels, ignore_errors=True)
+        try:
+            run([*pip, *platform, "--dest", wheels, *wanted])
+        except RuntimeError as error:
+            raise DownloadError(error) from error
+        found = re.search(r"macosx_(\d+)_0", next(wheels.glob("mlx_metal-*.whl")).name)
+        assert found, "a wheel of mlx-metal without a macOS release in its name"
+        unfinished = asked.with_name(f"{asked.name}-unfinished")
+        _unpack(wheels, unfinished)
+        (unfinished / "release").write_text(found[1])
+        unfinished.rename(asked)
+    release = int((asked / "release").read_text())
+    return MacMLX(release, asked / "site-packages", asked / "stubs")
+
+
+def _unpack(wheels: Path, folder: Path) -> None:
+    site_packages = folder / "site-packages"
+    for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             kernels = {name for name in archive.namelist() if name.endswith(".metallib")}
-            archive.extractall(mac.site_packages, set(archive.namelist()) - kernels)
-    shutil.rmtree(folder / "wheels")
-    write_stubs([mac.library, *mac.site_packages.glob("mlx/core.*.so")], mac.stubs)
-    done.touch()
-    return mac
+            archive.extractall(site_packages, set(archive.namelist()) - kernels)
+    shutil.rmtree(wheels)
+    libraries = [site_packages / "mlx/lib/libmlx.dylib", *site_packages.glob("mlx/core.*.so")]
+    write_stubs(libraries, folder / "stubs")
+
+
+def fetch_every_mlx(cache: Path = CACHE) -> list[MacMLX]:
+    """One for each macOS release that MLX has a wheel for, the newest first: pip asked downwards."""
+    flavours = [fetch_mlx(NEWER_THAN_ANY, cache)]
+    while flavours[-1].macos > OLDEST:
+        flavours.append(fetch_mlx(flavours[-1].macos - 1, cache))
+    return flavours
 
 
 def stage_python_headers(cache: Path = CACHE) -> Path:
@@ -106,7 +130,7 @@ def compile_alone(source: Path, output: Path, mac: MacMLX, cache: Path = CACHE) 
 
 def build(source: Path = ROOT, cache: Path = CACHE) -> Path:
     """Builds the macOS wheel and returns its path."""
-    mac = fetch_mlx(cache)
+    mac = fetch_mlx(cache=cache)
     defines = {
         "CMAKE_TOOLCHAIN_FILE": HERE / "toolchain-arm64-macos.cmake",
         "MACOS_PYTHON": sys.executable,
