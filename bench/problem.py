@@ -1,21 +1,21 @@
 """The tensors of one benchmark case, and an exact account of what one Adam step must make of them.
 
 `check_step` lets a contender take one step and compares samples of every tensor with the update in
-float64, so no result is timed that is not right. Method: Kingma & Ba 2015; MLX's form without bias
-correction, torch's with it.
+float64 (reference.py), so no result is timed that is not right.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
-from shapes import Tensor
 
-LEARNING_RATE = 1e-3
-BETAS = (0.9, 0.999)
-EPS = 1e-8
+from .reference import Settings, adam
+from .shapes import ParameterShape
+
+SETTINGS = Settings()
+BETAS = [SETTINGS.beta1, SETTINGS.beta2]
 START = 1000  # a problem's steps so far: at the first, 1 - beta2**step is rough in float32
 
 SAMPLES = 1 << 21  # elements compared per case, shared among its tensors
@@ -37,7 +37,7 @@ class Incorrect(Exception):
 class Checked(Protocol):
     """What `check_step` needs of a contender."""
 
-    tensors: list[Tensor]
+    tensors: list[ParameterShape]
     dtype: mx.Dtype
 
     def step(self) -> object: ...
@@ -49,14 +49,14 @@ class Checked(Protocol):
 class Problem:
     """Parameters, gradients, m and v, keyed by path, in one dtype."""
 
-    tensors: list[Tensor]
+    tensors: list[ParameterShape]
     dtype: mx.Dtype
     parameters: dict[str, mx.array]
     gradients: dict[str, mx.array]
-    state: dict[str, Any]  # as mlx.optimizers keeps it: step, learning_rate, and m and v by path
+    state: dict[str, Any]  # as mlx.optimizers keeps it
 
     @classmethod
-    def random(cls, tensors: list[Tensor], dtype: mx.Dtype, seed: int = 0) -> "Problem":
+    def random(cls, tensors: list[ParameterShape], dtype: mx.Dtype, seed: int = 0) -> "Problem":
         """Values at which a wrong result shows even in bfloat16, and no subnormal number arises.
 
         With |gradient| in [0.3, 1] and v near 0.001 one step moves v by a third or more and
@@ -70,7 +70,7 @@ class Problem:
             mx.eval(x)
             return x
 
-        def gradient(tensor: Tensor) -> mx.array:
+        def gradient(tensor: ParameterShape) -> mx.array:
             x = uniform(tensor.shape[::-1] if tensor.column_major else tensor.shape, -0.7, 0.7)
             x = x + mx.where(x < 0, mx.array(-0.3, dtype), mx.array(0.3, dtype))
             x = x.T if tensor.column_major else x
@@ -82,7 +82,7 @@ class Problem:
             for t in tensors
         }
         state["step"] = mx.array(START, mx.uint64)
-        state["learning_rate"] = mx.array(LEARNING_RATE)
+        state["learning_rate"] = mx.array(SETTINGS.learning_rate)
         parameters = {t.path: uniform(t.shape, -0.05, 0.05) for t in tensors}
         return cls(tensors, dtype, parameters, {t.path: gradient(t) for t in tensors}, state)
 
@@ -97,22 +97,24 @@ class Problem:
         return sum(tensor.size for tensor in self.tensors)
 
     @property
+    def resident_bytes(self) -> int:
+        """Of parameters, gradients, m and v."""
+        return 4 * self.size * self.dtype.size
+
+    @property
     def traffic_bytes(self) -> int:
         """Reads of parameter, gradient, m and v, and writes of parameter, m and v."""
         return 7 * self.size * self.dtype.size
 
 
-def adam(before: Values, step: int | None) -> Values:
+def adam_step(before: Values, step: int | None) -> Values:
     """One update in float64; `step` counts from 1 and asks for bias correction."""
-    (beta1, beta2), g = BETAS, before["gradient"]
-    m = beta1 * before["m"] + (1 - beta1) * g
-    v = beta2 * before["v"] + (1 - beta2) * g * g
-    correct1, correct2 = (1.0, 1.0) if step is None else (1 - beta1**step, 1 - beta2**step)
-    update = LEARNING_RATE * (m / correct1) / (np.sqrt(v / correct2) + EPS)
-    return {"parameter": before["parameter"] - update, "m": m, "v": v}
+    settings = replace(SETTINGS, bias_correction=step is not None)
+    arrays = (before[name] for name in ("parameter", "gradient", "m", "v"))
+    return dict(zip(("parameter", "m", "v"), adam(*arrays, step or 1, settings), strict=True))
 
 
-def sampled_indices(tensor: Tensor, most: int, seed: int = 0) -> np.ndarray:
+def sampled_indices(tensor: ParameterShape, most: int, seed: int = 0) -> np.ndarray:
     """All of a small tensor; of a large one both ends, where tails go wrong, and random places."""
     if tensor.size <= most:
         return np.arange(tensor.size)
