@@ -1,5 +1,6 @@
 """Pictures of a run: the small one of real models for the README, and all updates' memory traffic."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +33,36 @@ def real_models(cases: list[Case]) -> list[Case]:
     return list(first.values())
 
 
+def peak_bytes(case: Case, contender: str) -> float | None:
+    return figure(case, contender, "peak_bytes")
+
+
 def save_models(path: Path, results: Results) -> None:
     """Time and peak memory of one update of each real model. Nothing is drawn if the run has none."""
     cases = real_models(results["cases"])
     if not cases:
         return
-    figure_, axes = plt.subplots(1, 2, figsize=(9, 0.9 + 1.0 * len(cases)), layout="constrained")
-    _draw_groups(axes[0], cases, lambda case, name: seconds(case, name), seconds_text)
-    axes[0].set(xscale="log", xlabel="seconds, logarithmic", title="time of one update")
-    _draw_groups(axes[1], cases, lambda case, name: figure(case, name, "peak_bytes"), bytes_text)
-    axes[1].set(xlabel="bytes", title="peak memory of one update")
+    picture, axes = plt.subplots(1, 2, figsize=(9, 0.9 + 1.0 * len(cases)), layout="constrained")
+    _draw_groups(axes[0], cases, seconds, 1e3, seconds_text)
+    axes[0].set(xscale="log", xlabel="ms, logarithmic", title="time of one update")
+    _draw_groups(axes[1], cases, peak_bytes, 1e-9, bytes_text)
+    axes[1].set(xlabel="GB", title="peak memory of one update")
     axes[1].set_yticks([])
     for one in axes:
         one.margins(x=0.18)
         one.spines[["top", "right"]].set_visible(False)
-    figure_.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure_.savefig(path, dpi=110)
-    plt.close(figure_)
+    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    picture.savefig(path, dpi=110)
+    plt.close(picture)
 
 
-def _draw_groups(axes: Any, cases: list[Case], value_of: Any, text_of: Any) -> None:
+def _draw_groups(
+    axes: Any,
+    cases: list[Case],
+    value_of: Callable[[Case, str], float | None],
+    unit: float,
+    text_of: Callable[[float | None], str],
+) -> None:
     height = 0.8 / len(IN_SMALL_PICTURE)
     for k, name in enumerate(IN_SMALL_PICTURE):
         label = name
@@ -59,13 +70,14 @@ def _draw_groups(axes: Any, cases: list[Case], value_of: Any, text_of: Any) -> N
             value = value_of(case, name)
             y = i - 0.4 + (k + 0.5) * height
             if value is None:
-                axes.text(0, y, " not counted" if name == TORCH else " –", va="center", fontsize=8)
+                text = "not counted" if name == TORCH else "–"
+                axes.text(0, y, f" {text}", va="center", fontsize=8, color=COLOURS[name])
                 continue
-            axes.barh(y, value, height, color=COLOURS[name], label=label)
-            axes.text(value, y, f" {text_of(value)}", va="center", fontsize=8)
+            axes.barh(y, value * unit, height, color=COLOURS[name], label=label)
+            axes.text(value * unit, y, f" {text_of(value)}", va="center", fontsize=8)
             label = None
     axes.set_yticks(range(len(cases)), [f"{case['case']}\n{case['dtype']}" for case in cases])
-    axes.invert_yaxis()
+    axes.set_ylim(len(cases) - 0.5, -0.5)
 
 
 def save_traffic(path: Path, results: Results) -> None:
