@@ -17,9 +17,10 @@ from .problem import Incorrect, Problem, check_step
 from .training import TrainingStep
 
 # Copies of a case's parameters that are alive at once. Update: four of MLX's, four of torch's, four
-# of the probe's, and what stock makes before it lets go of the old. Training step: three of each of
-# MLX's contenders, one of forward and backward, four of the problem's, and a step's own.
-COPIES_AT_ONCE = 16
+# of the probe's, two of ours in another dtype, and what stock makes before it lets go of the old.
+# Training step: three of each of MLX's contenders, one of forward and backward, four of the
+# problem's, and a step's own.
+COPIES_AT_ONCE = 18
 COPIES_AT_ONCE_IN_TRAINING = 22
 
 

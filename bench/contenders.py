@@ -54,7 +54,11 @@ class MlxAdam:
         self.optimizer = kind(
             SETTINGS.learning_rate, BETAS, SETTINGS.eps, bias_correction=bias_correction
         )
-        self.optimizer.state = problem.state  # shared by all MLX contenders: they use one memory
+        # float16 moments underflow, so ours never keeps them; as many bytes in bfloat16.
+        is_converted = issubclass(kind, fused.Adam) and problem.dtype == mx.float16
+        self.state_dtype = mx.bfloat16 if is_converted else problem.dtype
+        # Shared by all MLX contenders with such a state: they use one memory.
+        self.state = self.optimizer.state = problem.state_in(self.state_dtype)
         self.optimizer.init(problem.parameters)
         self.captured = [problem.parameters, self.optimizer.state]
         self.apply: Callable[[dict], Any] = self._apply
@@ -70,7 +74,7 @@ class MlxAdam:
         mx.eval(self.captured)
 
     def sample(self, path: str, indices: np.ndarray) -> Values:
-        state = self.problem.state[path]
+        state = self.state[path]
         arrays = {
             "parameter": self.problem.parameters[path],
             "gradient": self.problem.gradients[path],
@@ -93,7 +97,7 @@ class TorchAdam:
 
     def __init__(self, problem: Problem, device: str):
         self.tensors = problem.tensors
-        self.dtype = problem.dtype
+        self.dtype = self.state_dtype = problem.dtype
         self.device = device
         self.parameters = {}
         for path, parameter in problem.parameters.items():
@@ -152,7 +156,7 @@ class TrafficProbe:
     """
 
     def __init__(self, problem: Problem, dtype: mx.Dtype):
-        self.dtype = dtype
+        self.dtype = self.state_dtype = dtype
         size = problem.size * problem.dtype.size // dtype.size
         self.tensors = [ParameterShape("all", (size,))]
         self.gradient = mx.full((size,), 0.5, dtype)

@@ -5,7 +5,7 @@ float64 (reference.py), so no result is timed that is not right.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -39,6 +39,7 @@ class Checked(Protocol):
 
     tensors: list[ParameterShape]
     dtype: mx.Dtype
+    state_dtype: mx.Dtype  # of m and v
 
     def step(self) -> object: ...
     def sample(self, path: str, indices: np.ndarray) -> Values: ...
@@ -47,13 +48,14 @@ class Checked(Protocol):
 
 @dataclass
 class Problem:
-    """Parameters, gradients, m and v, keyed by path, in one dtype."""
+    """Parameters, gradients, m and v, keyed by path, in one dtype; m and v in another for those who keep them so."""
 
     tensors: list[ParameterShape]
     dtype: mx.Dtype
     parameters: dict[str, mx.array]
     gradients: dict[str, mx.array]
     state: dict[str, Any]  # as mlx.optimizers keeps it
+    _other_states: dict[mx.Dtype, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def random(cls, tensors: list[ParameterShape], dtype: mx.Dtype, seed: int = 0) -> "Problem":
@@ -86,11 +88,26 @@ class Problem:
         parameters = {t.path: uniform(t.shape, -0.05, 0.05) for t in tensors}
         return cls(tensors, dtype, parameters, {t.path: gradient(t) for t in tensors}, state)
 
+    def state_in(self, dtype: mx.Dtype) -> dict[str, Any]:
+        """The state with m and v in this dtype: one tree for all who ask for the same."""
+        if dtype == self.dtype:
+            return self.state
+        if dtype not in self._other_states:
+            state = {
+                path: {k: self.state[path][k].astype(dtype) for k in "mv"}
+                for path in self.parameters
+            }
+            state |= {name: self.state[name] + 0 for name in ("step", "learning_rate")}
+            mx.eval(state)
+            self._other_states[dtype] = state
+        return self._other_states[dtype]
+
     def restore(self) -> None:
         """Undo what a wrong step did to the arrays that others go on with."""
         fresh = Problem.random(self.tensors, self.dtype)
         self.parameters.update(fresh.parameters)
-        self.state.update(fresh.state)
+        for dtype in (self.dtype, *self._other_states):
+            self.state_in(dtype).update(fresh.state_in(dtype))
 
     @property
     def size(self) -> int:
@@ -141,9 +158,8 @@ def check_step(contender: Checked, around_step: Callable[[Callable], object]) ->
         after = contender.sample(path, where)
         scale = contender.expect(_magnitudes(before[path]))
         for quantity, right in expected[path].items():
-            error = _error(
-                before[path][quantity], right, after[quantity], scale[quantity], contender.dtype
-            )
+            dtype = contender.dtype if quantity == "parameter" else contender.state_dtype
+            error = _error(before[path][quantity], right, after[quantity], scale[quantity], dtype)
             if not error <= 1:  # so that NaN fails too
                 raise Incorrect(f"{quantity} of {path} is off by {error:.3g} times the tolerance")
             worst = max(worst, error)

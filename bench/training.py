@@ -108,7 +108,7 @@ class TrainingStep:
     The moments begin as those of `problem`, or at zero.
     """
 
-    dtype = mx.float32
+    dtype = state_dtype = mx.float32
 
     def __init__(
         self,

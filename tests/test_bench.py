@@ -22,8 +22,21 @@ from mlx_fused_adam import _timing
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
-from bench import cases, compare, contenders, figures, goals, memory, problem, readme  # noqa: E402
-from bench import machine, pictures, run, saved, shapes  # noqa: E402
+from bench import (  # noqa: E402
+    cases,
+    compare,
+    contenders,
+    goals,
+    machine,
+    memory,
+    pictures,
+    problem,
+    readme,
+    run,
+    saved,
+    shapes,
+)
+from bench.figures import fewest_samples  # noqa: E402
 from bench.training import LanguageTask, LinearTask  # noqa: E402
 
 UPDATES = {"ours", "ours, compiled", "stock", "stock, compiled", "probe"}
@@ -31,7 +44,10 @@ if importlib.util.find_spec("torch"):
     UPDATES.add("torch fused")
 WHOLE_STEPS = {"ours", "ours, compiled", "stock", "stock, compiled", "forward + backward"}
 TINY = shapes.LlamaSizes(64, 32, 64, 2, 4, 2, 8, attention_bias=True)
-MATRIX = [shapes.ParameterShape("weight", (33, 70), column_major=True), shapes.ParameterShape("bias", (33,))]
+MATRIX = [
+    shapes.ParameterShape("weight", (33, 70), column_major=True),
+    shapes.ParameterShape("bias", (33,)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +75,9 @@ def test_json_names_machine_and_versions(quick_run: Path) -> None:
 
 def test_json_names_the_command_and_why_its_figures_are_not_to_be_quoted(quick_run: Path) -> None:
     settings = saved.load_json(quick_run / "run.json")["settings"]
-    assert settings["command"].startswith("python bench/run.py --quick --device cpu --json run.json")
+    assert settings["command"].startswith(
+        "python bench/run.py --quick --device cpu --json run.json"
+    )
     assert settings["seconds"] == 0.1
     reasons = "; ".join(settings["not_publishable"])
     assert "not all cases" in reasons and "0.1 s were spent on a case" in reasons
@@ -197,12 +215,18 @@ def test_a_refused_contender_is_not_timed_and_fails_the_run(
 
 
 @pytest.mark.parametrize("bias_correction", [False, True])
-def test_every_contender_passes_the_check_again_after_many_steps(bias_correction: bool) -> None:
-    tensors = problem.Problem.random(MATRIX, mx.float32)
+@pytest.mark.parametrize("dtype", cases.DTYPES.values(), ids=str)
+def test_every_contender_passes_the_check_again_and_again(
+    dtype: mx.Dtype, bias_correction: bool
+) -> None:
+    """In one set of arrays, so none may leave the next one's in another dtype."""
+    tensors = problem.Problem.random(MATRIX, dtype)
     for name, make in contenders.make_contenders(tensors, "cpu", bias_correction).items():
         contender = make()
-        for _ in range(5):
+        for _ in range(3):
             assert problem.check_step(contender, lambda step: step()) <= 1, name
+        if name.startswith("stock"):
+            assert {tensors.state["weight"][k].dtype for k in "mv"} == {dtype}, name
 
 
 def test_contenders_take_turns_in_changing_order() -> None:
@@ -270,9 +294,7 @@ def case(name: str, layout: str, **medians: float) -> dict:
 def test_goals_name_the_worst_case_and_whether_it_is_met() -> None:
     found = goals.goals(
         [
-            case(
-                "4096×4096", "row-major", ours=1.0, torch_fused=1.2, probe=0.96, stock=20
-            ),
+            case("4096×4096", "row-major", ours=1.0, torch_fused=1.2, probe=0.96, stock=20),
             case("4096×4096", "column-major", ours=1.3, torch_fused=1.2, probe=0.9),
         ]
     )
@@ -364,7 +386,9 @@ def test_peak_memory_is_of_the_step_alone() -> None:
     mx.eval(held)
     task = LinearTask(4, 128, 1)
     parameters = sum(shape.size for shape in task.shapes())
-    peaks = {name: memory.peak_bytes_of_step(task, name, "cpu") for name in contenders.MLX_CONTENDERS}
+    peaks = {
+        name: memory.peak_bytes_of_step(task, name, "cpu") for name in contenders.MLX_CONTENDERS
+    }
     for name, peak in peaks.items():
         assert 16 * parameters < peak < 40 * parameters, name
     assert peaks["ours, compiled"] < 0.8 * peaks["stock, compiled"]
@@ -435,7 +459,7 @@ def test_published_figures_are_the_documented_command_s_or_readme_warns() -> Non
     assert "python bench/run.py --publish" in README
     expected = {case.title for suite in cases.SUITES.values() for case in suite(False)}
     assert {case["title"] for case in RESULTS["cases"]} == expected
-    assert all(figures.fewest_samples(case) >= 2 for case in RESULTS["cases"])
+    assert all(fewest_samples(case) >= 2 for case in RESULTS["cases"])
 
 
 def test_the_small_picture_is_of_three_real_models() -> None:
