@@ -1,14 +1,12 @@
-"""The benchmark: that it runs, says what it promises, and times nobody whose step is wrong; and that README says what it gave.
+"""The benchmark: that it runs, says what it promises, and times nobody whose step is wrong.
 
 No test looks at how long anything takes. torch takes part where it is installed.
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +27,11 @@ from bench import (  # noqa: E402
     goals,
     machine,
     memory,
-    pictures,
     problem,
-    readme,
     run,
     saved,
     shapes,
 )
-from bench.figures import fewest_samples  # noqa: E402
 from bench.training import LanguageTask, LinearTask  # noqa: E402
 
 UPDATES = {"ours", "ours, compiled", "stock", "stock, compiled", "probe"}
@@ -360,15 +355,6 @@ def test_what_makes_a_run_unfit_to_quote(monkeypatch) -> None:
     assert run.why_not_publishable(options_of(), idle, idle) == ["torch is not installed"]
 
 
-def test_publish_writes_the_files_that_readme_shows() -> None:
-    options = options_of("--publish")
-    assert (options.json, options.seconds) == (readme.RESULTS, run.SECONDS)
-    text = (ROOT / "README.md").read_text()
-    for path in (options.models_plot, options.markdown):
-        assert path.relative_to(ROOT).as_posix() in text
-        assert path.is_file()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
 def test_the_watch_counts_others_and_not_itself() -> None:
     watch = machine.OthersWatch()
@@ -393,78 +379,6 @@ def test_peak_memory_is_of_the_step_alone() -> None:
         assert 16 * parameters < peak < 40 * parameters, name
     assert peaks["ours, compiled"] < 0.8 * peaks["stock, compiled"]
     del held
-
-
-RESULTS = saved.load_json(readme.RESULTS)
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_says_what_the_published_run_gave() -> None:
-    assert readme.main(["--check"]) == 0, "run python bench/readme.py"
-    used = {match[2] for match in readme.BLOCK.finditer(README)}
-    assert used == set(readme.BLOCKS)
-
-
-def test_readme_has_no_measured_figure_typed_by_hand() -> None:
-    prose = readme.BLOCK.sub("", README)
-    typed = re.findall(r"\d[\d.,]* ?(?:ms|µs|[MG]B\b|×|times|%)|× ?\d", prose)
-    assert not typed, typed
-
-
-def test_a_figure_changed_in_readme_or_results_is_seen(tmp_path, monkeypatch, capsys) -> None:
-    changed = copy.deepcopy(RESULTS)
-    for case in changed["cases"]:
-        case["contenders"]["ours"]["median_s"] *= 1.5
-    assert readme.render(README, changed) != README
-    first = readme.BLOCK.search(README)
-    digit = re.search(r"\d", README[first.start() :])
-    at = first.start() + digit.start()
-    other = README[:at] + str((int(README[at]) + 1) % 10) + README[at + 1 :]
-    copied = tmp_path / "README.md"
-    copied.write_text(other, encoding="utf-8")
-    monkeypatch.setattr(readme, "README", copied)
-    assert readme.main(["--check"]) == 1
-    assert readme.main([]) == 0 and copied.read_text(encoding="utf-8") == README
-
-
-def test_readme_shows_the_worst_of_each_group_and_counts_torch_right() -> None:
-    updates = [case for case in RESULTS["cases"] if not case["is_training_step"]]
-    ratios = {
-        case["title"]: case["contenders"]["torch fused"]["median_s"]
-        / case["contenders"]["ours"]["median_s"]
-        for case in updates
-    }
-    shown = readme.BLOCKS["summary"](RESULTS)
-    groups: dict[tuple, list[dict]] = {}
-    for case in updates:
-        groups.setdefault(readme.group(case), []).append(case)
-    for group, members in groups.items():
-        worst = min(members, key=lambda case: ratios[case["title"]])
-        row = saved.table([], [saved.summary_row(worst)[:-2]]).splitlines()[-1]
-        assert row in shown, group
-    assert "| models: SmolLM-135M | float32 |" in shown
-    slower = sum(ratio < 1 for ratio in ratios.values())
-    assert f"faster than ours in {slower} of {len(updates)} updates" in README
-
-
-def test_published_figures_are_the_documented_command_s_or_readme_warns() -> None:
-    settings = RESULTS["settings"]
-    if settings["not_publishable"]:
-        assert "**Provisional, not to be quoted:**" in README
-    else:
-        assert settings["command"] == "python bench/run.py --publish"
-        assert settings["seconds"] == run.SECONDS
-        assert RESULTS["machine"]["load"] <= machine.BUSY
-        assert "Provisional" not in README
-    assert "python bench/run.py --publish" in README
-    expected = {case.title for suite in cases.SUITES.values() for case in suite(False)}
-    assert {case["title"] for case in RESULTS["cases"]} == expected
-    assert all(fewest_samples(case) >= 2 for case in RESULTS["cases"])
-
-
-def test_the_small_picture_is_of_three_real_models() -> None:
-    names = [case["case"] for case in pictures.real_models(RESULTS["cases"])]
-    assert names == ["GPT-2 124M", "SmolLM-135M", "Qwen2.5-0.5B"]
 
 
 def test_no_module_of_the_benchmark_is_known_by_a_name_that_others_may_have() -> None:
