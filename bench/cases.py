@@ -1,150 +1,107 @@
-"""Runs one case: builds its tensors, checks the contenders, times those that are right."""
+"""The benchmark's cases: which tensors, in which dtype and layout. compare.py runs one.
 
-import gc
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+buffers: one tensor of every size; models, lora: published models' parameters; many: hundreds of
+small tensors; step: whole training steps.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import mlx.core as mx
-import mlx.optimizers as stock
-from contenders import (
-    FUSED,
-    FUSED_COMPILED,
-    SPEED_OF_LIGHT,
-    STOCK,
-    STOCK_COMPILED,
-    TORCH,
-    make_contenders,
-)
-from measure import Timing, measure
-from problem import Incorrect, Problem, check_step
-from suites import Case
-from training import TrainingStep
 
-import mlx_fused_adam as fused
+from . import shapes
+from .problem import Problem
+from .shapes import ParameterShape
+from .training import LanguageTask, LinearTask, Task
 
-FORWARD_BACKWARD = "forward + backward"
-
-# Copies of a case's parameters that are alive at once: four of MLX's, four of torch's, four of the
-# probe's, and what stock makes before it lets go of the old.
-COPIES_AT_ONCE = 16
+SIDES = [(25, 40), (250, 400), (1000, 1000), (2048, 2048), (4096, 4096)]
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def memory_needed(case: Case) -> int:
-    return COPIES_AT_ONCE * case.size * (4 if case.dtype == "float32" else 2)
+@dataclass(frozen=True)
+class Case:
+    suite: str
+    name: str
+    dtype: str
+    # Of the gradients: "row-major", "column-major", or "autograd" where each has its own.
+    layout: str
+    tensors: list[ParameterShape] = field(repr=False)
+    # A whole training step instead of an update.
+    task: Task | None = field(default=None, repr=False)
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def title(self) -> str:
+        count = f"{len(self.tensors)} tensors, " if len(self.tensors) > 1 else ""
+        elements = f"{count}{self.size:,} × {self.dtype}"
+        return f"{self.suite}: {self.name} · {elements} · {self.layout} gradients"
+
+    def problem(self) -> Problem:
+        return Problem.random(self.tensors, DTYPES[self.dtype])
 
 
-def run_case(
-    case: Case,
-    device: str,
-    bias_correction: bool,
-    seconds: float,
-    fewest_rounds: int,
-    on_progress: Callable[[str, float], None] = lambda doing, fraction: None,
-) -> dict[str, Any]:
-    """The figures of all contenders, as the JSON file holds them."""
-    mx.clear_cache()
-    on_progress("making tensors", 0)
-    problem = case.problem()
-    if case.task:
-        makers = _training_steps(case, problem)
-    else:
-        makers = make_contenders(problem, device, bias_correction)
-
-    results: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Callable[[], object]] = {}
-    for name, make in makers.items():
-        on_progress(f"checking {name}", 0)
-        # torch keeps no such count, and a whole training step's peak is its activations.
-        counts_memory = name != TORCH and not case.task
-        results[name], contender = _checked(make, problem.size, counts_memory)
-        if contender:
-            steps[name] = contender.step
-        else:
-            problem.restore()
-    if case.task:
-        steps[FORWARD_BACKWARD] = TrainingStep(case.task, None, True, problem).step
-
-    if steps:
-        timings = measure(steps, seconds, fewest_rounds, lambda done: on_progress("timing", done))
-        for name, timing in timings.items():
-            results.setdefault(name, {}).update(_figures(timing, None if case.task else problem))
-        if not case.task:
-            _add_ratios(results, SPEED_OF_LIGHT, "of_speed_of_light")
-        _add_ratios(results, FUSED, "time_over_fused", inverse=True)
-        _add_ratios(results, FUSED_COMPILED, "time_over_fused_compiled", inverse=True)
-        if case.task:
-            _add_shares(results)
-    del steps, makers, problem
-    gc.collect()
-    return {
-        "suite": case.suite,
-        "case": case.name,
-        "dtype": case.dtype,
-        "gradient_layout": case.layout,
-        "tensors": len(case.tensors),
-        "parameters": case.size,
-        "title": case.title,
-        "is_training_step": case.task is not None,
-        "contenders": results,
-    }
+def buffers(quick: bool) -> Iterator[Case]:
+    for dtype in ["float32", "bfloat16"] if quick else DTYPES:
+        for column_major in (False, True):
+            for rows, columns in SIDES[:2] if quick else SIDES:
+                yield Case(
+                    "buffers",
+                    f"{rows}×{columns}",
+                    dtype,
+                    "column-major" if column_major else "row-major",
+                    [ParameterShape("weight", (rows, columns), column_major)],
+                )
 
 
-def _training_steps(case: Case, problem: Problem) -> dict[str, Callable[[], Any]]:
-    kinds = {
-        FUSED: (fused.Adam, False),
-        FUSED_COMPILED: (fused.Adam, True),
-        STOCK: (stock.Adam, False),
-        STOCK_COMPILED: (stock.Adam, True),
-    }
-    return {
-        name: lambda kind=kind, compiled=compiled: TrainingStep(case.task, kind, compiled, problem)
-        for name, (kind, compiled) in kinds.items()
-    }
-
-
-def _checked(make: Callable[[], Any], size: int, counts_memory: bool) -> tuple[dict[str, Any], Any]:
-    """The contender if its first step is right, else None; and what is known of it so far."""
-    extra_bytes = None
-
-    def with_memory(step: Callable[[], object]) -> None:
-        nonlocal extra_bytes
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        step()
-        extra_bytes = mx.get_peak_memory() - before
-
-    try:
-        contender = make()
-        error = check_step(contender, with_memory)
-    except (Incorrect, RuntimeError, ValueError) as reason:
-        return {"refused": f"{type(reason).__name__}: {reason}"}, None
-    result: dict[str, Any] = {"error_over_tolerance": error}
-    if counts_memory:
-        result["peak_extra_bytes_per_parameter"] = extra_bytes / size
-    return result, contender
-
-
-def _figures(timing: Timing, problem: Problem | None) -> dict[str, Any]:
-    figures = {f"{name}_s" if name != "samples" else name: x for name, x in asdict(timing).items()}
-    if problem:
-        figures["GB_per_s"] = problem.traffic_bytes / timing.median / 1e9
-    return figures
-
-
-def _add_ratios(results: dict, reference: str, key: str, inverse: bool = False) -> None:
-    base = results.get(reference, {}).get("median_s")
-    if base is None:
+def models(quick: bool) -> Iterator[Case]:
+    if quick:
+        tiny = shapes.SMOLLM_135M._replace(vocabulary=512, dims=64, feed_forward=128, layers=2)
+        yield Case("models", "tiny Llama", "bfloat16", "autograd", shapes.llama(tiny))
         return
-    for result in results.values():
-        if "median_s" in result:
-            ratio = base / result["median_s"]
-            result[key] = 1 / ratio if inverse else ratio
+    yield Case("models", "GPT-2 124M", "float32", "autograd", shapes.gpt2())
+    yield Case("models", "SmolLM-135M", "float32", "autograd", shapes.llama(shapes.SMOLLM_135M))
+    yield Case("models", "SmolLM-135M", "bfloat16", "autograd", shapes.llama(shapes.SMOLLM_135M))
+    yield Case("models", "Qwen2.5-0.5B", "bfloat16", "autograd", shapes.llama(shapes.QWEN2_5_500M))
 
 
-def _add_shares(results: dict) -> None:
-    """The part of a training step that is not forward and backward."""
-    base = results[FORWARD_BACKWARD]["median_s"]
-    for name in (FUSED_COMPILED, STOCK_COMPILED):
-        if "median_s" in results.get(name, {}):
-            results[name]["update_share"] = 1 - base / results[name]["median_s"]
+def lora(quick: bool) -> Iterator[Case]:
+    model = shapes.LLAMA3_2_1B._replace(layers=1) if quick else shapes.LLAMA3_2_1B
+    for dtype in ("float32", "bfloat16"):
+        yield Case("lora", "Llama-3.2-1B rank 8", dtype, "autograd", shapes.lora(model, rank=8))
+
+
+def many(quick: bool) -> Iterator[Case]:
+    count = 30 if quick else 300
+    for dtype in ("float32", "bfloat16"):
+        tensors = [ParameterShape(f"tensors.{i}", (1000,)) for i in range(count)]
+        yield Case("many", f"{count}×1000", dtype, "row-major", tensors)
+
+
+def step(quick: bool) -> Iterator[Case]:
+    if quick:
+        sizes = shapes.LlamaSizes(64, 32, 64, 1, 2, 2, 16)
+        tasks: dict[str, Task] = {
+            "tiny Llama-like, 2 × 16 tokens": LanguageTask(sizes, 2, 16),
+            "2 × Linear(64), batch 2": LinearTask(2, 64, 2),
+        }
+    else:
+        tasks = {
+            "8 × Linear(1024), batch 8": LinearTask(8, 1024, 8),
+            "8 × Linear(1024), batch 1": LinearTask(8, 1024, 1),
+            "Llama-like 21M, 16 tokens": LanguageTask(shapes.LLAMA_21M, 1, 16),
+            "Llama-like 4M, 2 × 64 tokens": LanguageTask(shapes.LLAMA_4M, 2, 64),
+        }
+    for name, task in tasks.items():
+        yield Case("step", name, "float32", "autograd", task.shapes(), task)
+
+
+SUITES: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "buffers": buffers,
+    "models": models,
+    "lora": lora,
+    "many": many,
+    "step": step,
+}

@@ -12,30 +12,34 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as stock
 import numpy as np
-from problem import BETAS, EPS, LEARNING_RATE, START, Problem, Values, adam
-from shapes import Tensor
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _ext
+
+from .names import OURS, OURS_COMPILED, PROBE, PROBE_16_BIT, STOCK, STOCK_COMPILED, TORCH
+from .problem import BETAS, SETTINGS, START, Problem, Values, adam_step
+from .reference import to_numpy
+from .shapes import ParameterShape
 
 try:
     import torch
 except ImportError:
     torch = None
 
-FUSED, FUSED_COMPILED = "fused", "fused, compiled"
-STOCK, STOCK_COMPILED = "stock", "stock, compiled"
-TORCH, SPEED_OF_LIGHT, PROBE_16_BIT = "torch fused", "speed of light", "16-bit probe"
 
-
-def as_float64(x: mx.array) -> np.ndarray:
-    return np.array(x.astype(mx.float32)).astype(np.float64)
+# Those of MLX: the class, and whether the step is compiled.
+MLX_CONTENDERS: dict[str, tuple[type[stock.Adam], bool]] = {
+    OURS: (fused.Adam, False),
+    OURS_COMPILED: (fused.Adam, True),
+    STOCK: (stock.Adam, False),
+    STOCK_COMPILED: (stock.Adam, True),
+}
 
 
 def take(x: mx.array, indices: np.ndarray) -> np.ndarray:
     """Elements by their row-major number, without a copy of the whole of a column-major array."""
     places = np.unravel_index(indices, x.shape)
-    return as_float64(x[tuple(mx.array(place.astype(np.uint32)) for place in places)])
+    return to_numpy(x[tuple(mx.array(place.astype(np.uint32)) for place in places)])
 
 
 class MlxAdam:
@@ -47,8 +51,14 @@ class MlxAdam:
         self.problem = problem
         self.tensors = problem.tensors
         self.dtype = problem.dtype
-        self.optimizer = kind(LEARNING_RATE, list(BETAS), EPS, bias_correction=bias_correction)
-        self.optimizer.state = problem.state  # shared by all MLX contenders: they use one memory
+        self.optimizer = kind(
+            SETTINGS.learning_rate, BETAS, SETTINGS.eps, bias_correction=bias_correction
+        )
+        # float16 moments underflow, so ours never keeps them; as many bytes in bfloat16.
+        is_converted = issubclass(kind, fused.Adam) and problem.dtype == mx.float16
+        self.state_dtype = mx.bfloat16 if is_converted else problem.dtype
+        # Shared by all MLX contenders with such a state: they use one memory.
+        self.state = self.optimizer.state = problem.state_in(self.state_dtype)
         self.optimizer.init(problem.parameters)
         self.captured = [problem.parameters, self.optimizer.state]
         self.apply: Callable[[dict], Any] = self._apply
@@ -64,7 +74,7 @@ class MlxAdam:
         mx.eval(self.captured)
 
     def sample(self, path: str, indices: np.ndarray) -> Values:
-        state = self.problem.state[path]
+        state = self.state[path]
         arrays = {
             "parameter": self.problem.parameters[path],
             "gradient": self.problem.gradients[path],
@@ -75,7 +85,7 @@ class MlxAdam:
 
     def expect(self, before: Values) -> Values:
         step = self.optimizer.step.item() + 1 if self.optimizer.bias_correction else None
-        return adam(before, step)
+        return adam_step(before, step)
 
 
 class TorchAdam:
@@ -87,7 +97,7 @@ class TorchAdam:
 
     def __init__(self, problem: Problem, device: str):
         self.tensors = problem.tensors
-        self.dtype = problem.dtype
+        self.dtype = self.state_dtype = problem.dtype
         self.device = device
         self.parameters = {}
         for path, parameter in problem.parameters.items():
@@ -95,7 +105,7 @@ class TorchAdam:
             tensor.grad = self._copy(problem.gradients[path])
             self.parameters[path] = tensor
         self.optimizer = torch.optim.Adam(
-            self.parameters.values(), LEARNING_RATE, BETAS, EPS, fused=True
+            self.parameters.values(), SETTINGS.learning_rate, BETAS, SETTINGS.eps, fused=True
         )
         for path, tensor in self.parameters.items():
             self.optimizer.state[tensor] = {
@@ -133,21 +143,22 @@ class TorchAdam:
         }
 
     def expect(self, before: Values) -> Values:
-        return adam(before, self.steps + 1)
+        return adam_step(before, self.steps + 1)
 
 
 class TrafficProbe:
     """An update's reads and writes, in place, with one addition for each write.
 
     It has all bytes of the case in one row-major tensor. In float32, whatever the case's dtype,
-    neither conversions nor the number of tensors slow it down: the least that a step of the same
-    traffic can cost. In a 16-bit dtype it shows what the conversions take of that.
+    neither conversions nor the number of tensors slow it down: about what a step of the same
+    traffic should cost. It is a probe and no bound: another loop may be faster. In a 16-bit dtype it
+    shows what the conversions take of that.
     """
 
     def __init__(self, problem: Problem, dtype: mx.Dtype):
-        self.dtype = dtype
+        self.dtype = self.state_dtype = dtype
         size = problem.size * problem.dtype.size // dtype.size
-        self.tensors = [Tensor("all", (size,))]
+        self.tensors = [ParameterShape("all", (size,))]
         self.gradient = mx.full((size,), 0.5, dtype)
         self.state = [mx.zeros((size,), dtype) for _ in range(3)]
         mx.eval(self.gradient, self.state)
@@ -181,14 +192,12 @@ def make_contenders(
 ) -> dict[str, Callable[[], Any]]:
     """Name to a function that makes the contender, so that one may fail without the others."""
     makers: dict[str, Callable[[], Any]] = {
-        FUSED: lambda: MlxAdam(fused.Adam, problem, False, bias_correction),
-        FUSED_COMPILED: lambda: MlxAdam(fused.Adam, problem, True, bias_correction),
-        STOCK: lambda: MlxAdam(stock.Adam, problem, False, bias_correction),
-        STOCK_COMPILED: lambda: MlxAdam(stock.Adam, problem, True, bias_correction),
+        name: lambda kind=kind, compiled=compiled: MlxAdam(kind, problem, compiled, bias_correction)
+        for name, (kind, compiled) in MLX_CONTENDERS.items()
     }
     if where := torch_device(device):
         makers[TORCH] = lambda: TorchAdam(problem, where)
-    makers[SPEED_OF_LIGHT] = lambda: TrafficProbe(problem, mx.float32)
+    makers[PROBE] = lambda: TrafficProbe(problem, mx.float32)
     if problem.dtype.size == 2 and len(problem.tensors) == 1:
         makers[PROBE_16_BIT] = lambda: TrafficProbe(problem, problem.dtype)
     return makers

@@ -1,27 +1,24 @@
-"""The goals that the project set itself, each with what a run measured. `report.py` prints them.
+"""The goals that the project set itself, each with what a run measured. `report.py` prints them."""
 
-Like is compared with like: eager with eager, compiled with compiled, torch with eager.
-"""
-
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from contenders import (
-    FUSED,
-    FUSED_COMPILED,
-    PROBE_16_BIT,
-    SPEED_OF_LIGHT,
-    STOCK,
-    STOCK_COMPILED,
-    TORCH,
+from .figures import (
+    OF_PROBE,
+    TIMES_STOCK,
+    TIMES_STOCK_COMPILED,
+    TIMES_TORCH,
+    Case,
+    Measure,
+    extra_bytes,
+    over_row_major,
+    ratio,
 )
+from .names import OURS, PROBE_16_BIT
 
 LARGE = 4_000_000  # elements from which a buffer outgrows the caches
 NOTHING = 0.01  # bytes per parameter; a step's scalars are a few bytes in all
-
-Case = dict[str, Any]
-Measure = Callable[[Case], float | None]
 
 
 @dataclass(frozen=True)
@@ -38,34 +35,6 @@ class Goal:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"met": self.met}
-
-
-def ratio(slower: str, faster: str) -> Measure:
-    """How many times longer the one takes than the other; None where either is missing."""
-
-    def of(case: Case) -> float | None:
-        medians = [case["contenders"].get(name, {}).get("median_s") for name in (slower, faster)]
-        return medians[0] / medians[1] if all(medians) else None
-
-    return of
-
-
-def extra_bytes(case: Case) -> float | None:
-    both = [
-        case["contenders"].get(name, {}).get("peak_extra_bytes_per_parameter")
-        for name in (FUSED, FUSED_COMPILED)
-    ]
-    return max((x for x in both if x is not None), default=None)
-
-
-def over_row_major(case: Case, cases: list[Case]) -> float | None:
-    """The time with a column-major gradient over that of the same case with a row-major one."""
-    alike = ("suite", "case", "dtype")
-    for other in cases:
-        if other["gradient_layout"] == "row-major" and all(other[k] == case[k] for k in alike):
-            medians = [c["contenders"].get(FUSED, {}).get("median_s") for c in (case, other)]
-            return medians[0] / medians[1] if all(medians) else None
-    return None
 
 
 def goals(cases: Iterable[Case]) -> list[Goal]:
@@ -88,22 +57,20 @@ def goals(cases: Iterable[Case]) -> list[Goal]:
         among = [c for c in buffers if c in large and c["gradient_layout"] == layout]
         fp32 = [case for case in among if case["dtype"] == "float32"]
         half = [case for case in among if case["dtype"] != "float32"]
-        of_light = ratio(SPEED_OF_LIGHT, FUSED)
-        add(f"of the speed of light, fp32 buffers ≥ 4M, {layout}", fp32, of_light, 0.95)
-        add(f"of the speed of light, 16-bit buffers ≥ 4M, {layout}", half, of_light, 0.85)
-        of_probe = ratio(PROBE_16_BIT, FUSED)
-        add(f"of the 16-bit probe's speed, buffers ≥ 4M, {layout}", half, of_probe, 0.85)
+        add(f"of the probe's speed, fp32 buffers ≥ 4M, {layout}", fp32, OF_PROBE, 0.95)
+        add(f"of the probe's speed, 16-bit buffers ≥ 4M, {layout}", half, OF_PROBE, 0.85)
+        of_16_bit_probe = ratio(PROBE_16_BIT, OURS)
+        add(f"of the 16-bit probe's speed, buffers ≥ 4M, {layout}", half, of_16_bit_probe, 0.85)
 
-    add("times torch's speed, every update", updates, ratio(TORCH, FUSED), 1.0)
-    add("times torch's speed, many", many, ratio(TORCH, FUSED), 1.5)
+    add("times torch's speed, every update", updates, TIMES_TORCH, 1.0)
+    add("times torch's speed, many", many, TIMES_TORCH, 1.5)
 
     dtypes = ("float32", "bfloat16")
     at_16m = [c for c in buffers if c["case"] == "4096×4096" and c["dtype"] in dtypes]
-    compiled = ratio(STOCK_COMPILED, FUSED_COMPILED)
-    add("times stock's speed, 16M fp32 and bf16", at_16m, ratio(STOCK, FUSED), 10.0)
-    add("times stock's speed, 16M fp32 and bf16, compiled", at_16m, compiled, 10.0)
-    add("times stock's speed, many", many, ratio(STOCK, FUSED), 8.0)
-    add("times stock's speed, many, compiled", many, compiled, 3.0)
+    add("times stock's speed, 16M fp32 and bf16", at_16m, TIMES_STOCK, 10.0)
+    add("times stock's speed, 16M fp32 and bf16, compiled", at_16m, TIMES_STOCK_COMPILED, 10.0)
+    add("times stock's speed, many", many, TIMES_STOCK, 8.0)
+    add("times stock's speed, many, compiled", many, TIMES_STOCK_COMPILED, 3.0)
 
     transposed = [
         c for c in at_16m if c["dtype"] == "float32" and c["gradient_layout"] == "column-major"

@@ -1,21 +1,21 @@
 """The tensors of one benchmark case, and an exact account of what one Adam step must make of them.
 
 `check_step` lets a contender take one step and compares samples of every tensor with the update in
-float64, so no result is timed that is not right. Method: Kingma & Ba 2015; MLX's form without bias
-correction, torch's with it.
+float64 (reference.py), so no result is timed that is not right.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
-from shapes import Tensor
 
-LEARNING_RATE = 1e-3
-BETAS = (0.9, 0.999)
-EPS = 1e-8
+from .reference import Settings, adam
+from .shapes import ParameterShape
+
+SETTINGS = Settings()
+BETAS = [SETTINGS.beta1, SETTINGS.beta2]
 START = 1000  # a problem's steps so far: at the first, 1 - beta2**step is rough in float32
 
 SAMPLES = 1 << 21  # elements compared per case, shared among its tensors
@@ -37,8 +37,9 @@ class Incorrect(Exception):
 class Checked(Protocol):
     """What `check_step` needs of a contender."""
 
-    tensors: list[Tensor]
+    tensors: list[ParameterShape]
     dtype: mx.Dtype
+    state_dtype: mx.Dtype  # of m and v
 
     def step(self) -> object: ...
     def sample(self, path: str, indices: np.ndarray) -> Values: ...
@@ -47,16 +48,17 @@ class Checked(Protocol):
 
 @dataclass
 class Problem:
-    """Parameters, gradients, m and v, keyed by path, in one dtype."""
+    """Parameters, gradients, m and v, keyed by path, in one dtype; m and v in another for those who keep them so."""
 
-    tensors: list[Tensor]
+    tensors: list[ParameterShape]
     dtype: mx.Dtype
     parameters: dict[str, mx.array]
     gradients: dict[str, mx.array]
-    state: dict[str, Any]  # as mlx.optimizers keeps it: step, learning_rate, and m and v by path
+    state: dict[str, Any]  # as mlx.optimizers keeps it
+    _other_states: dict[mx.Dtype, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def random(cls, tensors: list[Tensor], dtype: mx.Dtype, seed: int = 0) -> "Problem":
+    def random(cls, tensors: list[ParameterShape], dtype: mx.Dtype, seed: int = 0) -> "Problem":
         """Values at which a wrong result shows even in bfloat16, and no subnormal number arises.
 
         With |gradient| in [0.3, 1] and v near 0.001 one step moves v by a third or more and
@@ -70,7 +72,7 @@ class Problem:
             mx.eval(x)
             return x
 
-        def gradient(tensor: Tensor) -> mx.array:
+        def gradient(tensor: ParameterShape) -> mx.array:
             x = uniform(tensor.shape[::-1] if tensor.column_major else tensor.shape, -0.7, 0.7)
             x = x + mx.where(x < 0, mx.array(-0.3, dtype), mx.array(0.3, dtype))
             x = x.T if tensor.column_major else x
@@ -82,19 +84,39 @@ class Problem:
             for t in tensors
         }
         state["step"] = mx.array(START, mx.uint64)
-        state["learning_rate"] = mx.array(LEARNING_RATE)
+        state["learning_rate"] = mx.array(SETTINGS.learning_rate)
         parameters = {t.path: uniform(t.shape, -0.05, 0.05) for t in tensors}
         return cls(tensors, dtype, parameters, {t.path: gradient(t) for t in tensors}, state)
+
+    def state_in(self, dtype: mx.Dtype) -> dict[str, Any]:
+        """The state with m and v in this dtype: one tree for all who ask for the same."""
+        if dtype == self.dtype:
+            return self.state
+        if dtype not in self._other_states:
+            state = {
+                path: {k: self.state[path][k].astype(dtype) for k in "mv"}
+                for path in self.parameters
+            }
+            state |= {name: self.state[name] + 0 for name in ("step", "learning_rate")}
+            mx.eval(state)
+            self._other_states[dtype] = state
+        return self._other_states[dtype]
 
     def restore(self) -> None:
         """Undo what a wrong step did to the arrays that others go on with."""
         fresh = Problem.random(self.tensors, self.dtype)
         self.parameters.update(fresh.parameters)
-        self.state.update(fresh.state)
+        for dtype in (self.dtype, *self._other_states):
+            self.state_in(dtype).update(fresh.state_in(dtype))
 
     @property
     def size(self) -> int:
         return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of parameters, gradients, m and v."""
+        return 4 * self.size * self.dtype.size
 
     @property
     def traffic_bytes(self) -> int:
@@ -102,17 +124,14 @@ class Problem:
         return 7 * self.size * self.dtype.size
 
 
-def adam(before: Values, step: int | None) -> Values:
+def adam_step(before: Values, step: int | None) -> Values:
     """One update in float64; `step` counts from 1 and asks for bias correction."""
-    (beta1, beta2), g = BETAS, before["gradient"]
-    m = beta1 * before["m"] + (1 - beta1) * g
-    v = beta2 * before["v"] + (1 - beta2) * g * g
-    correct1, correct2 = (1.0, 1.0) if step is None else (1 - beta1**step, 1 - beta2**step)
-    update = LEARNING_RATE * (m / correct1) / (np.sqrt(v / correct2) + EPS)
-    return {"parameter": before["parameter"] - update, "m": m, "v": v}
+    settings = replace(SETTINGS, bias_correction=step is not None)
+    arrays = (before[name] for name in ("parameter", "gradient", "m", "v"))
+    return dict(zip(("parameter", "m", "v"), adam(*arrays, step or 1, settings), strict=True))
 
 
-def sampled_indices(tensor: Tensor, most: int, seed: int = 0) -> np.ndarray:
+def sampled_indices(tensor: ParameterShape, most: int, seed: int = 0) -> np.ndarray:
     """All of a small tensor; of a large one both ends, where tails go wrong, and random places."""
     if tensor.size <= most:
         return np.arange(tensor.size)
@@ -139,9 +158,8 @@ def check_step(contender: Checked, around_step: Callable[[Callable], object]) ->
         after = contender.sample(path, where)
         scale = contender.expect(_magnitudes(before[path]))
         for quantity, right in expected[path].items():
-            error = _error(
-                before[path][quantity], right, after[quantity], scale[quantity], contender.dtype
-            )
+            dtype = contender.dtype if quantity == "parameter" else contender.state_dtype
+            error = _error(before[path][quantity], right, after[quantity], scale[quantity], dtype)
             if not error <= 1:  # so that NaN fails too
                 raise Incorrect(f"{quantity} of {path} is off by {error:.3g} times the tolerance")
             worst = max(worst, error)

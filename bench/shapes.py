@@ -1,13 +1,13 @@
 """The parameter tensors of published models, by the shapes in their released configurations.
 
-Each tensor says how MLX's autograd lays out its gradient: `nn.Linear` weights column-major (strides
-(1, rows)), all else row-major. `suites.py` builds benchmark cases from these lists.
+Each shape says how MLX's autograd lays out its gradient: `nn.Linear` weights column-major (strides
+(1, rows)), all else row-major. `cases.py` builds benchmark cases from these lists.
 """
 
 from typing import NamedTuple
 
 
-class Tensor(NamedTuple):
+class ParameterShape(NamedTuple):
     path: str
     shape: tuple[int, ...]
     column_major: bool = False
@@ -20,7 +20,7 @@ class Tensor(NamedTuple):
         return product
 
 
-class Llama(NamedTuple):
+class LlamaSizes(NamedTuple):
     """What decides the shapes of a Llama-like model (Llama, SmolLM, Qwen)."""
 
     vocabulary: int
@@ -32,63 +32,86 @@ class Llama(NamedTuple):
     head_dims: int
     attention_bias: bool = False
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Name to (outputs, inputs) of a block's linear layers."""
+    def linears(self, part: str) -> dict[str, tuple[int, int]]:
+        """Name to (outputs, inputs) of the linear layers in a block's `self_attn` or `mlp`."""
         query, key = self.heads * self.head_dims, self.kv_heads * self.head_dims
+        parts = {
+            "self_attn": {
+                "q_proj": (query, self.dims),
+                "k_proj": (key, self.dims),
+                "v_proj": (key, self.dims),
+                "o_proj": (self.dims, query),
+            },
+            "mlp": {
+                "gate_proj": (self.feed_forward, self.dims),
+                "up_proj": (self.feed_forward, self.dims),
+                "down_proj": (self.dims, self.feed_forward),
+            },
+        }
+        return parts[part]
+
+    def all_linears(self) -> dict[str, tuple[int, int]]:
+        """The same of a whole block, by path."""
         return {
-            "self_attn.q_proj": (query, self.dims),
-            "self_attn.k_proj": (key, self.dims),
-            "self_attn.v_proj": (key, self.dims),
-            "self_attn.o_proj": (self.dims, query),
-            "mlp.gate_proj": (self.feed_forward, self.dims),
-            "mlp.up_proj": (self.feed_forward, self.dims),
-            "mlp.down_proj": (self.dims, self.feed_forward),
+            f"{part}.{name}": shape
+            for part in ("self_attn", "mlp")
+            for name, shape in self.linears(part).items()
         }
 
-
-SMOLLM_135M = Llama(49152, 576, 1536, 30, 9, 3, 64)
-QWEN2_5_500M = Llama(151936, 896, 4864, 24, 14, 2, 64, attention_bias=True)
-LLAMA3_2_1B = Llama(128256, 2048, 8192, 16, 32, 8, 64)
+    def has_bias(self, name: str) -> bool:
+        return self.attention_bias and name in ("q_proj", "k_proj", "v_proj")
 
 
-def linear(path: str, outputs: int, inputs: int, bias: bool = False) -> list[Tensor]:
-    weight = Tensor(f"{path}.weight", (outputs, inputs), column_major=True)
-    return [weight, Tensor(f"{path}.bias", (outputs,))] if bias else [weight]
+# Unpublished: whole steps of these are quick enough on a CPU.
+LLAMA_4M = LlamaSizes(2048, 256, 704, 4, 4, 4, 64)
+LLAMA_21M = LlamaSizes(8192, 384, 1024, 10, 6, 6, 64)
+
+SMOLLM_135M = LlamaSizes(49152, 576, 1536, 30, 9, 3, 64)
+QWEN2_5_500M = LlamaSizes(151936, 896, 4864, 24, 14, 2, 64, attention_bias=True)
+LLAMA3_2_1B = LlamaSizes(128256, 2048, 8192, 16, 32, 8, 64)
 
 
-def llama(model: Llama) -> list[Tensor]:
+def linear(path: str, outputs: int, inputs: int, bias: bool = False) -> list[ParameterShape]:
+    weight = ParameterShape(f"{path}.weight", (outputs, inputs), column_major=True)
+    return [weight, ParameterShape(f"{path}.bias", (outputs,))] if bias else [weight]
+
+
+def llama(model: LlamaSizes) -> list[ParameterShape]:
     """All parameters; the output layer shares the embedding, as in each of the models above."""
-    tensors = [Tensor("embed_tokens.weight", (model.vocabulary, model.dims))]
+    tensors = [ParameterShape("embed_tokens.weight", (model.vocabulary, model.dims))]
     for i in range(model.layers):
         block = f"layers.{i}"
-        for name, (outputs, inputs) in model.linears().items():
-            bias = model.attention_bias and name[-6:] in ("q_proj", "k_proj", "v_proj")
+        for name, (outputs, inputs) in model.all_linears().items():
+            bias = model.has_bias(name.rpartition(".")[2])
             tensors += linear(f"{block}.{name}", outputs, inputs, bias)
-        tensors.append(Tensor(f"{block}.input_layernorm.weight", (model.dims,)))
-        tensors.append(Tensor(f"{block}.post_attention_layernorm.weight", (model.dims,)))
-    return [*tensors, Tensor("norm.weight", (model.dims,))]
+        tensors.append(ParameterShape(f"{block}.input_layernorm.weight", (model.dims,)))
+        tensors.append(ParameterShape(f"{block}.post_attention_layernorm.weight", (model.dims,)))
+    return [*tensors, ParameterShape("norm.weight", (model.dims,))]
 
 
-def lora(model: Llama, rank: int) -> list[Tensor]:
+def lora(model: LlamaSizes, rank: int) -> list[ParameterShape]:
     """Adapters on every linear layer: x @ a @ b as in mlx-lm, with row-major gradients."""
     return [
         tensor
         for i in range(model.layers)
-        for name, (outputs, inputs) in model.linears().items()
+        for name, (outputs, inputs) in model.all_linears().items()
         for tensor in (
-            Tensor(f"layers.{i}.{name}.lora_a", (inputs, rank)),
-            Tensor(f"layers.{i}.{name}.lora_b", (rank, outputs)),
+            ParameterShape(f"layers.{i}.{name}.lora_a", (inputs, rank)),
+            ParameterShape(f"layers.{i}.{name}.lora_b", (rank, outputs)),
         )
     ]
 
 
 def gpt2(
     vocabulary: int = 50257, dims: int = 768, layers: int = 12, context: int = 1024
-) -> list[Tensor]:
-    tensors = [Tensor("wte.weight", (vocabulary, dims)), Tensor("wpe.weight", (context, dims))]
+) -> list[ParameterShape]:
+    tensors = [
+        ParameterShape("wte.weight", (vocabulary, dims)),
+        ParameterShape("wpe.weight", (context, dims)),
+    ]
 
-    def norm(path: str) -> list[Tensor]:
-        return [Tensor(f"{path}.weight", (dims,)), Tensor(f"{path}.bias", (dims,))]
+    def norm(path: str) -> list[ParameterShape]:
+        return [ParameterShape(f"{path}.weight", (dims,)), ParameterShape(f"{path}.bias", (dims,))]
 
     for i in range(layers):
         block = f"h.{i}"

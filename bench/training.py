@@ -1,64 +1,99 @@
-"""A small language model of stock `mlx.nn` layers, and whole training steps with it.
+"""Whole training steps: forward, backward and update of a model of stock `mlx.nn` layers.
 
-Used by the suite `step`: forward, backward and update, and what part of it the update is.
+Used by the suite `step` for times, and by memory.py for peak memory.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as stock
 import numpy as np
-from contenders import take
 from mlx.utils import tree_flatten, tree_unflatten
-from problem import BETAS, EPS, LEARNING_RATE, Problem, Values, adam
-from shapes import Tensor
+
+from .contenders import take
+from .llama import Llama
+from .problem import BETAS, SETTINGS, Problem, Values, adam_step
+from .shapes import LlamaSizes, ParameterShape
 
 
-class LanguageModel(nn.Module):
-    def __init__(self, vocabulary: int, dims: int, layers: int):
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, dims)
-        self.encoder = nn.TransformerEncoder(layers, dims, num_heads=4, norm_first=True)
-        self.head = nn.Linear(dims, vocabulary)
+class Task(ABC):
+    """A model and one batch, the same each time they are made; small enough to hand to a process."""
 
-    def __call__(self, tokens: mx.array) -> mx.array:
-        mask = nn.MultiHeadAttention.create_additive_causal_mask(tokens.shape[1])
-        return self.head(self.encoder(self.embedding(tokens), mask))
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The model, its parameters not yet evaluated."""
 
-    def loss(self, tokens: mx.array) -> mx.array:
-        return nn.losses.cross_entropy(self(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+    @abstractmethod
+    def batch(self) -> mx.array: ...
 
+    @staticmethod
+    @abstractmethod
+    def loss(model: nn.Module, batch: mx.array) -> mx.array: ...
 
-class Task:
-    """A model's sizes and one batch of random tokens; `model()` gives the same model each time."""
-
-    def __init__(self, vocabulary: int, dims: int, layers: int, batch: int, context: int):
-        self.sizes = (vocabulary, dims, layers)
-        self.tokens = mx.random.randint(0, vocabulary, (batch, context + 1), key=mx.random.key(0))
-        self.description = f"{layers} layers of {dims}, batch {batch} x {context}"
-
-    def model(self) -> LanguageModel:
+    def fresh_model(self) -> nn.Module:
         mx.random.seed(0)
-        model = LanguageModel(*self.sizes)
+        model = self.model()
         mx.eval(model.parameters())
         return model
 
-    def gradients(self, model: LanguageModel) -> dict[str, mx.array]:
-        _, gradients = nn.value_and_grad(model, model.loss)(self.tokens)
+    def gradients(self, model: nn.Module) -> dict[str, mx.array]:
+        _, gradients = nn.value_and_grad(model, self.loss)(model, self.batch())
         return dict(tree_flatten(gradients))
 
-    def tensors(self) -> list[Tensor]:
+    def shapes(self) -> list[ParameterShape]:
         """The parameters, with the layouts in which autograd hands over their gradients."""
-        model = self.model()
+        model = self.fresh_model()
         gradients = self.gradients(model)
         mx.eval(gradients)
-        parameters = dict(tree_flatten(model.parameters()))
+        parameters = tree_flatten(model.trainable_parameters())
         return [
-            Tensor(path, p.shape, is_column_major(gradients[path]))
-            for path, p in parameters.items()
+            ParameterShape(path, p.shape, is_column_major(gradients[path]))
+            for path, p in parameters
         ]
+
+
+@dataclass(frozen=True)
+class LanguageTask(Task):
+    """A Llama-like model on random tokens: full fine-tuning."""
+
+    sizes: LlamaSizes
+    sequences: int
+    length: int
+
+    def model(self) -> nn.Module:
+        return Llama(self.sizes)
+
+    def batch(self) -> mx.array:
+        shape = (self.sequences, self.length + 1)
+        return mx.random.randint(0, self.sizes.vocabulary, shape, key=mx.random.key(0))
+
+    @staticmethod
+    def loss(model: nn.Module, batch: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(batch[:, :-1]), batch[:, 1:], reduction="mean")
+
+
+@dataclass(frozen=True)
+class LinearTask(Task):
+    """Equal linear layers with ReLU between them: little computing for its parameters."""
+
+    layers: int
+    dims: int
+    rows: int
+
+    def model(self) -> nn.Module:
+        layers = [nn.Linear(self.dims, self.dims) for _ in range(self.layers)]
+        return nn.Sequential(*[layer for linear in layers for layer in (linear, nn.ReLU())][:-1])
+
+    def batch(self) -> mx.array:
+        return mx.random.normal((self.rows, self.dims), key=mx.random.key(0))
+
+    @staticmethod
+    def loss(model: nn.Module, batch: mx.array) -> mx.array:
+        return mx.mean(mx.square(model(batch) - batch))
 
 
 def is_column_major(x: mx.array) -> bool:
@@ -68,35 +103,46 @@ def is_column_major(x: mx.array) -> bool:
 
 
 class TrainingStep:
-    """Forward, backward and, if an optimizer is given, update, compiled as a whole or eager."""
+    """Forward, backward and, if an optimizer is given, update, compiled as a whole or eager.
 
-    dtype = mx.float32
+    The moments begin as those of `problem`, or at zero.
+    """
 
-    def __init__(self, task: Task, kind: type[stock.Adam] | None, compiled: bool, problem: Problem):
+    dtype = state_dtype = mx.float32
+
+    def __init__(
+        self,
+        task: Task,
+        kind: type[stock.Adam] | None,
+        compiled: bool,
+        problem: Problem | None = None,
+    ):
         self.task = task
-        self.tensors = problem.tensors
-        self.model = task.model()
-        self.value_and_grad = nn.value_and_grad(self.model, self.model.loss)
-        self.optimizer = kind and kind(LEARNING_RATE, list(BETAS), EPS)
+        self.batch = task.batch()
+        self.tensors = problem.tensors if problem else task.shapes()
+        self.model = task.fresh_model()
+        self.value_and_grad = nn.value_and_grad(self.model, task.loss)
+        self.optimizer = kind and kind(SETTINGS.learning_rate, BETAS, SETTINGS.eps)
         self.captured: list[Any] = [self.model.state]
         if self.optimizer:
-            moments = {
-                f"{path}.{name}": problem.state[path][name] + 0
-                for path in problem.parameters
-                for name in ("m", "v")
-            }
-            self.optimizer.state.update(tree_unflatten(list(moments.items())))
+            if problem:
+                moments = {
+                    f"{path}.{name}": problem.state[path][name] + 0
+                    for path in problem.parameters
+                    for name in ("m", "v")
+                }
+                self.optimizer.state.update(tree_unflatten(list(moments.items())))
             self.optimizer.init(self.model.trainable_parameters())
             self.captured.append(self.optimizer.state)
-            mx.eval(self.captured)
+        mx.eval(self.captured, self.batch)
         self.run: Callable[[mx.array], Any] = self._run
         if compiled:
             outputs = self.captured if self.optimizer else None
             self.run = mx.compile(self._run, inputs=self.captured, outputs=outputs)
 
-    def _run(self, tokens: mx.array) -> Any:
+    def _run(self, batch: mx.array) -> Any:
         parameters = self.model.trainable_parameters()
-        loss, gradients = self.value_and_grad(tokens)
+        loss, gradients = self.value_and_grad(self.model, batch)
         if self.optimizer is None:
             self.model.update(parameters)  # value_and_grad leaves its tracers in the model
             return loss, gradients
@@ -104,7 +150,7 @@ class TrainingStep:
         return loss
 
     def step(self) -> None:
-        mx.eval(self.run(self.task.tokens), self.captured)
+        mx.eval(self.run(self.batch), self.captured)
 
     def sample(self, path: str, indices: np.ndarray) -> Values:
         state = dict(tree_flatten(self.optimizer.state))
@@ -124,5 +170,9 @@ class TrainingStep:
             mx.eval(self._kept_gradients)
         return self._kept_gradients
 
+    def forget_gradients(self) -> None:
+        """Release what sampling kept."""
+        self._gradients_at, self._kept_gradients = None, {}
+
     def expect(self, before: Values) -> Values:
-        return adam(before, None)
+        return adam_step(before, None)

@@ -1,24 +1,27 @@
-"""The one place that takes times: warm-up, interleaved turns, median and spread.
+"""The one place that takes times: warm-up, turns, median and quartiles. Used by `python -m mlx_fused_adam` and bench/.
 
-Every contender has a turn in every round, in an order drawn anew, so that drift of the machine hits
-all alike. A turn opens with an untimed call, so that nobody pays for the caches and the
-still-spinning threads of the one before.
+Every contender has a turn in every round, in an order drawn anew, so that drift of the machine meets all alike. A turn
+is a block of steps after a pause and an untimed step: torch's OpenMP threads spin for about 10 ms after a step and would
+slow whoever came next, and after the pause a contender's own threads must wake before its times count.
 """
+
+from __future__ import annotations
 
 import gc
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
 
 Step = Callable[[], object]
 
-TURN_SECONDS = 0.02  # fast contenders repeat their step until a turn lasts about this long
+PAUSE_SECONDS = 0.02
+TURN_SECONDS = 0.04  # fast contenders repeat their step until a turn lasts about this long
 MOST_REPEATS = 50
 MOST_ROUNDS = 15
-LONG_STEP_SECONDS = 0.5  # a step this long outlasts what an untimed call would absorb
+LONG_STEP_SECONDS = 0.5  # a step this long outlasts what an untimed one would absorb
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Timing:
     samples: int
 
     @classmethod
-    def of(cls, seconds: list[float]) -> "Timing":
+    def of(cls, seconds: list[float]) -> Timing:
         if len(seconds) == 1:
             return cls(seconds[0], seconds[0], seconds[0], 1)
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -44,14 +47,14 @@ def measure(
     fewest_rounds: int,
     on_round: Callable[[float], None] = lambda fraction: None,
 ) -> dict[str, Timing]:
-    """Time each step; `seconds` is a wish, which slow steps and `fewest_rounds` may overrun."""
+    """Time each step; ``seconds`` is a wish for all together, which slow steps and ``fewest_rounds`` may overrun."""
     with _no_garbage_collection():
         cost = {name: _warm_up(step) for name, step in steps.items()}
         is_long = {name: cost[name] > LONG_STEP_SECONDS for name in steps}
         repeats = {
             name: min(MOST_REPEATS, max(1, round(TURN_SECONDS / cost[name]))) for name in steps
         }
-        round_seconds = sum((1 + repeats[name]) * cost[name] for name in steps)
+        round_seconds = sum(PAUSE_SECONDS + (1 + repeats[name]) * cost[name] for name in steps)
         rounds = max(fewest_rounds, min(MOST_ROUNDS, int(seconds / round_seconds)))
 
         # A long step needs no warming up: its first call counts, and it sits out the last round.
@@ -62,6 +65,7 @@ def measure(
                     if done + 1 < rounds:
                         samples[name].append(_seconds_of(steps[name]))
                     continue
+                time.sleep(PAUSE_SECONDS)
                 steps[name]()
                 samples[name] += [_seconds_of(steps[name]) for _ in range(repeats[name])]
             on_round((done + 1) / rounds)
@@ -83,9 +87,9 @@ def _warm_up(step: Step) -> float:
 
 
 def _seconds_of(step: Step) -> float:
-    start = perf_counter()
+    start = time.perf_counter()
     step()
-    return perf_counter() - start
+    return time.perf_counter() - start
 
 
 @contextmanager

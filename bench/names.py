@@ -1,0 +1,6 @@
+"""The contenders' names, as tables and the JSON file have them."""
+
+OURS, OURS_COMPILED = "ours", "ours, compiled"
+STOCK, STOCK_COMPILED = "stock", "stock, compiled"
+TORCH, PROBE, PROBE_16_BIT = "torch fused", "probe", "16-bit probe"
+FORWARD_BACKWARD = "forward + backward"  # of a whole training step, without any update

@@ -1,0 +1,246 @@
+"""Writes the figures in README.md from a published run: `python bench/readme.py [--check]`.
+
+What stands between `<!-- bench:NAME -->` and `<!-- end -->` is made by the function of that name here from
+bench/results/cpu.json, tables and sentences alike, so no figure is typed by hand. `--check` writes nothing and fails if the
+two disagree.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(ROOT)  # run as a script: the package `bench` stands there, not its modules
+
+from bench import saved  # noqa: E402
+from bench.figures import (  # noqa: E402
+    OF_PROBE,
+    PEAK_OVER_STOCK,
+    PEAK_OVER_STOCK_COMPILED,
+    TIMES_STOCK,
+    TIMES_STOCK_COMPILED,
+    TIMES_TORCH,
+    Case,
+    Measure,
+    extra_bytes,
+    figure,
+    over_row_major,
+    seconds,
+)
+from bench.names import OURS_COMPILED, STOCK_COMPILED  # noqa: E402
+from bench.saved import Results, bytes_text, number, seconds_text  # noqa: E402
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results" / "cpu.json"
+BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->).*?(<!-- end -->)", re.DOTALL)
+LARGE = 1_000_000  # elements from which one tensor's update is memory traffic and little else
+
+
+def updates(results: Results) -> list[Case]:
+    return [case for case in results["cases"] if not case["is_training_step"]]
+
+
+def training_steps(results: Results) -> list[Case]:
+    return [case for case in results["cases"] if case["is_training_step"]]
+
+
+def measured(cases: list[Case], measure: Measure) -> list[tuple[float, Case]]:
+    """The cases that have the figure, with it, from the lowest on."""
+    found = [(x, case) for case in cases if (x := measure(case)) is not None]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def group(case: Case) -> tuple[str, ...]:
+    """What a case has to stand for in a shortened table: a kind of tensors, dtype and layout."""
+    return (case["suite"], case["dtype"], case["gradient_layout"])
+
+
+def chosen(results: Results) -> list[Case]:
+    """The rows of the README's table: all sets of parameters, buffers of 16M, and each group's worst against torch."""
+    cases = updates(results)
+    worst: dict[tuple[str, ...], Case] = {}
+    for _, case in reversed(measured(cases, TIMES_TORCH)):
+        worst[group(case)] = case
+    return [
+        case
+        for case in cases
+        if case["suite"] != "buffers"
+        or case["case"] == "4096×4096"
+        or case is worst.get(group(case))
+    ]
+
+
+def named(case: Case) -> str:
+    layout = "" if case["gradient_layout"] == "autograd" else f", {case['gradient_layout']}"
+    return f"{case['case']}, {case['dtype']}{layout}"
+
+
+def percent(x: float) -> str:
+    return f"{x:.0%}".replace("%", " %")
+
+
+def span(values: list[float], form: Callable[[float], str] = number) -> str:
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def memory(results: Results) -> str:
+    """The case that gains most memory, and the language model that gains most."""
+    found = measured(training_steps(results), PEAK_OVER_STOCK_COMPILED)
+    parts = []
+    for ratio, case in (found[0], next(x for x in found if "Llama" in x[1]["case"])):
+        ours, stock = (figure(case, name, "peak_bytes") for name in (OURS_COMPILED, STOCK_COMPILED))
+        parts.append(
+            f"{case['case']}: {bytes_text(ours)} instead of {bytes_text(stock)}, **{percent(1 - ratio)} less**"
+        )
+    return "; ".join(parts) + "."
+
+
+def memory_range(results: Results) -> str:
+    parts = []
+    for how, measure in (("eager", PEAK_OVER_STOCK), ("compiled", PEAK_OVER_STOCK_COMPILED)):
+        saved_parts = [1 - ratio for ratio, _ in measured(training_steps(results), measure)]
+        parts.append(
+            f"{span(saved_parts, percent)} of an {how} step's peak".replace("an comp", "a comp")
+        )
+    return " and ".join(parts)
+
+
+def update_memory(results: Results) -> str:
+    large = [case for case in updates(results) if case["parameters"] >= LARGE]
+    most = max(extra for extra, _ in measured(large, extra_bytes))
+    stock = [
+        x
+        for x, _ in measured(
+            large, lambda c: figure(c, STOCK_COMPILED, "peak_extra_bytes_per_parameter")
+        )
+    ]
+    return f"at most {most:.0e} bytes per parameter; stock's compiled update allocates {span(stock, lambda x: f'{x:.0f}')}"
+
+
+def training(results: Results) -> str:
+    return saved.training_table(results["cases"])
+
+
+def training_words(results: Results) -> str:
+    eager = measured(training_steps(results), TIMES_STOCK)
+    compiled = measured(training_steps(results), TIMES_STOCK_COMPILED)
+    (least, where_least), (most, where_most) = compiled[0], compiled[-1]
+    return (
+        f"Compiled, ours is {number(most)} times as fast as stock in “{where_most['case']}” and {number(least)} times in "
+        f"“{where_least['case']}”; eager, {span([x for x, _ in eager])} times."
+    )
+
+
+def summary(results: Results) -> str:
+    columns = saved.SUMMARY_COLUMNS[:-2]
+    rows = [saved.summary_row(case)[:-2] for case in chosen(results)]
+    return saved.table(columns, rows, left=3)
+
+
+def torch(results: Results) -> str:
+    found = measured(updates(results), TIMES_TORCH)
+    slower = [(x, case) for x, case in found if x < 1]
+    text = f"torch's fused Adam is faster than ours in {len(slower)} of {len(found)} updates"
+    if slower:
+        worst, case = slower[0]
+        text += f"; at worst it takes {percent(worst)} of our time ({named(case)})"
+    models = measured([c for c in updates(results) if c["suite"] == "models"], TIMES_TORCH)
+    if models:
+        text += (
+            f". With whole models ours runs at {span([x for x, _ in models])} times torch's speed"
+        )
+    return text + "."
+
+
+def stock(results: Results) -> str:
+    large = [c for c in updates(results) if c["parameters"] >= LARGE]
+    small = [c for c in updates(results) if c["parameters"] < LARGE]
+
+    def both(cases: list[Case]) -> str:
+        eager = [x for x, _ in measured(cases, TIMES_STOCK)]
+        compiled = [x for x, _ in measured(cases, TIMES_STOCK_COMPILED)]
+        return f"{span(eager)} times (eager) and {span(compiled)} times (compiled)"
+
+    text = f"From a million parameters on, ours is {both(large)} as fast as stock"
+    return f"{text}; with fewer, {both(small)}." if small else f"{text}."
+
+
+def falls_short(results: Results) -> str:
+    cases = updates(results)
+    parts = []
+    large = [c for c in cases if c["suite"] == "buffers" and c["parameters"] >= LARGE]
+    transposed = measured(
+        [c for c in large if c["gradient_layout"] == "column-major"],
+        lambda case: over_row_major(case, large),
+    )
+    if transposed:
+        factors = span([x for x, _ in transposed])
+        parts.append(
+            f"a column-major gradient makes an update {factors} times as long as a row-major one"
+        )
+    probe = measured(large, OF_PROBE)
+    if probe:
+        worst, case = probe[0]
+        parts.append(
+            f"large tensors reach {span([x for x, _ in probe])} of the probe's speed, the least in {named(case)}"
+        )
+    slowest = measured(cases, TIMES_STOCK_COMPILED)[:1]
+    if slowest and slowest[0][0] < 1.1:
+        ratio, case = slowest[0]
+        parts.append(
+            f"against compiled stock the least gain is {number(ratio)} times ({named(case)}, "
+            f"{seconds_text(seconds(case, OURS_COMPILED))})"
+        )
+    return "; ".join(parts) + "." if parts else ""
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "memory": memory,
+    "memory-range": memory_range,
+    "update-memory": update_memory,
+    "training": training,
+    "training-words": training_words,
+    "summary": summary,
+    "torch": torch,
+    "stock": stock,
+    "falls-short": falls_short,
+    "origin": saved.origin,
+}
+
+
+def render(text: str, results: Results) -> str:
+    """The text with every block made anew. A block of unknown name is a KeyError."""
+
+    def made(match: re.Match) -> str:
+        content = BLOCKS[match[2]](results)
+        if "\n" in content:
+            content = f"\n\n{content}\n\n"
+        return match[1] + content + match[3]
+
+    return BLOCK.sub(made, text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="readme.py", description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if README differs"
+    )
+    options = parser.parse_args(arguments)
+    old = README.read_text(encoding="utf-8")
+    new = render(old, saved.load_json(RESULTS))
+    if options.check:
+        if new != old:
+            print(
+                "readme.py: README.md differs from bench/results/cpu.json; run python bench/readme.py"
+            )
+        return int(new != old)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

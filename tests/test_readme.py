@@ -1,0 +1,120 @@
+"""README: its figures are those of the published run, its snippets can be pasted in order, what it links to is there."""
+
+import copy
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+from bench import cases, machine, pictures, readme, run, saved  # noqa: E402
+from bench.figures import fewest_samples  # noqa: E402
+
+RESULTS = saved.load_json(readme.RESULTS)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_snippets_can_be_pasted_in_order(tmp_path) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) >= 4
+    code = "\n".join(map(textwrap.dedent, snippets))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/how-it-works.md", "docs/numerics.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), target
+
+
+def test_files_that_documents_name_are_there() -> None:
+    for document in ("README.md", "docs/how-it-works.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for path in re.findall(
+            r"\b(?:csrc|bench|tests|examples|metal|docs|python)/[\w/.-]*\w", text
+        ):
+            assert (ROOT / path).exists(), f"{document}: {path}"
+
+
+def test_the_documented_command_writes_the_files_that_readme_shows() -> None:
+    assert "python bench/run.py --publish" in README
+    options = run.parse_arguments(["--publish", "--device", "cpu"])
+    assert (options.json, options.seconds) == (readme.RESULTS, run.SECONDS)
+    for path in (options.models_plot, options.markdown):
+        assert path.relative_to(ROOT).as_posix() in README
+        assert path.is_file()
+
+
+def test_readme_says_what_the_published_run_gave() -> None:
+    assert readme.main(["--check"]) == 0, "run python bench/readme.py"
+    used = {match[2] for match in readme.BLOCK.finditer(README)}
+    assert used == set(readme.BLOCKS)
+
+
+def test_readme_has_no_measured_figure_typed_by_hand() -> None:
+    prose = readme.BLOCK.sub("", README)
+    typed = re.findall(r"\d[\d.,]* ?(?:ms|µs|[MG]B\b|×|times|%)|× ?\d", prose)
+    assert not typed, typed
+
+
+def test_a_figure_changed_in_readme_or_results_is_seen(tmp_path, monkeypatch, capsys) -> None:
+    changed = copy.deepcopy(RESULTS)
+    for case in changed["cases"]:
+        case["contenders"]["ours"]["median_s"] *= 1.5
+    assert readme.render(README, changed) != README
+    first = readme.BLOCK.search(README)
+    digit = re.search(r"\d", README[first.start() :])
+    at = first.start() + digit.start()
+    other = README[:at] + str((int(README[at]) + 1) % 10) + README[at + 1 :]
+    copied = tmp_path / "README.md"
+    copied.write_text(other, encoding="utf-8")
+    monkeypatch.setattr(readme, "README", copied)
+    assert readme.main(["--check"]) == 1
+    assert readme.main([]) == 0 and copied.read_text(encoding="utf-8") == README
+
+
+def test_readme_shows_the_worst_of_each_group_and_counts_torch_right() -> None:
+    updates = [case for case in RESULTS["cases"] if not case["is_training_step"]]
+    ratios = {
+        case["title"]: case["contenders"]["torch fused"]["median_s"]
+        / case["contenders"]["ours"]["median_s"]
+        for case in updates
+    }
+    shown = readme.BLOCKS["summary"](RESULTS)
+    groups: dict[tuple, list[dict]] = {}
+    for case in updates:
+        groups.setdefault(readme.group(case), []).append(case)
+    for group, members in groups.items():
+        worst = min(members, key=lambda case: ratios[case["title"]])
+        row = saved.table([], [saved.summary_row(worst)[:-2]]).splitlines()[-1]
+        assert row in shown, group
+    assert "| models: SmolLM-135M | float32 |" in shown
+    slower = sum(ratio < 1 for ratio in ratios.values())
+    assert f"faster than ours in {slower} of {len(updates)} updates" in README
+
+
+def test_published_figures_are_the_documented_command_s_or_readme_warns() -> None:
+    settings = RESULTS["settings"]
+    if settings["not_publishable"]:
+        assert "**Provisional, not to be quoted:**" in README
+    else:
+        assert settings["command"] == "python bench/run.py --publish"
+        assert settings["seconds"] == run.SECONDS
+        assert RESULTS["machine"]["load"] <= machine.BUSY
+        assert "Provisional" not in README
+    expected = {case.title for suite in cases.SUITES.values() for case in suite(False)}
+    assert {case["title"] for case in RESULTS["cases"]} == expected
+    assert all(fewest_samples(case) >= 2 for case in RESULTS["cases"])
+
+
+def test_the_small_picture_is_of_three_real_models() -> None:
+    names = [case["case"] for case in pictures.real_models(RESULTS["cases"])]
+    assert names == ["GPT-2 124M", "SmolLM-135M", "Qwen2.5-0.5B"]
