@@ -134,6 +134,14 @@ def extension(device: str):
     return _operation._ext
 
 
+@pytest.fixture(scope="session")
+def process_backend(process_device: str) -> str:
+    """What updates parameters in the processes that a test starts."""
+    if DEVICE == "emulated" or IS_EMULATED_GPU:
+        return "metal (emulated)"
+    return {"cpu": "cpu", "gpu": "metal"}[process_device]
+
+
 @pytest.fixture
 def assert_equal(device: str):
     """assert_equal(actual, expected, what, slack=0): every element, bit for bit up to the sign of NaN.
