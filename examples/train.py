@@ -327,6 +327,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="UTF-8 text file; by default Python's documentation",
     )
     add("--compare", action="store_true", help="also train with mlx.optimizers.AdamW")
+    add("--device", choices=["cpu", "gpu"], default=argparse.SUPPRESS, help="by default MLX's own")
     add("--steps", type=whole_number, default=900, help="batches to train on")
     add("--batch-size", type=whole_number, default=8, help="pieces of text in a batch")
     add("--context", type=whole_number, default=64, help="characters the model looks back")
@@ -350,6 +351,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--output: there is no folder {options.output.parent}")
     if options.output.is_dir() or not os.access(options.output.parent, os.W_OK):
         parser.error(f"--output: {options.output} cannot be written")
+    if "device" in options:
+        device = {"cpu": mx.cpu, "gpu": mx.gpu}[options.device]
+        if not mx.is_available(device):
+            parser.error(f"--device: this MLX has no {options.device} here")
+        mx.set_default_device(device)
     try:
         options.corpus = Corpus(read_text(getattr(options, "text", None)), options.context)
     except BadInput as error:

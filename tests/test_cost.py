@@ -51,9 +51,10 @@ def measure(count) -> dict[str, int]:
 
 
 @pytest.fixture
-def per_node(device, extension) -> int:
+def per_node(extension) -> int:
     """Small tensors that share a node."""
-    backend = extension.gpu_backend if device == "gpu" else extension.cpu_backend
+    is_gpu = mx.default_device().type == mx.gpu
+    backend = extension.gpu_backend if is_gpu else extension.cpu_backend
     return backend()[2]
 
 

@@ -8,12 +8,15 @@ import pytest
 
 from mlx_fused_adam import _ext
 
+pytestmark = pytest.mark.cpu_only
+
 # Prints the digests of results over sizes around the vector widths; run under each instruction set.
 PROGRAM = """
 import hashlib, itertools
 import mlx.core as mx, numpy as np
 import mlx_fused_adam as fused
 from mlx_fused_adam import _ext
+mx.set_default_device(mx.cpu)
 print(_ext.cpu_isa())
 rng = np.random.default_rng(0)
 dtypes = [mx.float32, mx.bfloat16, mx.float16]
@@ -40,7 +43,7 @@ print(digest.hexdigest())
 def run(isa: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "MLX_FUSED_ADAM_ISA": isa}
     command = [sys.executable, "-c", PROGRAM]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_all_sets_agree_bit_for_bit():

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD and /proc")
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD and /proc"),
+]
 
 BEGINNING = """
 import ctypes, os

@@ -24,6 +24,10 @@ import train as example  # noqa: E402
 
 TINY = ["--steps", "25", "--batch-size", "2", "--context", "16", "--dims", "16", "--heads", "2",
         "--layers", "1", "--sample", "20"]  # fmt: skip
+if (
+    os.environ.get("DEVICE") == "cpu"
+):  # else MLX's own default, or the environment that conftest.py has entered
+    TINY += ["--device", "cpu"]
 
 # Runs the script as if the named modules were not installed.
 WITHOUT = """
@@ -177,7 +181,7 @@ def test_ctrl_c_keeps_what_there_is(
     assert "Sample, after the prompt" in output
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     if extra:
-        assert f"at each of the {steps} steps" in output
+        assert f" {steps} steps" in re.search(r"^losses: .*", output, re.M).group()
     assert "Traceback" not in started.drawn
 
 
@@ -227,10 +231,10 @@ def test_durations_in_words(seconds: float, words: str) -> None:
     assert example.duration(seconds) == words
 
 
-def test_default_text(tmp_path: Path) -> None:
+def test_default_text(tmp_path: Path, process_backend: str) -> None:
     done = train(tmp_path, *TINY)
     assert done.returncode == 0, done.stderr
-    assert "updates by: cpu" in done.stdout or "updates by: metal" in done.stdout
+    assert f"updates by: {process_backend}\n" in done.stdout
     first, last = map(float, re.search(r"loss from ([\d.]+) to ([\d.]+)", done.stdout).groups())
     assert last < first
     assert "Sample, after the prompt" in done.stdout
@@ -246,11 +250,14 @@ def test_any_text_file_and_output(tmp_path: Path) -> None:
     assert ET.parse(tmp_path / "curve.svg").getroot().tag.endswith("svg")
 
 
-def test_compare_is_bit_identical(tmp_path: Path) -> None:
+def test_compare(tmp_path: Path, process_backend: str) -> None:
     done = train(tmp_path, *TINY, "--compare")
     assert done.returncode == 0, done.stderr
-    assert "losses: bit-identical at each of the 25 steps" in done.stdout
-    assert "parameters and state after the last step: bit-identical" in done.stdout
+    if process_backend == "cpu":  # a parameter may be a rounding off on a GPU
+        assert "losses: bit-identical at each of the 25 steps" in done.stdout
+        assert "parameters and state after the last step: bit-identical" in done.stdout
+    last = re.findall(r"^(?:stock|fused): loss from [\d.]+ to ([\d.]+)", done.stdout, re.M)
+    assert float(last[0]) == pytest.approx(float(last[1]), rel=0.01)
     assert re.search(r"optimizer time: [\d.]+ ms stock, [\d.]+ ms fused", done.stdout)
 
 

@@ -227,8 +227,8 @@ def test_lazy_until_asked_for():
     assert len(seen) == 1
 
 
-def test_streams(device):
-    kind = mx.gpu if device == "gpu" else mx.cpu
+def test_streams():
+    kind = mx.default_device().type
     inputs = arguments()
     expected = composed(*inputs)
     streams = [mx.new_stream(kind) for _ in range(3)]
@@ -250,9 +250,9 @@ def test_streams(device):
     assert_close(result, 0.9 * m + 0.1 * g, "m on a device")
 
 
-def test_several_threads(device):
+def test_several_threads(is_emulated):
     """Each thread trains its own tensors; large enough that the worker threads are shared."""
-    size = 500 if device == "emulated" else 100_000
+    size = 500 if is_emulated else 100_000
     failures = []
 
     def run(seed):
@@ -283,9 +283,10 @@ def test_several_threads(device):
     assert not failures, failures
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_thread_counts_give_equal_bits(device, extension, count):
-    w, g, m, v, lr, step = arguments((70, 80) if device == "emulated" else (700, 800))
+def test_thread_counts_give_equal_bits(extension, count):
+    w, g, m, v, lr, step = arguments((700, 800))
     expected = ours(w, g.T.T, m, v, lr, step)
     mx.eval(expected)
     before = extension.num_threads()

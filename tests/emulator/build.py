@@ -1,7 +1,8 @@
 """Builds the extension with the emulated Metal back end, and the module _emulator, into a folder kept between runs.
 
-CMake and ninja decide what is out of date. conftest.py calls build() for DEVICE=emulated.
-Run: python tests/emulator/build.py [FOLDER]
+CMake and ninja decide what is out of date. conftest.py enters the environment, in which the package is the emulated one in
+this process and in those that it starts, for DEVICE=emulated; FUSED_ADAM_EMULATED_GPU=1 DEVICE=gpu calls it a GPU.
+Run: python tests/emulator/build.py [--environment COMMAND…], which builds, or runs a command in that environment.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def _run(*command: str | Path) -> None:
         raise RuntimeError(f"{command[0]} failed:\n{result.stdout}{result.stderr}")
 
 
-def build(target: str = "_ext") -> Path:
-    """Brings one module up to date, prepares the environment for it and returns its file."""
+def build(target: str = "_ext", suffix: str = ".*.so") -> Path:
+    """Brings one module (or the stub beside it) up to date, prepares the environment for it and returns its file."""
     place = folder()
     (place / "shaders").mkdir(parents=True, exist_ok=True)
     os.environ["FUSED_ADAM_EMULATOR_PYTHON"] = sys.executable
@@ -46,7 +47,7 @@ def build(target: str = "_ext") -> Path:
             options = [f"-DPython_EXECUTABLE={sys.executable}", "-DFUSED_ADAM_GPU=emulated"]
             _run(sys.executable, "-m", "cmake", "-S", ROOT, "-B", place, "-G", "Ninja", *options)
         _run(sys.executable, "-m", "cmake", "--build", place, "--target", target)
-    files = sorted(place.glob(f"{target}.*.so"))
+    files = sorted(place.glob(target.removesuffix("_stub") + suffix))
     if len(files) != 1:
         raise RuntimeError(f"expected one {target} in {place} but found {len(files)}")
     return files[0]
@@ -62,7 +63,9 @@ def _load(target: str, module_name: str) -> ModuleType:
 
 
 def load_extension() -> ModuleType:
-    """The emulated counterpart of mlx_fused_adam._ext, beside that one in the same process."""
+    """The emulated counterpart of mlx_fused_adam._ext, beside that one in the same process (or that one, if entered)."""
+    if str(environment()) in sys.path:
+        return importlib.import_module("mlx_fused_adam._ext")
     return _load("_ext", "mlx_fused_adam_emulated._ext")
 
 
@@ -71,7 +74,45 @@ def load_emulator() -> ModuleType:
     return _load("_emulator", "_emulator")
 
 
+def environment() -> Path:
+    """The folder that, on the path, makes the emulated package the one that is imported."""
+    return folder() / "environment"
+
+
+def enter() -> None:
+    """Makes the package the emulated one, here and in the processes that this one starts."""
+    extension, stub = build(), build("_ext_stub", ".pyi")
+    package = environment() / "mlx_fused_adam"
+    package.mkdir(parents=True, exist_ok=True)
+    sources = {path.name: path for path in (ROOT / "python" / "mlx_fused_adam").iterdir()}
+    for path in (extension, stub, folder() / "_build_info.py"):
+        sources[path.name] = path
+    sources.pop("__pycache__", None)
+    for stale in set(os.listdir(package)) - {*sources, "__pycache__"}:
+        (package / stale).unlink()
+    for name, path in sources.items():
+        link = package / name
+        if not (link.is_symlink() and link.readlink() == path):
+            link.unlink(missing_ok=True)
+            link.symlink_to(path)
+    before = os.environ.get("PYTHONPATH")
+    if str(environment()) not in (before or "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(environment()), *([before] if before else [])]
+        )
+    if str(environment()) not in sys.path:
+        sys.path.insert(0, str(environment()))
+    imported = importlib.import_module("mlx_fused_adam._ext")
+    if Path(imported.__file__).parent != package:
+        raise RuntimeError(
+            f"the emulated package is in {package}, but Python imports {imported.__file__}; "
+            "an editable installation comes first: install without -e"
+        )
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        os.environ["FUSED_ADAM_EMULATOR_BUILD"] = sys.argv[1]
+    if sys.argv[1:2] == ["--environment"]:
+        enter()
+        os.environ["FUSED_ADAM_EMULATED_GPU"] = "1"
+        os.execvp(sys.argv[2], sys.argv[2:])
     print(build())
