@@ -2,7 +2,9 @@
 // from the embedded text at first use, since command line tools lack an offline Metal compiler.
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -20,18 +22,30 @@ namespace fused_adam {
 
 namespace mx = mlx::core;
 
-static_assert(kThreads == kTile * kTileThreadRows, "every kernel uses threadgroups of one size");
-
 namespace {
 
-// Elements of one dispatch of adam_linear: all its indices then fit 32 bits, and pieces stay aligned.
-constexpr size_t kLargestLinear = size_t{1} << 30;
+// Elements of one dispatch of adam_linear or adam_general, so that what counts them fits 32 bits and pieces stay aligned.
+constexpr int64_t kLargestDispatch = int64_t{1} << 30;
 
 // Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
 constexpr TileSides kSmallestTile{16, 16};
 
 // By Storage.
 constexpr const char* kMetalTypes[kStorageCount] = {"float", "bfloat", "half"};
+
+enum Kernel { kLinear, kGroup, kTiled, kGeneral32, kGeneral64, kKernels };
+constexpr const char* kKernelNames[] = {"adam_linear", "adam_group", "adam_tiled",
+                                        "adam_general_32", "adam_general_64"};
+
+using Axes = std::vector<int64_t>;
+
+// Where a dispatch begins in each array, in elements.
+struct Starts {
+  int64_t in[AdamUpdate::kInputsPerTensor];
+  int64_t out;
+
+  static Starts all(int64_t start) { return {{start, start, start, start}, start}; }
+};
 
 struct BoundTensor {
   const mx::array* in;  // parameter, gradient, m, v
@@ -41,188 +55,257 @@ struct BoundTensor {
   const mx::array& parameter() const { return in[0]; }
   const mx::array& gradient() const { return in[1]; }
   const mx::array& m() const { return in[2]; }
-  size_t size() const { return parameter().size(); }
+  int64_t size() const { return int64_t(parameter().size()); }
 
-  // Whether kElementsPerThread elements may be loaded and stored at once.
+  // Elements that a thread updates.
+  int64_t run() const {
+    return kRunBytes /
+           int64_t(std::min({parameter().itemsize(), gradient().itemsize(), m().itemsize()}));
+  }
+
+  // Whether kRunBytes may be loaded and stored at once wherever a run begins.
   bool vectors() const {
-    auto aligned = [](const mx::array& x) {
-      return x.offset() % int64_t(kElementsPerThread * x.itemsize()) == 0;
-    };
-    return std::all_of(in, in + AdamUpdate::kInputsPerTensor, aligned) &&
+    auto aligned = [](const mx::array& x) { return x.offset() % kRunBytes == 0; };
+    auto whole_runs = [&](int64_t stride) { return stride % run() == 0; };
+    bool strides_fit = true;
+    if (layout.kind == LayoutKind::tiled) {
+      strides_fit = whole_runs(layout.row_stride) && whole_runs(layout.gradient_column_stride);
+      for (auto& strides : layout.strides) {
+        strides_fit = strides_fit && std::all_of(strides.begin(), strides.end(), whole_runs);
+      }
+    }
+    return strides_fit && std::all_of(in, in + AdamUpdate::kInputsPerTensor, aligned) &&
            std::all_of(out, out + AdamUpdate::kOutputsPerTensor, aligned);
+  }
+
+  bool needs_64_bits() const {
+    auto span = [&](const Axes& strides) {
+      int64_t sum = 0;
+      for (size_t axis = 0; axis < strides.size(); ++axis) {
+        sum += (layout.shape[axis] - 1) * std::abs(strides[axis]);
+      }
+      return sum;
+    };
+    return std::any_of(std::begin(layout.strides), std::end(layout.strides), [&](auto& strides) {
+      return span(strides) > std::numeric_limits<int32_t>::max();
+    });
   }
 };
 
-// Encodes the dispatches of one node, all of whose tensors share their dtypes and so one compiled library.
-class Encoding {
+// The kernels of one node, all of whose tensors share their dtypes and so one compiled library.
+class Kernels {
  public:
-  Encoding(mx::Stream stream, const char* rule, AdamConstants constants, const mx::array& scalars,
-           const BoundTensor& any, bool wide_indices)
-      : device_(mx::metal::device(stream.device)),
-        encoder_(mx::metal::get_command_encoder(stream)),
-        constants_(constants),
-        scalars_(scalars),
-        wide_indices_(wide_indices) {
+  Kernels(mx::Stream stream, const char* rule, const BoundTensor& any)
+      : device_(mx::metal::device(stream.device)) {
     std::ostringstream variant;
     variant << rule;
     for (auto& x : {any.parameter(), any.gradient(), any.m()})
       variant << ", " << kMetalTypes[int(storage_of(x.dtype()))];
     variant_ = variant.str();
-    library_ = device_.get_library("fused_adam<" + variant_ + ">", [&] { return source(); });
   }
 
+  // Compiles what is not compiled yet; `use` may follow.
+  void fetch(Kernel kernel) {
+    try {
+      auto library = device_.get_library("fused_adam<" + variant_ + ">", [&] { return source(); });
+      pipelines_[kernel] = device_.get_kernel(kKernelNames[kernel], library);
+      if (pipelines_[kernel]->maxTotalThreadsPerThreadgroup() < kThreads) {
+        throw std::runtime_error("this GPU runs too few of its threads together");
+      }
+    } catch (const std::exception& error) {
+      throw std::runtime_error("[AdamUpdate] Metal kernel " + std::string(kKernelNames[kernel]) +
+                               "<" + variant_ + "> must compile and load but got: " + error.what() +
+                               "\nNothing was updated. MLX_FUSED_ADAM_BACKEND=stock does without");
+    }
+  }
+
+  MTL::ComputePipelineState* use(Kernel kernel) const { return pipelines_[kernel]; }
+
+ private:
+  std::string source() const {
+    std::ostringstream text;
+    text << kAdamShader;
+    auto instantiate = [&](Kernel kernel, const char* of, const char* index) {
+      auto instance = std::string(of) + "<" + variant_ + index + ">";
+      text << "template [[host_name(\"" << kKernelNames[kernel] << "\")]] [[kernel]] decltype("
+           << instance << ") " << instance << ";\n";
+    };
+    instantiate(kLinear, "adam_linear", "");
+    instantiate(kGroup, "adam_group", "");
+    instantiate(kTiled, "adam_tiled", "");
+    instantiate(kGeneral32, "adam_general", ", int");
+    instantiate(kGeneral64, "adam_general", ", int64_t");
+    return text.str();
+  }
+
+  mx::metal::Device& device_;
+  std::string variant_;
+  MTL::ComputePipelineState* pipelines_[kKernels] = {};
+};
+
+// Encodes the dispatches of one node.
+class Encoding {
+ public:
+  Encoding(mx::Stream stream, const Kernels& kernels, AdamConstants constants,
+           const mx::array& scalars)
+      : encoder_(mx::metal::get_command_encoder(stream)),
+        kernels_(kernels),
+        constants_(constants),
+        scalars_(scalars) {}
+
   void linear(const BoundTensor& t) {
-    for (size_t start = 0; start < t.size(); start += kLargestLinear) {
-      size_t size = std::min(kLargestLinear, t.size() - start);
-      use("adam_linear");
+    for (int64_t start = 0; start < t.size(); start += kLargestDispatch) {
+      int64_t size = std::min(kLargestDispatch, t.size() - start);
+      use(kLinear);
       encoder_.set_bytes(LinearArgs{constants_, scalar_count(), unsigned(size), t.vectors()},
                          kArgs);
-      bind(t, kFirstTensor, start);
-      dispatch_threads(divide_up(size, kElementsPerThread), 1);
+      bind(t, kFirstTensor, Starts::all(start));
+      dispatch_threads(divide_up(size, t.run()));
     }
   }
 
   void group(const std::vector<BoundTensor>& tensors) {
     GroupArgs args{constants_, scalar_count(), {}, {}, {}};
-    use("adam_group");
-    unsigned threads = 0;
+    use(kGroup);
+    int64_t threads = 0;
     for (size_t i = 0; i < kGroupTensors; ++i) {
       // A slot without a tensor has no threads, but every buffer of the kernel must be bound.
       bool is_used = i < tensors.size();
       auto& t = tensors[is_used ? i : 0];
       args.sizes[i] = is_used ? unsigned(t.size()) : 0;
       args.vectors[i] = t.vectors();
-      threads += divide_up(args.sizes[i], kElementsPerThread);
-      args.thread_ends[i] = threads;
-      bind(t, int(kFirstTensor + i * kBuffersPerTensor), 0);
+      threads += divide_up(args.sizes[i], t.run());
+      args.thread_ends[i] = unsigned(threads);
+      bind(t, int(kFirstTensor + i * kBuffersPerTensor), Starts::all(0));
     }
     encoder_.set_bytes(args, kArgs);
-    dispatch_threads(threads, 1);
+    dispatch_threads(threads);
   }
 
   void tiled(const BoundTensor& t) {
     auto& layout = t.layout;
-    // One axis at least, and the matrix's own strides last, as the kernel expects.
-    auto shape = layout.shape;
+    // The matrix's own strides come last, as the kernel expects.
     auto parameter_strides = layout.strides[0];
     auto gradient_strides = layout.strides[1];
-    if (shape.empty()) {
-      shape = {1};
-      parameter_strides = gradient_strides = {0};
-    }
     parameter_strides.push_back(layout.row_stride);
     gradient_strides.push_back(layout.gradient_column_stride);
-    use("adam_tiled");
-    encoder_.set_bytes(TiledArgs{constants_, scalar_count(), unsigned(layout.rows),
-                                 unsigned(layout.columns), unsigned(shape.size())},
-                       kArgs);
-    bind(t, kFirstTensor, 0);
-    encoder_.set_vector_bytes(shape, kShape);
+    use(kTiled);
+    encoder_.set_bytes(
+        TiledArgs{constants_, scalar_count(), unsigned(layout.rows), unsigned(layout.columns),
+                  unsigned(layout.shape.size()), t.vectors()},
+        kArgs);
+    bind(t, kFirstTensor, Starts::all(0));
+    encoder_.set_vector_bytes(layout.shape, kShape);
     encoder_.set_vector_bytes(parameter_strides, kParameterStrides);
     encoder_.set_vector_bytes(gradient_strides, kGradientStrides);
-    encoder_.dispatch_threadgroups(MTL::Size(divide_up(layout.columns, kTile),
-                                             divide_up(layout.rows, kTile), layout.batches()),
-                                   MTL::Size(kTile, kTileThreadRows, 1));
+    int64_t side = kTileRuns * t.run();
+    encoder_.dispatch_threadgroups(
+        MTL::Size(divide_up(layout.columns, side), divide_up(layout.rows, side), layout.batches()),
+        MTL::Size(kThreads, 1, 1));
   }
 
-  void general(const BoundTensor& t) {
-    auto& layout = t.layout;
-    use(wide_indices_ || needs_64_bits(t) ? "adam_general_64" : "adam_general_32");
-    encoder_.set_bytes(GeneralArgs{constants_, scalar_count(), unsigned(layout.shape.size())},
-                       kArgs);
-    bind(t, kFirstTensor, 0);
-    encoder_.set_vector_bytes(layout.shape, kShape);
-    int strides_index = kParameterStrides;
-    for (auto& strides : layout.strides) encoder_.set_vector_bytes(strides, strides_index++);
-    dispatch_threads(std::min<size_t>(t.size(), kGeneralWidth), divide_up(t.size(), kGeneralWidth));
+  void general(const BoundTensor& t, Kernel kernel) {
+    BoundTensor padded = t;
+    while (padded.layout.shape.size() < 2) {
+      padded.layout.shape.insert(padded.layout.shape.begin(), 1);
+      for (auto& strides : padded.layout.strides) strides.insert(strides.begin(), 0);
+    }
+    general(padded, kernel, padded.layout.shape, Starts::all(0));
   }
 
  private:
-  std::string source() const {
-    std::ostringstream text;
-    text << kAdamShader;
-    auto instantiate = [&](const std::string& name, const std::string& kernel) {
-      text << "template [[host_name(\"" << name << "\")]] [[kernel]] decltype(" << kernel << ") "
-           << kernel << ";\n";
-    };
-    for (std::string name : {"adam_linear", "adam_group", "adam_tiled"}) {
-      instantiate(name, name + "<" + variant_ + ">");
-    }
-    instantiate("adam_general_32", "adam_general<" + variant_ + ", int>");
-    instantiate("adam_general_64", "adam_general<" + variant_ + ", int64_t>");
-    return text.str();
-  }
-
-  static bool needs_64_bits(const BoundTensor& t) {
-    int64_t furthest = int64_t(divide_up(t.size(), kGeneralWidth)) * kGeneralWidth;
-    for (auto& strides : t.layout.strides) {
-      int64_t span = 0;
-      for (size_t axis = 0; axis < strides.size(); ++axis) {
-        span += (t.layout.shape[axis] - 1) * std::abs(strides[axis]);
+  // Halves the outermost axis until the number of elements fits a dispatch.
+  void general(const BoundTensor& t, Kernel kernel, Axes shape, Starts starts) {
+    int64_t size = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+    auto& strides = t.layout.strides;
+    if (size > kLargestDispatch) {
+      size_t axis =
+          std::find_if(shape.begin(), shape.end(), [](auto n) { return n > 1; }) - shape.begin();
+      int64_t length = shape[axis], half = length / 2;
+      shape[axis] = half;
+      general(t, kernel, shape, starts);
+      for (size_t i = 0; i < AdamUpdate::kInputsPerTensor; ++i) {
+        starts.in[i] += half * strides[i][axis];
       }
-      furthest = std::max(furthest, span);
+      starts.out += size / length * half;
+      shape[axis] = length - half;
+      return general(t, kernel, shape, starts);
     }
-    return furthest > std::numeric_limits<int32_t>::max();
+    use(kernel);
+    encoder_.set_bytes(GeneralArgs{constants_, scalar_count(), unsigned(shape.size())}, kArgs);
+    bind(t, kFirstTensor, starts);
+    encoder_.set_vector_bytes(shape, kShape);
+    int strides_index = kParameterStrides;
+    for (auto& axes : strides) encoder_.set_vector_bytes(axes, strides_index++);
+    int64_t x = shape.back(), y = *(shape.end() - 2), z = size / (x * y);
+    int64_t group_x = std::min<int64_t>(x, kThreads);
+    int64_t group_y = std::min(y, kThreads / group_x);
+    int64_t group_z = std::min(z, kThreads / (group_x * group_y));
+    encoder_.dispatch_threads(MTL::Size(x, y, z), MTL::Size(group_x, group_y, group_z));
   }
 
   unsigned scalar_count() const { return unsigned(scalars_.size()); }
 
-  void use(const char* kernel_name) {
-    auto kernel = device_.get_kernel(kernel_name, library_);
-    if (kernel->maxTotalThreadsPerThreadgroup() < kThreads) {
-      throw std::runtime_error("[AdamUpdate] this GPU runs too few threads of " +
-                               std::string(kernel_name) + " together");
-    }
-    encoder_.set_compute_pipeline_state(kernel);
+  void use(Kernel kernel) {
+    encoder_.set_compute_pipeline_state(kernels_.use(kernel));
     encoder_.set_input_array(scalars_, kScalars);
   }
 
-  // Binds a tensor's arrays from element `start` on.
-  void bind(const BoundTensor& t, int index, size_t start) {
+  void bind(const BoundTensor& t, int index, Starts starts) {
     for (size_t i = 0; i < AdamUpdate::kInputsPerTensor; ++i) {
-      encoder_.set_input_array(t.in[i], index++, int64_t(start * t.in[i].itemsize()));
+      encoder_.set_input_array(t.in[i], index++, starts.in[i] * int64_t(t.in[i].itemsize()));
     }
     for (size_t i = 0; i < AdamUpdate::kOutputsPerTensor; ++i) {
-      encoder_.set_output_array(t.out[i], index++, int64_t(start * t.out[i].itemsize()));
+      encoder_.set_output_array(t.out[i], index++, starts.out * int64_t(t.out[i].itemsize()));
     }
   }
 
-  void dispatch_threads(size_t width, size_t height) {
-    encoder_.dispatch_threads(MTL::Size(width, height, 1),
-                              MTL::Size(std::min<size_t>(width, kThreads), 1, 1));
+  void dispatch_threads(int64_t count) {
+    encoder_.dispatch_threads(MTL::Size(count, 1, 1),
+                              MTL::Size(std::min<int64_t>(count, kThreads), 1, 1));
   }
 
-  mx::metal::Device& device_;
   mx::metal::CommandEncoder& encoder_;
+  const Kernels& kernels_;
   AdamConstants constants_;
   const mx::array& scalars_;
-  bool wide_indices_;
-  std::string variant_;
-  MTL::Library* library_;
 };
 
 }  // namespace
 
 void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  SoleInputs sole_inputs(inputs, outputs);
-  std::vector<BoundTensor> row_major, others;
+  std::vector<BoundTensor> row_major, tiled, general;
   for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
     auto in = &inputs[1 + i * kInputsPerTensor];
-    auto out = &outputs[i * kOutputsPerTensor];
-    BoundTensor t{in, out, layout_of(in[0], in[1], in[2], in[3], kSmallestTile)};
-    allocate_outputs(in, out);
+    BoundTensor t{in, &outputs[i * kOutputsPerTensor],
+                  layout_of(in[0], in[1], in[2], in[3], kSmallestTile)};
     if (t.size() == 0) continue;
-    (t.layout.kind == LayoutKind::linear ? row_major : others).push_back(std::move(t));
+    auto kind = t.layout.kind;
+    auto& list = kind == LayoutKind::linear  ? row_major
+                 : kind == LayoutKind::tiled ? tiled
+                                             : general;
+    list.push_back(std::move(t));
   }
-  if (row_major.empty() && others.empty()) return sole_inputs.commit();
+  auto general_kernel = [&](const BoundTensor& t) {
+    return wide_indices_ || t.needs_64_bits() ? kGeneral64 : kGeneral32;
+  };
 
-  Encoding encoding(stream(), rule_ == UpdateRule::adam ? "AdamRule" : "TrafficRule", constants_,
-                    inputs[0], row_major.empty() ? others[0] : row_major[0], wide_indices_);
+  // Every kernel before any buffer changes hands: a GPU that lacks one leaves parameters and state as they were.
+  Kernels kernels(stream(), rule_ == UpdateRule::adam ? "AdamRule" : "TrafficRule",
+                  BoundTensor{&inputs[1], &outputs[0], {}});
+  if (!row_major.empty()) kernels.fetch(row_major.size() == 1 ? kLinear : kGroup);
+  if (!tiled.empty()) kernels.fetch(kTiled);
+  for (auto& t : general) kernels.fetch(general_kernel(t));
+
+  SoleInputs sole_inputs(inputs, outputs);
+  for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
+    allocate_outputs(&inputs[1 + i * kInputsPerTensor], &outputs[i * kOutputsPerTensor]);
+  }
+  Encoding encoding(stream(), kernels, constants_, inputs[0]);
   if (row_major.size() == 1) encoding.linear(row_major[0]);
   if (row_major.size() > 1) encoding.group(row_major);
-  for (auto& t : others) {
-    t.layout.kind == LayoutKind::tiled ? encoding.tiled(t) : encoding.general(t);
-  }
+  for (auto& t : tiled) encoding.tiled(t);
+  for (auto& t : general) encoding.general(t, general_kernel(t));
   sole_inputs.commit();
 }
 

@@ -27,75 +27,111 @@ inline AdamScalars<float> load_scalars(const device float* scalars, uint count) 
   return {scalars[0], scalars[1], scalars[2]};
 }
 
-// Updates the element that lies at `at` in the three outputs. The inputs may lie elsewhere, each at its own offset.
-template <typename Rule, typename P, typename S>
-inline void update_element(
-    P parameter,
-    float gradient,
-    S m,
-    S v,
-    device P* new_parameter,
-    device S* new_m,
-    device S* new_v,
-    AdamScalars<float> scalars,
-    AdamConstants constants) {
-  AdamState<float> old = {float(parameter), float(m), float(v)};
-  AdamState<float> next = Rule::step(old, gradient, scalars, constants);
-  *new_parameter = P(next.parameter);
-  *new_m = S(next.m);
-  *new_v = S(next.v);
+// Elements of a run.
+template <typename P, typename G, typename S>
+struct Run {
+  enum { length = kRunBytes / (sizeof(P) == 2 || sizeof(G) == 2 || sizeof(S) == 2 ? 2 : 4) };
+};
+
+// Element k of 16 bytes, and back: names for bits, no arithmetic. For 16-bit types, and for float.
+template <typename T>
+inline float get_element(uint4 words, uint k, T) {
+  return float(as_type<T>(ushort(words[k / 2] >> (16 * (k % 2)))));
+}
+inline float get_element(uint4 words, uint k, float) {
+  return as_type<float>(words[k]);
+}
+template <typename T>
+inline void set_element(thread uint4& words, uint k, T value) {
+  words[k / 2] |= uint(as_type<ushort>(value)) << (16 * (k % 2));
+}
+inline void set_element(thread uint4& words, uint k, float value) {
+  words[k] = as_type<uint>(value);
 }
 
-template <typename Rule, typename P, typename G, typename S>
-inline void update_vector(
-    TensorPointers<P, G, S> t,
-    uint at,
-    AdamScalars<float> scalars,
-    AdamConstants constants) {
-  vec<P, kElementsPerThread> parameter =
-      *(const device vec<P, kElementsPerThread>*)(t.parameter + at);
-  vec<G, kElementsPerThread> gradient =
-      *(const device vec<G, kElementsPerThread>*)(t.gradient + at);
-  vec<S, kElementsPerThread> m = *(const device vec<S, kElementsPerThread>*)(t.m + at);
-  vec<S, kElementsPerThread> v = *(const device vec<S, kElementsPerThread>*)(t.v + at);
-  for (int k = 0; k < kElementsPerThread; ++k) {
-    AdamState<float> old = {float(parameter[k]), float(m[k]), float(v[k])};
-    AdamState<float> next = Rule::step(old, float(gradient[k]), scalars, constants);
-    parameter[k] = P(next.parameter);
-    m[k] = S(next.m);
-    v[k] = S(next.v);
+template <uint N, typename T>
+inline void load_run(const device T* from, thread float* values) {
+  constexpr uint count = kRunBytes / sizeof(T);
+  for (uint start = 0; start < N; start += count) {
+    uint4 words = *(const device uint4*)(from + start);
+    for (uint k = 0; k < count; ++k) {
+      values[start + k] = get_element(words, k, T(0));
+    }
   }
-  *(device vec<P, kElementsPerThread>*)(t.new_parameter + at) = parameter;
-  *(device vec<S, kElementsPerThread>*)(t.new_m + at) = m;
-  *(device vec<S, kElementsPerThread>*)(t.new_v + at) = v;
 }
 
-// The kElementsPerThread elements of one thread; at the end of the tensor, those that are left.
-template <typename Rule, typename P, typename G, typename S>
+template <uint N, typename T>
+inline void store_run(device T* to, const thread float* values) {
+  constexpr uint count = kRunBytes / sizeof(T);
+  for (uint start = 0; start < N; start += count) {
+    uint4 words = uint4(0);
+    for (uint k = 0; k < count; ++k) {
+      set_element(words, k, T(values[start + k]));
+    }
+    *(device uint4*)(to + start) = words;
+  }
+}
+
+// Updates the element that lies at `at` in all arrays but the gradient, whose element is given.
+template <typename Rule, typename Index, typename P, typename G, typename S>
+inline void update_element(
+    TensorPointers<P, G, S> t,
+    Index at,
+    float gradient,
+    AdamScalars<float> scalars,
+    AdamConstants constants) {
+  AdamState<float> old = {float(t.parameter[at]), float(t.m[at]), float(t.v[at])};
+  AdamState<float> next = Rule::step(old, gradient, scalars, constants);
+  t.new_parameter[at] = P(next.parameter);
+  t.new_m[at] = S(next.m);
+  t.new_v[at] = S(next.v);
+}
+
+// The same for a run from `at` on.
+template <typename Rule, typename Index, typename P, typename G, typename S>
 inline void update_run(
+    TensorPointers<P, G, S> t,
+    Index at,
+    const thread float* gradient,
+    AdamScalars<float> scalars,
+    AdamConstants constants) {
+  constexpr uint length = Run<P, G, S>::length;
+  float parameter[length], m[length], v[length];
+  load_run<length>(t.parameter + at, parameter);
+  load_run<length>(t.m + at, m);
+  load_run<length>(t.v + at, v);
+  for (uint k = 0; k < length; ++k) {
+    AdamState<float> old = {parameter[k], m[k], v[k]};
+    AdamState<float> next = Rule::step(old, gradient[k], scalars, constants);
+    parameter[k] = next.parameter;
+    m[k] = next.m;
+    v[k] = next.v;
+  }
+  store_run<length>(t.new_parameter + at, parameter);
+  store_run<length>(t.new_m + at, m);
+  store_run<length>(t.new_v + at, v);
+}
+
+// The run of one thread of a row-major tensor; at its end, the elements that are left.
+template <typename Rule, typename P, typename G, typename S>
+inline void update_row_major(
     TensorPointers<P, G, S> t,
     uint thread_of_tensor,
     uint size,
     bool vectors,
     AdamScalars<float> scalars,
     AdamConstants constants) {
-  uint start = thread_of_tensor * kElementsPerThread;
-  if (vectors && size - start >= kElementsPerThread) {
-    update_vector<Rule>(t, start, scalars, constants);
+  constexpr uint length = Run<P, G, S>::length;
+  uint start = thread_of_tensor * length;
+  if (vectors && size - start >= length) {
+    float gradient[length];
+    load_run<length>(t.gradient + start, gradient);
+    update_run<Rule>(t, start, gradient, scalars, constants);
     return;
   }
-  uint end = min(size, start + kElementsPerThread);
+  uint end = min(size, start + length);
   for (uint i = start; i < end; ++i) {
-    update_element<Rule>(
-        t.parameter[i],
-        float(t.gradient[i]),
-        t.m[i],
-        t.v[i],
-        t.new_parameter + i,
-        t.new_m + i,
-        t.new_v + i,
-        scalars,
-        constants);
+    update_element<Rule>(t, i, float(t.gradient[i]), scalars, constants);
   }
 }
 
@@ -113,7 +149,7 @@ template <typename Rule, typename P, typename G, typename S>
     device S* new_v [[buffer(kNewV)]],
     uint thread_in_grid [[thread_position_in_grid]]) {
   TensorPointers<P, G, S> tensor = {parameter, gradient, m, v, new_parameter, new_m, new_v};
-  update_run<Rule>(
+  update_row_major<Rule>(
       tensor, thread_in_grid, args.size, args.vectors != 0, load_scalars(scalars, args.scalar_count), args.constants);
 }
 
@@ -165,7 +201,7 @@ template <typename Rule, typename P, typename G, typename S>
     tensor = {parameter_1, gradient_1, m_1, v_1, new_parameter_1, new_m_1, new_v_1};
   }
   uint first_thread = which == 0 ? 0 : args.thread_ends[which - 1];
-  update_run<Rule>(
+  update_row_major<Rule>(
       tensor,
       thread_in_grid - first_thread,
       args.sizes[which],
@@ -174,21 +210,8 @@ template <typename Rule, typename P, typename G, typename S>
       args.constants);
 }
 
-// Where row-major element `index` of an array with these axes lies.
-template <typename Index>
-inline Index offset_of(
-    Index index, constant const int64_t* shape, constant const int64_t* strides, uint axes) {
-  Index offset = 0;
-  for (uint axis = axes; axis-- > 0;) {
-    Index size = Index(shape[axis]);
-    offset += (index % size) * Index(strides[axis]);
-    index /= size;
-  }
-  return offset;
-}
-
 // A matrix (or a batch of them, along the grid's z) whose gradient is column-major: a tile of it goes through threadgroup
-// memory, so that gradient and state are both walked along their unit strides.
+// memory, so that gradient and state are both walked along their unit strides, a run a thread.
 template <typename Rule, typename P, typename G, typename S>
 [[kernel]] void adam_tiled(
     constant TiledArgs& args [[buffer(kArgs)]],
@@ -205,49 +228,69 @@ template <typename Rule, typename P, typename G, typename S>
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
     uint3 tile_in_grid [[threadgroup_position_in_grid]],
     uint3 thread_in_tile [[thread_position_in_threadgroup]]) {
-  // The pad keeps a column's elements in different banks.
-  threadgroup float tile[kTile][kTile + 1];
+  constexpr uint length = Run<P, G, S>::length;
+  constexpr uint side = kTileRuns * length;
+  constexpr uint lines_at_once = kThreads / kTileRuns;
+  // Indexed by column and row. The pad, one word, keeps a row's elements in different banks.
+  threadgroup G tile[side][side + 4 / sizeof(G)];
 
   // The last two strides are those of the matrix: its rows in the state, its columns in the gradient.
   int64_t row_stride = parameter_strides[args.axes];
   int64_t column_stride = gradient_strides[args.axes];
-  int64_t batch = int64_t(tile_in_grid.z);
-  const device G* matrix_gradient =
-      gradient + offset_of(batch, shape, gradient_strides, args.axes);
-  int64_t matrix = offset_of(batch, shape, parameter_strides, args.axes);
-  uint first_row = tile_in_grid.y * kTile;
-  uint first_column = tile_in_grid.x * kTile;
+  int64_t matrix = 0;
+  int64_t gradient_matrix = 0;
+  uint batch = tile_in_grid.z;
+  for (uint axis = args.axes; axis-- > 0;) {
+    uint size = uint(shape[axis]);
+    int64_t i = batch % size;
+    batch /= size;
+    matrix += i * parameter_strides[axis];
+    gradient_matrix += i * gradient_strides[axis];
+  }
+  uint first_row = tile_in_grid.y * side;
+  uint first_column = tile_in_grid.x * side;
+  uint start = thread_in_tile.x % kTileRuns * length;  // of this thread's runs, within the tile
+  uint first_line = thread_in_tile.x / kTileRuns;
 
-  uint row = first_row + thread_in_tile.x;
-  for (uint k = thread_in_tile.y; k < kTile; k += kTileThreadRows) {
-    uint column = first_column + k;
-    if (row < args.rows && column < args.columns) {
-      tile[k][thread_in_tile.x] = float(matrix_gradient[row + column * column_stride]);
+  uint row = first_row + start;
+  for (uint k = first_line; k < side && first_column + k < args.columns; k += lines_at_once) {
+    const device G* from = gradient + (gradient_matrix + (first_column + k) * column_stride + row);
+    if (args.vectors && row + length <= args.rows) {
+      float values[length];
+      load_run<length>(from, values);
+      for (uint i = 0; i < length; ++i) {
+        tile[k][start + i] = G(values[i]);
+      }
+    } else {
+      for (uint i = 0; i < length && row + i < args.rows; ++i) {
+        tile[k][start + i] = from[i];
+      }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  TensorPointers<P, G, S> tensor = {parameter, gradient, m, v, new_parameter, new_m, new_v};
   AdamScalars<float> step_scalars = load_scalars(scalars, args.scalar_count);
-  uint column = first_column + thread_in_tile.x;
-  for (uint k = thread_in_tile.y; k < kTile; k += kTileThreadRows) {
-    row = first_row + k;
-    if (row < args.rows && column < args.columns) {
-      int64_t at = matrix + row * row_stride + column;
-      update_element<Rule>(
-          parameter[at],
-          tile[thread_in_tile.x][k],
-          m[at],
-          v[at],
-          new_parameter + at,
-          new_m + at,
-          new_v + at,
-          step_scalars,
-          args.constants);
+  uint column = first_column + start;
+  for (uint k = first_line; k < side && first_row + k < args.rows; k += lines_at_once) {
+    int64_t at = matrix + (first_row + k) * row_stride + column;
+    if (args.vectors && column + length <= args.columns) {
+      float values[length];
+      for (uint i = 0; i < length; ++i) {
+        values[i] = float(tile[start + i][k]);
+      }
+      update_run<Rule>(tensor, at, values, step_scalars, args.constants);
+    } else {
+      for (uint i = 0; i < length && column + i < args.columns; ++i) {
+        update_element<Rule>(
+            tensor, at + i, float(tile[start + i][k]), step_scalars, args.constants);
+      }
     }
   }
 }
 
-// Any strides of any array; the outputs are row-major. Index is 64 bits wide where 32 do not do.
+// Any strides of any array; the outputs are row-major. The grid's x and y are the last two axes, z all those before them.
+// Index is 64 bits wide where 32 do not do.
 template <typename Rule, typename P, typename G, typename S, typename Index>
 [[kernel]] void adam_general(
     constant GeneralArgs& args [[buffer(kArgs)]],
@@ -264,23 +307,29 @@ template <typename Rule, typename P, typename G, typename S, typename Index>
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
     constant const int64_t* m_strides [[buffer(kMStrides)]],
     constant const int64_t* v_strides [[buffer(kVStrides)]],
-    uint2 thread_in_grid [[thread_position_in_grid]]) {
-  Index at = Index(thread_in_grid.y) * kGeneralWidth + thread_in_grid.x;
-  Index size = 1;
-  for (uint axis = 0; axis < args.axes; ++axis) {
-    size *= Index(shape[axis]);
+    uint3 thread_in_grid [[thread_position_in_grid]],
+    uint3 grid [[threads_per_grid]]) {
+  Index parameter_at = 0;
+  Index gradient_at = 0;
+  Index m_at = 0;
+  Index v_at = 0;
+  uint outer = thread_in_grid.z;
+  for (uint axis = args.axes; axis-- > 0;) {
+    Index i = Index(axis + 1 == args.axes ? thread_in_grid.x : thread_in_grid.y);
+    if (axis + 2 < args.axes) {
+      uint size = uint(shape[axis]);
+      i = Index(outer % size);
+      outer /= size;
+    }
+    parameter_at += i * Index(parameter_strides[axis]);
+    gradient_at += i * Index(gradient_strides[axis]);
+    m_at += i * Index(m_strides[axis]);
+    v_at += i * Index(v_strides[axis]);
   }
-  if (at >= size) {
-    return;
-  }
+  Index at = (Index(thread_in_grid.z) * Index(grid.y) + Index(thread_in_grid.y)) * Index(grid.x) +
+      Index(thread_in_grid.x);
+  TensorPointers<P, G, S> element = {
+      parameter + parameter_at, gradient + gradient_at, m + m_at, v + v_at, new_parameter + at, new_m + at, new_v + at};
   update_element<Rule>(
-      parameter[offset_of(at, shape, parameter_strides, args.axes)],
-      float(gradient[offset_of(at, shape, gradient_strides, args.axes)]),
-      m[offset_of(at, shape, m_strides, args.axes)],
-      v[offset_of(at, shape, v_strides, args.axes)],
-      new_parameter + at,
-      new_m + at,
-      new_v + at,
-      load_scalars(scalars, args.scalar_count),
-      args.constants);
+      element, 0u, float(*element.gradient), load_scalars(scalars, args.scalar_count), args.constants);
 }

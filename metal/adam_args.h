@@ -29,12 +29,12 @@ enum AdamBuffer {
 
 enum AdamLimits {
   kBuffersPerTensor = 7,
-  kGroupTensors = 4,        // 2 + 4 * 7 buffers: one more tensor would pass Metal's 31
-  kElementsPerThread = 4,   // of adam_linear and adam_group
-  kThreads = 256,           // of a threadgroup, in every kernel
-  kTile = 32,               // side of the tile that adam_tiled transposes
-  kTileThreadRows = 8,      // kTile * kTileThreadRows threads share a tile
-  kGeneralWidth = 1 << 20,  // of adam_general's two-dimensional grid
+  kGroupTensors = 4,  // 2 + 4 * 7 buffers: one more tensor would pass Metal's 31
+  kThreads = 256,     // of a threadgroup, in every kernel
+  // A thread of the other kernels than adam_general updates a run of elements: kRunBytes of the smallest dtype among the
+  // tensor's, so 4 or 8. Memory is loaded and stored kRunBytes at a time where alignment allows.
+  kRunBytes = 16,
+  kTileRuns = 8,  // along a side of the tile that adam_tiled transposes: a cache line of 128 bytes
 };
 
 // The buffer of scalars holds the fields of AdamScalars, or step_size alone, the others being 1.
@@ -42,7 +42,7 @@ struct LinearArgs {
   AdamConstants constants;
   unsigned int scalar_count;
   unsigned int size;
-  unsigned int vectors;  // whether every buffer is aligned for kElementsPerThread elements at once
+  unsigned int vectors;  // whether every run begins at a multiple of kRunBytes in every buffer
 };
 
 struct GroupArgs {
@@ -59,13 +59,14 @@ struct TiledArgs {
   unsigned int scalar_count;
   unsigned int rows;
   unsigned int columns;
-  unsigned int axes;  // around the matrix; at least 1
+  unsigned int axes;  // around the matrix; may be 0
+  unsigned int vectors;
 };
 
 struct GeneralArgs {
   AdamConstants constants;
   unsigned int scalar_count;
-  unsigned int axes;
+  unsigned int axes;  // at least 2
 };
 
 }  // namespace fused_adam

@@ -34,7 +34,7 @@ def test_the_cases_for_the_gpu_hold_under_emulation(types):
     def run(kernel, buffers, grid, threads_per_threadgroup):
         emulator.run(source, kernel, buffers, grid, threads_per_threadgroup, [], include_dirs)
 
-    assert len(list(cases.check(run, types, large=False))) == 9 * len(types) ** 3
+    assert len(list(cases.check(run, types, large=False))) == 10 * len(types) ** 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the emulator runs on Linux")

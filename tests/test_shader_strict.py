@@ -67,9 +67,9 @@ FAULTS = {
         "no matching function for call to 'load_scalars'",
     ),
     "device for constant": (
-        "constant const int64_t* strides, uint axes",
-        "device const int64_t* strides, uint axes",
-        "no matching function for call to 'offset_of'",
+        "threadgroup_barrier(",
+        "const device int64_t* axes = shape;\n  threadgroup_barrier(",
+        "cannot initialize a variable of type 'device int64_t const",
     ),
     "const lost": (
         "const device P* parameter;",
@@ -82,18 +82,18 @@ FAULTS = {
         "not assignable",
     ),
     "address space cast away": (
-        "*(const device vec<G, kElementsPerThread>*)(t.gradient",
-        "*(const vec<G, kElementsPerThread>*)(t.gradient",
+        "*(const device uint4*)(from",
+        "*(const uint4*)(from",
         "reinterpret_cast from",
     ),
     "unqualified pointer to threadgroup memory": (
         "threadgroup_barrier(",
-        "float* row_of_tile = tile[0];\n  threadgroup_barrier(",
+        "G* row_of_tile = tile[0];\n  threadgroup_barrier(",
         "cannot initialize a variable of type 'float \\*'",
     ),
     "device pointer to threadgroup memory": (
         "threadgroup_barrier(",
-        "device float* row_of_tile = tile[0];\n  threadgroup_barrier(",
+        "device G* row_of_tile = tile[0];\n  threadgroup_barrier(",
         "cannot initialize a variable of type 'device float \\*'",
     ),
     "device pointer to a local variable": (
@@ -109,7 +109,7 @@ FAULTS = {
         "cmath",
     ),
     "exception": ("  return {scalars[0]", "  throw 1;\n  return {scalars[0]", "poisoned"),
-    "C++17": ("if (at >= size)", "if constexpr (sizeof(Index) == 4)", "C\\+\\+17"),
+    "C++17": ("if (axis + 2 < args.axes)", "if constexpr (sizeof(Index) == 4)", "C\\+\\+17"),
 }
 
 

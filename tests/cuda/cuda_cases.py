@@ -7,6 +7,7 @@ A runner takes (kernel, buffers, grid, threads_per_threadgroup); a buffer is (in
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,8 +80,12 @@ def arguments(struct: str, **fields: int | list[int]) -> Buffer:
     return SHARED["kArgs"], packed, "bytes"
 
 
-def threads_for(size: int) -> int:
-    return -(-size // SHARED["kElementsPerThread"])
+def run_length(types: tuple[str, str, str]) -> int:
+    return SHARED["kRunBytes"] // (4 if set(types) == {"float"} else 2)
+
+
+def threads_for(size: int, types: tuple[str, str, str]) -> int:
+    return -(-size // run_length(types))
 
 
 class Update:
@@ -139,12 +144,13 @@ def linear(
         arguments("LinearArgs", size=size, vectors=size > 3, scalar_count=scalars)
     )
     update.bind(random_tensor((size,), types), SHARED["kFirstTensor"], in_place)
-    return update, (threads_for(size), 1, 1), (min(threads_for(size), SHARED["kThreads"]), 1, 1)
+    threads = threads_for(size, types)
+    return update, (threads, 1, 1), (min(threads, SHARED["kThreads"]), 1, 1)
 
 
 def group(types: tuple[str, str, str], sizes: list[int]) -> tuple[Update, tuple, tuple]:
     update = Update("adam_group", types)
-    ends = np.cumsum([threads_for(size) for size in sizes]).tolist()
+    ends = np.cumsum([threads_for(size, types) for size in sizes]).tolist()
     fields = {"sizes": sizes, "vectors": [1] * len(sizes), "thread_ends": ends}
     update.buffers.append(arguments("GroupArgs", **fields, scalar_count=3))
     for i, size in enumerate(sizes):
@@ -154,36 +160,39 @@ def group(types: tuple[str, str, str], sizes: list[int]) -> tuple[Update, tuple,
 
 
 def tiled(
-    types: tuple[str, str, str], batch: int, rows: int, columns: int
+    types: tuple[str, str, str], batch: int | None, rows: int, columns: int
 ) -> tuple[Update, tuple, tuple]:
+    """A batch of matrices, or one with no axis around it."""
     update = Update("adam_tiled", types)
-    update.buffers.append(
-        arguments("TiledArgs", rows=rows, columns=columns, axes=1, scalar_count=3)
-    )
-    tensor = random_tensor((batch, rows, columns), types)
+    run = run_length(types)
+    fields = {"rows": rows, "columns": columns, "axes": int(batch is not None), "scalar_count": 3}
+    vectors = rows % run == 0 and columns % run == 0
+    update.buffers.append(arguments("TiledArgs", **fields, vectors=vectors))
+    tensor = random_tensor((batch or 1, rows, columns), types)
     tensor[1] = np.ascontiguousarray(tensor[1].swapaxes(1, 2)).swapaxes(1, 2)
     update.bind(tensor, SHARED["kFirstTensor"], in_place=True)
-    update.axes([batch], [rows * columns, columns], [rows * columns, rows])
-    tile, tile_rows = SHARED["kTile"], SHARED["kTileThreadRows"]
-    tiles = (-(-columns // tile), -(-rows // tile), batch)
-    return update, (tiles[0] * tile, tiles[1] * tile_rows, batch), (tile, tile_rows, 1)
+    around = [] if batch is None else [rows * columns]
+    update.axes([batch] if batch else [0], [*around, columns], [*around, rows])
+    side = SHARED["kTileRuns"] * run
+    threads = SHARED["kThreads"]
+    return update, (-(-columns // side) * threads, -(-rows // side), batch or 1), (threads, 1, 1)
 
 
 def general(
-    types: tuple[str, str, str], index: str, shape: tuple[int, int]
+    types: tuple[str, str, str], index: str, shape: tuple[int, ...]
 ) -> tuple[Update, tuple, tuple]:
+    """A gradient with gaps along its last axis."""
     update = Update("adam_general", types, f", {index}")
     update.buffers.append(arguments("GeneralArgs", axes=len(shape), scalar_count=3))
-    rows, columns = shape
     tensor = random_tensor(shape, types)
-    wide = np.repeat(tensor[1], 2, axis=1)
-    tensor[1] = wide[:, ::2]
+    wide = np.repeat(tensor[1], 2, axis=-1)
+    tensor[1] = wide[..., ::2]
     update.bind(tensor, SHARED["kFirstTensor"], in_place=False)
-    plain, strided = [columns, 1], [2 * columns, 2]
-    update.axes([rows, columns], plain, strided, plain, plain)
-    size, width = rows * columns, SHARED["kGeneralWidth"]
-    grid = (min(size, width), -(-size // width), 1)
-    return update, grid, (min(grid[0], SHARED["kThreads"]), 1, 1)
+    plain = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    update.axes(list(shape), plain, [2 * stride for stride in plain], plain, plain)
+    grid = (shape[-1], shape[-2], math.prod(shape[:-2]))
+    group = (min(grid[0], 32), min(grid[1], 4), min(grid[2], 2))
+    return update, grid, group
 
 
 def all_cases(types: tuple[str, ...], large: bool) -> Iterator[tuple[Update, tuple, tuple]]:
@@ -193,10 +202,12 @@ def all_cases(types: tuple[str, ...], large: bool) -> Iterator[tuple[Update, tup
         yield linear(combination, 1027, in_place=True, scalars=1)
         yield group(combination, [5, 1027, 1, 64][: SHARED["kGroupTensors"]])
         yield tiled(combination, 2, 37, 70)
+        yield tiled(combination, None, 40, 72)
         yield general(combination, "int", (37, 70))
-        yield general(combination, "int64_t", (3, 5))
+        yield general(combination, "int64_t", (2, 3, 5, 7))
         if large:
             yield tiled(combination, 1, 2048, 1531)
+            yield tiled(combination, 3, 1024, 512)
             yield general(combination, "int", (1500, 1001))
 
 
