@@ -140,7 +140,13 @@ def tensors(seed: int = 9, dtypes: tuple = (mx.float32,) * 3) -> list[list[mx.ar
 def update(extension, lists, wide_indices: bool = False, step: int = 3, **settings):
     settings = {**SETTINGS, "weight_decay": 0.0, "bias_correction": False, **settings}
     return extension.adam_update(
-        *lists, mx.array(0.1), mx.array(step), name=str, wide_indices=wide_indices, **settings
+        *lists,
+        mx.array(0.1),
+        mx.array(step),
+        is_fused=lambda *dtypes: True,
+        name=str,
+        wide_indices=wide_indices,
+        **settings,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 
@@ -12,24 +13,30 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
-from emulator import build
+from emulator import hostile, project_shader
+from mlx_fused_adam import _ext
+
+SHADER = "".join(
+    (project_shader.ROOT / name).read_text()
+    for name in ("metal/adam.metal", "metal/adam_args.h", "csrc/adam_rule.h")
+)
 
 
-@pytest.fixture
-def update():
-    """adam_update of the emulated extension on one tensor, with plain settings."""
-    extension = build.load_extension()
+@pytest.fixture(autouse=True)
+def on_the_cpu_stream():
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
-
-    def update(parameter: mx.array, gradient: mx.array, m: mx.array, v: mx.array) -> list[mx.array]:
-        return run_update(extension, parameter, gradient, m, v)
-
-    yield update
+    yield
     mx.set_default_device(device)
 
 
-def run_update(extension, parameter, gradient, m, v) -> list[mx.array]:
+@pytest.fixture
+def update(emulated_extension):
+    """adam_update of the emulated extension on one tensor, with plain settings."""
+    return functools.partial(run_update, emulated_extension)
+
+
+def run_updates(extension, *lists: list[mx.array]) -> list[list[mx.array]]:
     settings = {
         "beta1": 0.9,
         "beta2": 0.99,
@@ -37,60 +44,110 @@ def run_update(extension, parameter, gradient, m, v) -> list[mx.array]:
         "weight_decay": 0.0,
         "bias_correction": False,
     }
-    lists = [[x] for x in (parameter, gradient, m, v)]
-    rate = mx.array(0.1)
-    results = extension.adam_update(*lists, rate, None, name=lambda i: "x", **settings)
-    return [result[0] for result in results]
+    return extension.adam_update(
+        *lists,
+        mx.array(0.1),
+        None,
+        is_fused=lambda *dtypes: True,
+        name=str,
+        **settings,
+    )
+
+
+def run_update(extension, *tensor: mx.array) -> list[mx.array]:
+    return [result[0] for result in run_updates(extension, *([x] for x in tensor))]
 
 
 @pytest.fixture
 def plant(emulator):
-    yield emulator.replace_in_shaders
+    """Replaces a text in the shader, which must be there, until the test ends."""
+
+    def plant(text: str, replacement: str) -> None:
+        assert text in SHADER, f"the shader no longer holds {text!r}; plant this fault elsewhere"
+        emulator.replace_in_shaders(text, replacement)
+
+    yield plant
     emulator.replace_in_shaders("", "")
+    emulator.settle()
 
 
-def tensors(shape: tuple[int, ...], layout: str) -> list[mx.array]:
-    rng = np.random.default_rng(6)
-    w, g, m, v = (mx.array(rng.random(shape).astype(np.float32)) for _ in range(4))
+def assert_same_bits(actual: list[mx.array], expected: list[mx.array]) -> None:
+    for name, x, y in zip("wmv", actual, expected, strict=True):
+        kind = mx.uint32 if x.dtype == mx.float32 else mx.uint16
+        np.testing.assert_array_equal(np.array(x.view(kind)), np.array(y.view(kind)), name)
+
+
+def lay_out(x: mx.array, layout: str) -> mx.array:
+    """The same values, lying otherwise in memory."""
     if layout == "column-major":
-        g = mx.contiguous(g.T).T
+        return mx.contiguous(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    if layout == "column-major, padded":  # by 8, which leaves columns aligned
+        rows = x.shape[-2]
+        padded = mx.pad(x.swapaxes(-1, -2), [(0, 0)] * (x.ndim - 1) + [(0, -rows % 8)])
+        return padded[..., :rows].swapaxes(-1, -2)
+    if layout == "column-major, other batches":
+        return mx.contiguous(x.transpose(1, 0, 3, 2)).transpose(1, 0, 3, 2)
     if layout == "strided":
-        g = mx.repeat(g, 2, axis=0)[::2]
+        for axis in range(x.ndim):
+            x = mx.repeat(x, 2, axis=axis)
+        return x[tuple(slice(None, None, 2) for _ in x.shape)]
+    if layout == "reversed":
+        back = tuple(slice(None, None, -1) for _ in x.shape)
+        return mx.contiguous(x[back])[back]
+    if layout == "between vectors":
+        return mx.concatenate([mx.zeros(1, x.dtype), x.reshape(-1)])[1:].reshape(x.shape)
+    assert layout == "linear"
+    return x
+
+
+def tensors(shape: tuple[int, ...], layout: str = "linear", dtype=mx.float32) -> list[mx.array]:
+    """Parameter, gradient, m, v; the layout is the gradient's."""
+    rng = np.random.default_rng(6)
+    w, g, m, v = (mx.array(rng.random(shape).astype(np.float32)).astype(dtype) for _ in range(4))
+    g = lay_out(g, layout)
     mx.eval(w, g, m, v)
     return [w, g, m, v]
 
 
+SHAPES = {
+    "linear": (1001,),
+    "column-major": (70, 139),  # more than a tile either way, and no whole runs
+    "column-major, padded": (37, 72),
+    "column-major, other batches": (4, 6, 20, 24),
+    "strided": (3, 4, 5, 6),
+}
 # The layout whose kernel it hits, the text replaced, the replacement, and what must be seen of it.
 PLANTED = {
     "buffers swapped": (
         "linear",
         "device S* m [[buffer(kM)]]",
         "device S* m [[buffer(kV)]]",
-        "bound twice|differs|nothing is bound",
+        "differs",
     ),
-    "tail one too long": (
-        "linear",
-        "min(size, start + kElementsPerThread)",
-        "start + kElementsPerThread",
-        "ends at",
-    ),
+    "tail one too long": ("linear", "min(size, start + length)", "start + length", "ends at"),
     "tail one too short": (
         "linear",
-        "min(size, start + kElementsPerThread)",
-        "min(size - 1, start + kElementsPerThread)",
-        "differs",
+        "min(size, start + length)",
+        "min(size - 1, start + length)",
+        "no thread writes|differs",
     ),
     "vectors where none fit": (
         "linear",
-        "if (vectors && size - start >= kElementsPerThread)",
+        "if (vectors && size - start >= length)",
         "if (true)",
         "ends at",
+    ),
+    "one access of two": (
+        "linear",
+        "start < N; start += count) {\n    uint4 words = uint4(0)",
+        "start + count < N; start += count) {\n    uint4 words = uint4(0)",
+        "no thread writes|differs",
     ),
     "no barrier": (
         "column-major",
         "threadgroup_barrier(mem_flags::mem_threadgroup);",
         "",
-        "uninitialised|no barrier between",
+        "tile, which is uninitialised|tile, .*no barrier between",
     ),
     "barrier for the wrong memory": (
         "column-major",
@@ -100,44 +157,90 @@ PLANTED = {
     ),
     "tile too narrow": (
         "column-major",
-        "tile[kTile][kTile + 1]",
-        "tile[kTile][kTile - 1]",
-        "tile",
+        "tile[side][side + 4 / sizeof(G)]",
+        "tile[side][side - 1]",
+        "threadgroup memory tile, which (ends at|another thread)",
     ),
     "wrong stride": (
         "column-major",
-        "column * column_stride",
-        "column * (column_stride + 1)",
+        "(first_column + k) * column_stride",
+        "(first_column + k) * (column_stride + 1)",
         "ends at|differs",
     ),
-    "edge of the tile forgotten": (
+    "bottom edge of the tile forgotten": (
         "column-major",
-        "if (row < args.rows && column < args.columns)",
-        "if (row < args.rows)",
-        "ends at|race|bytes",
+        "first_row + k < args.rows",
+        "true",
+        "ends at|data race|uninitialised",
     ),
-    "wrong axis": (
+    "right edge of the tile forgotten": (
+        "column-major",
+        "first_column + k < args.columns",
+        "true",
+        "ends at",
+    ),
+    "last elements of a line forgotten": (
+        "column-major",
+        "i < length && column + i < args.columns",
+        "i < length && column + length <= args.columns",
+        "no thread writes|differs",
+    ),
+    "vectors past the end of a column": (
+        "column-major, padded",
+        "args.vectors && row + length <= args.rows",
+        "args.vectors",
+        "ends at|differs|tile",
+    ),
+    "no vectors in the tile's second half": (
+        "column-major, padded",
+        "tile[k][start + i] = G(values[i])",
+        "tile[k][start + i % 2] = G(values[i])",
+        "uninitialised|differs",
+    ),
+    "batches not divided": (
+        "column-major, other batches",
+        "batch /= size;",
+        "",
+        "no thread writes|data race|differs",
+    ),
+    "batch stride of the gradient": (
+        "column-major, other batches",
+        "gradient_matrix += i * gradient_strides[axis]",
+        "gradient_matrix += i * parameter_strides[axis]",
+        "differs",
+    ),
+    "axes swapped": (
         "strided",
-        "Index size = Index(shape[axis]);",
-        "Index size = Index(shape[0]);",
-        "ends at|differs|race",
+        "axis + 1 == args.axes",
+        "axis + 1 != args.axes",
+        "ends at|differs",
+    ),
+    "outer axes not divided": ("strided", "outer /= size;", "", "differs"),
+    "wrong place in the output": (
+        "strided",
+        "* Index(grid.y) +",
+        "* Index(grid.x) +",
+        "ends at|data race",
+    ),
+    "strides of m for v": (
+        "strided",
+        "v_at += i * Index(v_strides[axis])",
+        "v_at += i * Index(gradient_strides[axis])",
+        "ends at|differs",
     ),
 }
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_fault_planted_in_the_shader_is_seen(update, plant, name):
-    from mlx_fused_adam import _ext
-
+def test_a_fault_planted_in_the_shader_is_seen(update, plant, name, dtype):
     layout, text, replacement, problem = PLANTED[name]
-    shape = (1001,) if layout == "linear" else (37, 70)
-    expected = run_update(_ext, *tensors(shape, layout))
-    right = update(*tensors(shape, layout))
-    for got, want in zip(right, expected, strict=True):
-        np.testing.assert_array_equal(np.array(got).view(np.uint32), np.array(want).view(np.uint32))
+    inputs = tensors(SHAPES[layout], layout, dtype)
+    expected = run_update(_ext, *inputs)
+    assert_same_bits(update(*inputs), expected)
     plant(text, replacement)
     try:
-        wrong = update(*tensors(shape, layout))
+        wrong = update(*inputs)
         mx.eval(wrong)
         same = all(bool(mx.array_equal(a, b)) for a, b in zip(wrong, expected, strict=True))
         seen = "" if same else "differs"
@@ -147,15 +250,121 @@ def test_a_fault_planted_in_the_shader_is_seen(update, plant, name):
     assert re.search(problem, seen), f"{name}: {seen or 'not seen'}"
 
 
-def test_a_tensor_that_starts_between_vectors(update):
-    """MLX's buffers start at pages on Metal, so an array's own offset decides whether vectors fit."""
-    from mlx_fused_adam import _ext
+ARRAYS = ("w", "g", "m", "v")
+LAYOUTS = ("column-major", "strided", "reversed", "between vectors")
 
-    sliced = [x[1:] for x in tensors((1001,), "linear")]
-    mx.eval(sliced)
-    expected = run_update(_ext, *sliced)
-    for got, want in zip(update(*sliced), expected, strict=True):
-        assert mx.array_equal(got, want)
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", range(4), ids=ARRAYS)
+def test_one_array_that_lies_otherwise(update, which, layout, dtype):
+    """The verdict on a layout, the strides handed over, and the alignment, each depend on all four arrays.
+
+    "between vectors": MLX's buffers start at pages on Metal, so an array's own offset decides whether vectors fit.
+    """
+    inputs = tensors((24, 40), dtype=dtype)
+    expected = run_update(_ext, *inputs)
+    inputs[which] = lay_out(inputs[which], layout)
+    mx.eval(inputs)
+    assert_same_bits(update(*inputs), expected)
+
+
+@pytest.mark.parametrize("which", range(4), ids=ARRAYS)
+def test_one_array_of_a_tiled_update_between_vectors(update, which):
+    inputs = tensors((24, 40), "column-major")
+    expected = run_update(_ext, *inputs)
+    if which == 1:
+        inputs[1] = lay_out(mx.contiguous(inputs[1].T), "between vectors").T
+    else:
+        inputs[which] = lay_out(inputs[which], "between vectors")
+    mx.eval(inputs)
+    assert_same_bits(update(*inputs), expected)
+
+
+@pytest.mark.parametrize("which", range(4), ids=ARRAYS)
+def test_a_group_of_an_aligned_and_an_offset_tensor(emulated_extension, which):
+    both = [tensors((1001,)), tensors((999,))]
+    expected = [run_update(_ext, *inputs) for inputs in both]
+    both[1][which] = lay_out(both[1][which], "between vectors")
+    mx.eval(both)
+    for order in (both, both[::-1]):
+        results = run_updates(emulated_extension, *map(list, zip(*order, strict=True)))
+        actual = list(map(list, zip(*results, strict=True)))
+        for got, want in zip(actual, expected if order is both else expected[::-1], strict=True):
+            assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("shape", [(2**20 + 5,), (5, 2**10 + 3, 7)], ids=str)
+def test_a_strided_gradient_of_more_than_one_row_of_threads(update, shape, monkeypatch):
+    monkeypatch.setenv("FUSED_ADAM_EMULATOR_ORDERS", "forward")
+    inputs = tensors(shape, "strided")
+    assert_same_bits(update(*inputs), run_update(_ext, *inputs))
+
+
+@pytest.mark.parametrize("which", [None, "parameter", "gradient", "m and v"])
+def test_each_combination_of_dtypes_has_kernels_of_its_own(update, which):
+    """In one process, one combination after the other, so that a library kept under too short a name is seen."""
+    inputs = tensors((1001,))
+    for i, name in enumerate(("parameter", "gradient", "m and v", "m and v")):
+        if name == which:
+            inputs[i] = inputs[i].astype(mx.float16)
+    assert_same_bits(update(*inputs), run_update(_ext, *inputs))
+
+
+def test_one_call_with_gradients_of_two_dtypes(emulated_extension):
+    w, g, m, v = tensors((100,))
+    other = g.astype(mx.bfloat16)
+    actual = run_updates(emulated_extension, [w, w], [g, other], [m, m], [v, v])
+    for i, gradient in enumerate((g, other)):
+        assert_same_bits([xs[i] for xs in actual], run_update(_ext, w, gradient, m, v))
+
+
+def test_the_probe_has_kernels_of_its_own(emulated_extension):
+    """Adam first, then the probe on the same dtypes, which adds the gradient to all three."""
+    w, g, m, v = tensors((1001,))
+    assert_same_bits(run_update(emulated_extension, w, g, m, v), run_update(_ext, w, g, m, v))
+    assert_same_bits(list(emulated_extension.traffic_probe(w, g, m, v)), [w + g, m + g, v + g])
+
+
+@pytest.mark.parametrize("missing", ["adam_group", "adam_tiled", "adam_general_32"])
+def test_a_kernel_that_is_missing_leaves_everything_as_it_was(
+    emulated_extension, emulator, missing
+):
+    """Also where other tensors of the node could be updated in place: the failed evaluation can be tried again."""
+
+    def lists() -> list[list[mx.array]]:
+        each = [
+            tensors((1001,)),
+            tensors((999,)),
+            tensors((37, 70), "column-major"),
+            tensors((3, 4, 5, 6), "strided"),
+        ]
+        return list(map(list, zip(*each, strict=True)))
+
+    expected = run_updates(_ext, *lists())
+    results = run_updates(emulated_extension, *lists())
+    emulator.replace_in_shaders(f'host_name("{missing}")', 'host_name("another")')
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            mx.eval(results)
+    finally:
+        emulator.replace_in_shaders("", "")
+    message = str(raised.value)
+    assert f"{missing}<AdamRule, float, float, float> must compile and load" in message
+    assert "no kernel" in message and "MLX_FUSED_ADAM_BACKEND" in message
+    mx.eval(results)
+    for i in range(4):
+        assert_same_bits([xs[i] for xs in results], [xs[i] for xs in expected])
+
+
+def test_a_gpu_without_bfloat_names_what_it_lacks(update):
+    inputs = tensors((1001,))
+    with hostile.relaxed("no_bfloat"):
+        assert_same_bits(update(*inputs), run_update(_ext, *inputs))
+        with pytest.raises(
+            RuntimeError, match="(?s)adam_linear<AdamRule, bfloat, .* no type bfloat"
+        ):
+            mx.eval(update(*tensors((1001,), dtype=mx.bfloat16)))
 
 
 LARGE = (2**16 + 1, 2**16)  # more than 2^32 elements
@@ -164,29 +373,37 @@ TAIL = 64
 
 def large_tensors(emulator, layout: str) -> list[mx.array]:
     """Half-precision tensors, not zero in their last elements only, that exist only where they are touched."""
-    transposed = layout == "column-major"
-    step = 2 if layout == "strided" else 1
-    shapes = [LARGE, (LARGE[0], LARGE[1] * step), LARGE, LARGE]
-    w, g, m, v = (emulator.sparse_zeros(s, mx.float16) for s in shapes)
-    if transposed:
-        g = emulator.sparse_zeros(LARGE[::-1], mx.float16)
-    views = [np.array(x, copy=False) for x in (w, g, m, v)]
-    views[1] = views[1].T if transposed else views[1][:, ::step]
-    for view, value in zip(views, (1.0, 0.5, 0.25, 0.125), strict=True):
-        view[-1, -TAIL:] = value * np.arange(1, TAIL + 1)
-    return [w, g.T if transposed else g[:, ::step], m, v]
+    shape = {"batches": (5, 2**15, 2**15), "padded": (2**17 + 1, 2**14)}.get(layout, LARGE)
+    in_memory, view_of = shape, lambda x: x
+    if layout in ("column-major", "batches"):
+        in_memory, view_of = (*shape[:-2], shape[-1], shape[-2]), lambda x: x.swapaxes(-1, -2)
+    if layout == "strided":
+        in_memory, view_of = (shape[0], shape[1] * 2), lambda x: x[:, ::2]
+    if layout == "padded":
+        in_memory, view_of = (shape[0], shape[1] + 8), lambda x: x[:, : shape[1]]
+    shapes = [shape, in_memory, shape, shape]
+    arrays = [emulator.sparse_zeros(s, mx.float16) for s in shapes]
+    for i, (x, value) in enumerate(zip(arrays, (1.0, 0.5, 0.25, 0.125), strict=True)):
+        view = np.array(x, copy=False)
+        last = (view_of(view) if i == 1 else view)[(-1,) * (view.ndim - 1)]
+        last[-TAIL:] = value * np.arange(1, TAIL + 1)
+    arrays[1] = view_of(arrays[1])
+    return arrays
 
 
 # The threadgroups that update the last elements, by what eval_metal.cpp chooses: of each dispatch of 2^30 elements the
-# first 64, which hold all of the last dispatch; the last tiles; the end of the last row of 2^20 threads.
+# first 32, which hold all of the last dispatch; the last tile of 64 x 64; the end of the last of eight equal pieces; of
+# pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
 LAST_THREADGROUPS = {
-    "linear": (0, 64),
-    "column-major": (2048 * 2049 - TAIL // 32, 2048 * 2049),
-    "strided": (4096 * 4096 + 255, 4096 * 4096 + 256),
+    "linear": (0, 32),
+    "column-major": (1024 * 1025 - 1, 1024 * 1025),
+    "strided": (2**21 + 31, 2**21 + 32),
+    "padded": (64 * 32769 - 1, 64 * 32769),
+    "batches": (5 * 512 * 512 - 1, 5 * 512 * 512),
 }
 OVERFLOWS = {
     "column-major": ("int64_t at = matrix", "int at = matrix"),
-    "strided": ("Index at = Index(thread_in_grid.y)", "Index at = thread_in_grid.y"),
+    "batches": ("int64_t matrix = 0", "int matrix = 0"),
 }
 
 
@@ -205,14 +422,12 @@ def last_elements(emulator, update, layout: str) -> list[np.ndarray]:
         mx.eval(results)
     finally:
         emulator.run_all_threadgroups()
-    return [np.array(x, copy=False)[-1, -TAIL:].copy() for x in results]
+    return [np.array(x, copy=False).reshape(-1)[-TAIL:].copy() for x in results]
 
 
 @pytest.mark.usefixtures("no_memory_limit")
 @pytest.mark.parametrize("layout", LAST_THREADGROUPS)
 def test_tensors_of_more_than_2_32_elements(emulator, update, layout):
-    from mlx_fused_adam import _ext
-
     values = [mx.arange(1, TAIL + 1).astype(mx.float16) * x for x in (1.0, 0.5, 0.25, 0.125)]
     expected = run_update(_ext, *values)
     for got, want in zip(last_elements(emulator, update, layout), expected, strict=True):
@@ -230,3 +445,29 @@ def test_an_index_of_32_bits_is_seen(emulator, update, plant, layout):
         assert "before the start" in str(error) or "outside every buffer" in str(error)
     else:
         assert any(not np.array_equal(a, b) for a, b in zip(right, wrong, strict=True))
+
+
+FAR_APART = 2**26
+SPREAD = 40  # elements, so that 32-bit indices end before the last
+
+
+def spread_tensors(emulator) -> list[mx.array]:
+    """A gradient of few elements, walked backwards with a stride of -2^26."""
+    w, _, m, v = tensors((SPREAD,), dtype=mx.float16)
+    far = emulator.sparse_zeros((SPREAD, FAR_APART), mx.float16)
+    np.array(far, copy=False)[:, 0] = np.arange(1, SPREAD + 1)
+    return [w, far[::-1, 0], m, v]
+
+
+@pytest.mark.usefixtures("no_memory_limit")
+def test_negative_strides_count_in_the_choice_of_64_bits(emulator, update, plant):
+    expected = run_update(_ext, *spread_tensors(emulator))
+    assert_same_bits(update(*spread_tensors(emulator)), expected)
+    plant("i * Index(gradient_strides[axis])", "int(i) * int(gradient_strides[axis])")
+    try:
+        wrong = update(*spread_tensors(emulator))
+        mx.eval(wrong)
+    except RuntimeError as error:
+        assert "outside every buffer" in str(error) or "ends at" in str(error)
+    else:
+        assert not mx.array_equal(wrong[0], expected[0])

@@ -14,6 +14,7 @@
 #include "dispatch.h"
 #include "mlx/allocator.h"
 #include "mlx/array.h"
+#include "mlx/scheduler.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -77,6 +78,15 @@ mx::array sparse_zeros(std::vector<int64_t> shape, mx::Dtype dtype) {
   return mx::array(mx::allocator::Data(mx::allocator::Buffer(header), release), mx_shape, dtype);
 }
 
+void settle() {
+  auto stream = mx::default_stream(mx::Device::cpu);
+  try {
+    mx::synchronize(stream);
+  } catch (const std::exception&) {  // the error of the evaluation, which its caller has seen
+  }
+  while (mx::scheduler::n_active_tasks() > 0) mx::scheduler::notify_task_completion(stream);
+}
+
 }  // namespace
 
 NB_MODULE(_emulator, m) {
@@ -92,6 +102,11 @@ NB_MODULE(_emulator, m) {
   m.def("run_all_threadgroups", &emulator::run_all_threadgroups);
   m.def("replace_in_shaders", &emulator::replace_in_shaders, "old_text"_a, "new_text"_a,
         "Plants a fault in every shader compiled from now on; an empty old_text ends it.");
+  m.def("settle", &settle, nb::call_guard<nb::gil_scoped_release>(),
+        "After an evaluation that failed: brings MLX's count of active tasks back to 0, where an "
+        "error met while "
+        "encoding has left it too high. With that count wrong for ever, a later evaluation could "
+        "wait for ever.");
   m.def(
       "dispatches", [] { return emulator::statistics().by_kernel; },
       "How often each kernel has been run.");

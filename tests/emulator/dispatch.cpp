@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kMaxBuffers = 31;
 constexpr char kPoison = char(0xff);
+constexpr size_t kLargestVector = 16;  // bytes of one access
 
 std::mutex mutex;
 uint64_t first_threadgroup = 0, end_threadgroup = UINT64_MAX;
@@ -70,6 +71,7 @@ struct Placed {
   char* original = nullptr;
   size_t size = 0;
   bool is_huge = false;
+  char* scratch = nullptr;  // of huge outputs
   std::vector<const Binding*> bindings;
 };
 
@@ -136,6 +138,12 @@ std::vector<Segment> segments_of(const Placed& placed) {
 
 class Run {
  public:
+  ~Run() {
+    for (auto& placed : placed_) {
+      if (placed.scratch) munmap(placed.scratch, scratch_size(placed));
+    }
+  }
+
   explicit Run(const Dispatch& dispatch) : dispatch_(dispatch), placed_(placements(dispatch)) {
     if (placed_.size() > kSlots) throw std::runtime_error("[emulator] too many buffers");
     place();
@@ -173,6 +181,7 @@ class Run {
       region.element_shift = unsigned(__builtin_ctzll(element));
       if (placed.is_huge) {
         region.begin = placed.original;
+        if (is_output_alone(placed) && !is_aligned(placed)) region.begin = make_scratch(placed);
         region.cells.clear();
         checker.huge_regions.push_back(&region);
       } else {
@@ -302,7 +311,41 @@ class Run {
     });
   }
 
+  // MLX's CPU allocator aligns to 8 bytes, Metal's to pages. Only pages that are touched exist, and are brought back.
+  static constexpr size_t kPage = 4096;
+  static bool is_output_alone(const Placed& placed) {
+    return std::none_of(placed.bindings.begin(), placed.bindings.end(),
+                        [](auto b) { return b->input; });
+  }
+  static bool is_aligned(const Placed& placed) {
+    auto binding = placed.bindings[0];
+    return (reinterpret_cast<uintptr_t>(placed.original) - binding->offset) % kLargestVector == 0;
+  }
+  static size_t scratch_size(const Placed& placed) { return placed.size + kPage; }
+
+  char* make_scratch(Placed& placed) {
+    void* range = mmap(nullptr, scratch_size(placed), PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED) throw std::runtime_error("[emulator] cannot reserve address space");
+    placed.scratch = static_cast<char*>(range);
+    return placed.scratch + placed.bindings[0]->offset % kPage;
+  }
+
+  void bring_back_scratch(Placed& placed, const Region& region) {
+    std::vector<unsigned char> resident(scratch_size(placed) / kPage + 1);
+    mincore(placed.scratch, scratch_size(placed), resident.data());
+    for (char* page = placed.scratch; page < region.begin + placed.size; page += kPage) {
+      if (!(resident[(page - placed.scratch) / kPage] & 1)) continue;
+      char* begin = std::max(page, region.begin);
+      char* end = std::min(page + kPage, region.begin + placed.size);
+      std::memcpy(placed.original + (begin - region.begin), begin, end - begin);
+    }
+  }
+
   void copy_back() {
+    for (size_t i = 0; i < placed_.size(); ++i) {
+      if (placed_[i].scratch) bring_back_scratch(placed_[i], checker.regions[i]);
+    }
     each_copied([&](size_t i, Placed& placed, Region& region) {
       each_segment(region, [&](const Segment& segment, size_t begin) {
         if (!segment.output) return;
