@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-_TAG = re.compile(rb"nanobind_system_\w+")
+_TAG = re.compile(rb"(?:nanobind|v\d+\w*?)_system_\w+")  # since nanobind 3 and before
 
 
 def abi_tags(module: Path) -> list[str]:

@@ -1,0 +1,47 @@
+"""Runs the tests on the CPU kernels of arm64, under qemu-user: python tests/arm64/run.py [PYTEST ARGUMENTS]
+
+Without arguments, every test of the CPU that needs no compiler for the host. See build.py for what it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from arm64 import build  # noqa: E402
+
+# These compile for the host, or measure: not arm64's business.
+NOT_HERE = (
+    "arm64 bench cost cuda_compile emulator emulator_calibration macos_build metal_faults "
+    "shader_strict train_example"
+).split()
+
+
+def default_tests() -> list[str]:
+    excluded = {f"test_{name}.py" for name in NOT_HERE}
+    found = sorted((build.ROOT / "tests").glob("test_*.py"))
+    return [str(path) for path in found if path.name not in excluded]
+
+
+def run_pytest(python: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """pytest in the emulated Python, with DEVICE=cpu and an arm64 compiler for mx.compile; its output is kept."""
+    path = os.pathsep.join([str(build.BIN), os.environ.get("PATH", "")])
+    environment = os.environ | {"PATH": path, "DEVICE": "cpu"}
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-ra", *arguments]
+    return subprocess.run(command, cwd=build.ROOT, env=environment, text=True, capture_output=True)
+
+
+def main() -> int:
+    if missing := build.what_is_missing():
+        raise SystemExit(missing)
+    result = run_pytest(build.prepare(), sys.argv[1:] or default_tests())
+    print(result.stdout, result.stderr)
+    return result.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
