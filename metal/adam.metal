@@ -1,6 +1,9 @@
 // The Metal kernels of the fused update: load -> rule -> store, one pass over each buffer. The rule is adam_rule.h.
 // Compiled on the user's machine from the string that the build embeds; csrc/eval_metal.cpp adds the instantiations
 // for the dtypes it meets (P: parameter, G: gradient, S: m and v) and chooses kernel, buffers and grid.
+//
+// An element costs 4 loads and 3 stores, 28 bytes in float32 and 14 in 16 bits, and 8 products, 4 sums, a division and a
+// root: far less than a GPU computes while it moves them. docs/metal.md has the bandwidth to expect of each kernel.
 #include <metal_stdlib>
 
 #include "adam_args.h"
