@@ -27,20 +27,18 @@ def default_tests() -> list[str]:
     return [str(path) for path in found if path.name not in excluded]
 
 
-def run_pytest(python: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """pytest in the emulated Python, with DEVICE=cpu and an arm64 compiler for mx.compile; its output is kept."""
+def pytest_command(python: Path, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """pytest in the emulated Python: command and environment, with an arm64 compiler for mx.compile."""
     path = os.pathsep.join([str(build.BIN), os.environ.get("PATH", "")])
-    environment = os.environ | {"PATH": path, "DEVICE": "cpu"}
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-ra", *arguments]
-    return subprocess.run(command, cwd=build.ROOT, env=environment, text=True, capture_output=True)
+    return command, os.environ | {"PATH": path, "DEVICE": "cpu"}
 
 
 def main() -> int:
     if missing := build.what_is_missing():
         raise SystemExit(missing)
-    result = run_pytest(build.prepare(), sys.argv[1:] or default_tests())
-    print(result.stdout, result.stderr)
-    return result.returncode
+    command, environment = pytest_command(build.prepare(), sys.argv[1:] or default_tests())
+    return subprocess.run(command, cwd=build.ROOT, env=environment).returncode
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""float16 conversions by the processor's instructions give the bits of those in integer arithmetic, NaN staying NaN."""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def compile_and_run(folder: Path, compiler: str, options: list[str], launcher: list[str]) -> str:
+    program = folder / "half_conversions"
+    header = options[0]
+    command = [compiler, "-std=c++20", "-O2", "-ffp-contract=off", *options[1:]]
+    command += [f'-DHALF_HEADER="{header}"', f"-I{ROOT / 'csrc'}"]
+    source = ROOT / "tests/half_conversions.cpp"
+    subprocess.run([*command, str(source), "-o", str(program)], check=True)
+    result = subprocess.run([*launcher, str(program)], capture_output=True, text=True)
+    return result.stdout.strip() + result.stderr.strip()
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_on_this_processor(tmp_path):
+    if platform.machine() in ("arm64", "aarch64"):
+        options = ["half_neon.h"]
+    elif platform.machine() == "x86_64":
+        options = ["half_f16c.h", "-march=x86-64-v3"]
+    else:
+        pytest.skip(f"no conversions of its own for {platform.machine()}")
+    assert compile_and_run(tmp_path, "c++", options, []) == "equal"
+
+
+def test_on_arm64_emulated(tmp_path):
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
+    missing = [program for program in (compiler, emulator) if not shutil.which(program)]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    options = ["half_neon.h", "-static"]
+    assert compile_and_run(tmp_path, compiler, options, [emulator]) == "equal"
