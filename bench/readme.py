@@ -31,11 +31,12 @@ from bench.figures import (  # noqa: E402
     seconds,
 )
 from bench.names import OURS_COMPILED, STOCK_COMPILED  # noqa: E402
-from bench.saved import Results, bytes_text, number, seconds_text  # noqa: E402
+from bench.saved import Results, bytes_text, number, percent, seconds_text  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results" / "cpu.json"
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->).*?(<!-- end -->)", re.DOTALL)
+COLUMNS = saved.SUMMARY_COLUMNS.index("× torch") + 1  # of the summary, that README shows
 LARGE = 1_000_000  # elements from which one tensor's update is memory traffic and little else
 
 
@@ -59,27 +60,22 @@ def group(case: Case) -> tuple[str, ...]:
 
 
 def chosen(results: Results) -> list[Case]:
-    """The rows of the README's table: all sets of parameters, buffers of 16M, and each group's worst against torch."""
+    """The rows of the README's table: all sets of parameters, large float32 buffers, each group's worst against torch."""
     cases = updates(results)
     worst: dict[tuple[str, ...], Case] = {}
     for _, case in reversed(measured(cases, TIMES_TORCH)):
         worst[group(case)] = case
-    return [
-        case
-        for case in cases
-        if case["suite"] != "buffers"
-        or case["case"] == "4096×4096"
-        or case is worst.get(group(case))
-    ]
+
+    def is_chosen(case: Case) -> bool:
+        is_large = case["case"] == "4096×4096" and case["dtype"] == "float32"
+        return case["suite"] != "buffers" or is_large or case is worst.get(group(case))
+
+    return [case for case in cases if is_chosen(case)]
 
 
 def named(case: Case) -> str:
     layout = "" if case["gradient_layout"] == "autograd" else f", {case['gradient_layout']}"
     return f"{case['case']}, {case['dtype']}{layout}"
-
-
-def percent(x: float) -> str:
-    return f"{x:.0%}".replace("%", " %")
 
 
 def span(values: list[float], form: Callable[[float], str] = number) -> str:
@@ -111,14 +107,13 @@ def memory_range(results: Results) -> str:
 
 def update_memory(results: Results) -> str:
     large = [case for case in updates(results) if case["parameters"] >= LARGE]
-    most = max(extra for extra, _ in measured(large, extra_bytes))
-    stock = [
-        x
-        for x, _ in measured(
-            large, lambda c: figure(c, STOCK_COMPILED, "peak_extra_bytes_per_parameter")
-        )
-    ]
-    return f"at most {most:.0e} bytes per parameter; stock's compiled update allocates {span(stock, lambda x: f'{x:.0f}')}"
+    most = max(extra * case["parameters"] for extra, case in measured(large, extra_bytes))
+    key = "peak_extra_bytes_per_parameter"
+    stock = [x for x, _ in measured(large, lambda case: figure(case, STOCK_COMPILED, key))]
+    return (
+        f"at most {bytes_text(most)} in all, whatever the model; stock's compiled one "
+        f"{span(stock, lambda x: f'{x:.0f}')} bytes per parameter"
+    )
 
 
 def training(results: Results) -> str:
@@ -136,8 +131,8 @@ def training_words(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    columns = saved.SUMMARY_COLUMNS[:-2]
-    rows = [saved.summary_row(case)[:-2] for case in chosen(results)]
+    columns = saved.SUMMARY_COLUMNS[:COLUMNS]
+    rows = [saved.summary_row(case)[:COLUMNS] for case in chosen(results)]
     return saved.table(columns, rows, left=3)
 
 
@@ -186,7 +181,8 @@ def falls_short(results: Results) -> str:
     if probe:
         worst, case = probe[0]
         parts.append(
-            f"large tensors reach {span([x for x, _ in probe])} of the probe's speed, the least in {named(case)}"
+            f"large tensors reach {span([x for x, _ in probe])} of the speed of a probe, a loop that "
+            f"moves the same bytes; the least in {named(case)}"
         )
     slowest = measured(cases, TIMES_STOCK_COMPILED)[:1]
     if slowest and slowest[0][0] < 1.1:

@@ -48,14 +48,20 @@ def bytes_text(count: float | None) -> str:
         return "–"
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.0f} MB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+    if count >= 1e3:
+        return f"{count / 1e6:.0f} MB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+    return f"{count:.0f} bytes"
 
 
 def number(x: float | None) -> str:
-    """Two decimals below 10, one above."""
+    """Three digits or so."""
     if x is None:
         return "–"
-    return f"{x:.2f}" if x < 10 else f"{x:.1f}"
+    return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def percent(x: float | None) -> str:
+    return "–" if x is None else f"{100 * x:.0f} %".replace("-", "−")
 
 
 def table(columns: list[str], rows: Iterable[list[str]], left: int = 1) -> str:
@@ -99,10 +105,10 @@ def training_rows(case: Case) -> list[list[str]]:
                 case["case"],
                 how,
                 *map(bytes_text, peaks),
-                f"{1 - peaks[0] / peaks[1]:.0%}" if all(peaks) else "–",
+                percent(1 - peaks[0] / peaks[1] if all(peaks) else None),
                 *map(seconds_text, times),
                 number(times[1] / times[0] if all(times) else None),
-                *("–" if share is None else f"{share:.0%}" for share in shares),
+                *map(percent, shares),
             ]
         )
     return rows
