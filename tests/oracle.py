@@ -11,9 +11,10 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 from bench.reference import Settings, adam, exact, stepwise, to_numpy  # noqa: E402
+from emulator.hostile import scalar_error  # noqa: E402
 
 __all__ = [
-    "NUMPY_DTYPES", "Settings", "adam", "exact", "slack_of_scalars", "spacing", "stepwise", "store", "to_numpy"
+    "FLUSHED", "NUMPY_DTYPES", "Settings", "adam", "exact", "slack_on_gpu", "stepwise", "store", "to_numpy"
 ]  # fmt: skip
 
 NUMPY_DTYPES = {
@@ -29,28 +30,18 @@ def store(x: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
         return stepwise(x).astype(np.float32).astype(NUMPY_DTYPES[dtype]).astype(np.float64)
 
 
-def slack_of_scalars(w: np.ndarray, new_w: np.ndarray, step: int, s: Settings) -> np.ndarray:
-    """How far a GPU's scalars may move each element of the new parameter, in one step from ``w``.
+# What float32 numbers lose where a GPU flushes subnormal ones: a few of its smallest normal ones.
+FLUSHED = 4 * float(np.finfo(np.float32).tiny)
 
-    Metal's power may be 16 units in the last place off, its reciprocal square root a few. The difference from 1, of which
-    the bias corrections are made, multiplies that where beta ** step is near 1.
+
+def slack_on_gpu(w: np.ndarray, new_w: np.ndarray, step: int, s: Settings) -> np.ndarray:
+    """How far a GPU may be off the float32 value of each element of the new parameter, in one step from ``w``.
+
+    By its power and square root, of which the step's scalars are made, and by flushing an m that is divided by eps.
     """
-    if not s.bias_correction:
-        return np.zeros_like(new_w)
-    unit = 2.0**-23
-    powers = [beta**step for beta in (s.beta1, s.beta2)]
-    relative = 4 * unit + sum(16 * unit * power / (1 - power) for power in powers)
-    with np.errstate(invalid="ignore"):
-        update = np.abs(new_w - w * (1 - s.learning_rate * s.weight_decay))
-        slack = relative * update + unit * np.abs(new_w)
+    slack = np.full(new_w.shape, FLUSHED / s.eps if s.eps > 0 else 0.0)
+    if s.bias_correction:
+        with np.errstate(invalid="ignore"):
+            update = np.abs(new_w - w * (1 - s.learning_rate * s.weight_decay))
+            slack += scalar_error(s.beta1, s.beta2, step) * update + 2.0**-23 * np.abs(new_w)
     return np.where(np.isfinite(slack), slack, 0.0)
-
-
-def spacing(x: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
-    """The distance from each number that ``dtype`` holds to the next; 0 for float32."""
-    if dtype == mx.float32:
-        return np.zeros_like(x)
-    bits, smallest = {mx.bfloat16: (8, -126), mx.float16: (11, -14)}[dtype]
-    with np.errstate(divide="ignore"):
-        exponent = np.floor(np.log2(np.abs(np.where(np.isfinite(x), x, 0.0))))
-    return np.exp2(np.maximum(exponent, smallest) - (bits - 1))

@@ -165,10 +165,10 @@ def test_no_element_is_updated_twice(device, is_emulated, assert_equal, shape, d
     inputs.clear()
     mx.eval(results)
     assert [address(x) for x in results] == addresses
-    for name, actual, reference in zip(
-        "wmv", results, oracle.adam(*before, 1, settings, oracle.stepwise), strict=True
-    ):
-        assert_equal(actual, oracle.store(reference, dtype), name)
+    expected = oracle.adam(*before, 1, settings, oracle.stepwise)
+    slacks = (oracle.slack_on_gpu(before[0], expected[0], 1, settings), 0.0, 0.0)
+    for name, actual, reference, slack in zip("wmv", results, expected, slacks, strict=True):
+        assert_equal(actual, reference, name, slack)
 
 
 def test_a_buffer_in_another_order_is_not_taken_over(device):

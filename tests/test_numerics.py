@@ -57,9 +57,8 @@ def test_every_step_equals_the_oracle(assert_equal, shape, dtypes, settings, see
         before = [oracle.to_numpy(x) for x in (w, g, m, v)]
         new = oracle.adam(*before, step, settings, oracle.stepwise)
         w, m, v = fused.adam_update(w, g, m, v, **settings.arguments(step))
-        slacks = (oracle.slack_of_scalars(before[0], new[0], step, settings), 0.0, 0.0)
+        slacks = (oracle.slack_on_gpu(before[0], new[0], step, settings), 0.0, 0.0)
         for name, actual, expected, slack in zip("wmv", (w, m, v), new, slacks, strict=True):
-            expected = oracle.store(expected, actual.dtype)
             assert_equal(actual, expected, f"{name} after step {step}", slack)
             assert actual.dtype == (parameter_dtype if name == "w" else state_dtype)
 
@@ -77,9 +76,9 @@ def test_special_values_pass_as_ieee_says(assert_equal, dtype):
     before = [oracle.to_numpy(x) for x in (w, g, m, v)]
     new = oracle.adam(*before, 3, settings, oracle.stepwise)
     results = fused.adam_update(w, g, m, v, **settings.arguments(3))
-    slacks = (oracle.slack_of_scalars(before[0], new[0], 3, settings), 0.0, 0.0)
+    slacks = (oracle.slack_on_gpu(before[0], new[0], 3, settings), 0.0, 0.0)
     for name, actual, expected, slack in zip("wmv", results, new, slacks, strict=True):
-        assert_equal(actual, oracle.store(expected, dtype), name, slack)
+        assert_equal(actual, expected, name, slack)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
@@ -105,7 +104,7 @@ def test_16_bit_stores_round_to_nearest_even(assert_equal, dtype):
     g = np.concatenate(near).astype(np.float32)
     zeros = mx.zeros(g.shape, dtype)
     _, m, _ = fused.adam_update(zeros, mx.array(g), zeros, zeros, 0.0, betas=(0.0, 0.5))
-    assert_equal(m, oracle.store(g, dtype), "m")
+    assert_equal(m, g, "m")
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)

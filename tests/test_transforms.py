@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import mlx_fused_adam as fused
 import oracle
+from emulator.hostile import scalar_error
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -37,9 +38,13 @@ def arguments(shape=(5, 7), seed=0):
     return w, g, m, mx.abs(v), mx.array(0.03), mx.array(4.0)
 
 
+# A few roundings, and what the power of a GPU may do to the bias correction of `arguments`.
+TOLERANCE = 2e-5 + scalar_error(0.9, 0.99, 4)
+
+
 def assert_close(actual, expected, what):
     np.testing.assert_allclose(
-        np.array(actual), np.array(expected), rtol=2e-5, atol=1e-6, err_msg=what
+        np.array(actual), np.array(expected), rtol=TOLERANCE, atol=1e-6, err_msg=what
     )
 
 
