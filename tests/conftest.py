@@ -116,6 +116,12 @@ def is_hostile(device: str) -> bool:
     return (device == "emulated" or IS_EMULATED_GPU) and bool(hostile.active())
 
 
+@pytest.fixture
+def backend_name(device: str, is_emulated: bool) -> str:
+    """What an optimizer's `backend` says on the test's device."""
+    return "metal (emulated)" if is_emulated else {"cpu": "cpu", "gpu": "metal"}[device]
+
+
 @pytest.fixture(scope="session")
 def process_device() -> str:
     """ "cpu" or "gpu": MLX's device on which the processes that a test starts are to run."""
