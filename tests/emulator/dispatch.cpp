@@ -272,9 +272,6 @@ class Run {
           std::memset(region.begin + begin, kPoison, segment.end - begin);
         }
       });
-      for (auto b : placed.bindings) {
-        if (b->change) b->change(region.begin + (b->start() - placed.original));
-      }
       size_t cells = is_written(region) ? ((region.size - 1) >> region.element_shift) + 1 : 0;
       region.cells.assign(region.size ? cells : 0, DeviceCell());
     });
@@ -428,20 +425,6 @@ void validate(const Dispatch& dispatch) {
       refuse("threadgroup memory " + number(indices[i]) + " has no length");
     }
   }
-}
-
-static thread_local const ChangedInput* changed_input = nullptr;
-
-ChangedInput::ChangedInput(const void* data, std::function<void(char*)> change)
-    : data_(data), change_(std::move(change)) {
-  changed_input = this;
-}
-
-ChangedInput::~ChangedInput() { changed_input = nullptr; }
-
-std::function<void(char*)> ChangedInput::of(const void* data) {
-  bool is_it = changed_input && changed_input->data_ == data;
-  return is_it ? changed_input->change_ : nullptr;
 }
 
 std::unique_lock<std::mutex> exclusive() { return std::unique_lock(mutex); }

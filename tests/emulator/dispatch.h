@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -24,8 +23,6 @@ struct Binding {
       0;  // of data in its allocation, which on Metal starts at a page: decides the alignment
   size_t element_size = 1;
   bool input = false, output = false;
-  // What the kernel sees of an input otherwise than it is; gets the copy that the kernel will read.
-  std::function<void(char*)> change;
   std::vector<char> bytes;  // of set_bytes: the data itself, in place of data and size
 
   char* start() const { return bytes.empty() ? data : const_cast<char*>(bytes.data()); }
@@ -58,22 +55,6 @@ struct Statistics {
   std::map<std::string, uint64_t> by_kernel;
 };
 Statistics statistics();
-
-// While it lives, what this thread encodes sees the array at `data` changed: the copy that a kernel reads goes through
-// `change` first. One at a time.
-class ChangedInput {
- public:
-  ChangedInput(const void* data, std::function<void(char*)> change);
-  ~ChangedInput();
-  ChangedInput(const ChangedInput&) = delete;
-  ChangedInput& operator=(const ChangedInput&) = delete;
-
-  static std::function<void(char*)> of(const void* data);
-
- private:
-  const void* data_;
-  std::function<void(char*)> change_;
-};
 
 // Held while a dispatch runs, and while a library is loaded, whose initialisers the checker must not see.
 std::unique_lock<std::mutex> exclusive();

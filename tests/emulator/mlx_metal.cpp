@@ -58,7 +58,6 @@ void CommandEncoder::bind(const array& a, int index, int64_t offset, bool is_out
     binding.size = size_t(high - start);
     binding.first = size_t(offset - start);
     binding.offset = size_t(a.offset() + start);
-    binding.change = emulator::ChangedInput::of(binding.data);
   }
   binding.element_size = a.itemsize();
   binding.input = !is_output;
