@@ -8,6 +8,7 @@ once, by debootstrap and pip. Everything lands in build/arm64. The CPU kernels o
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -74,7 +75,6 @@ def fetch_system() -> None:
         return
     unfinished = CACHE / "system-unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    CACHE.mkdir(parents=True, exist_ok=True)
     options = ["--foreign", "--arch=arm64", "--variant=minbase", f"--include={PACKAGES}"]
     try:
         _run("debootstrap", *options, RELEASES[sys.version_info[:2]], unfinished)
@@ -152,15 +152,18 @@ def build() -> Path:
 
 def prepare() -> Path:
     """Brings all of it up to date and returns the python to run."""
-    fetch_system()
-    fetch_packages()
-    write_programs()
-    wheel = build()
-    site = site_packages()
-    for old in site.glob("mlx_fused_adam*"):
-        shutil.rmtree(old)
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fetch_system()
+        fetch_packages()
+        write_programs()
+        wheel = build()
+        site = site_packages()
+        for old in site.glob("mlx_fused_adam*"):
+            shutil.rmtree(old)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
     return BIN / "python"
 
 
