@@ -72,7 +72,7 @@ struct AdamRule {
   }
 };
 
-// The same traffic with next to no arithmetic: the benchmark's speed of light.
+// The same traffic with next to no arithmetic: the benchmark's probe.
 struct TrafficRule {
   template <typename T>
   static ADAM_FUNCTION AdamState<T> step(AdamState<T> old, T gradient, AdamScalars<T>,
