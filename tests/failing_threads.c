@@ -7,7 +7,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-typedef int (*Create)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+typedef int (*Create)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
 
 static atomic_int allowed = INT_MAX;
 static atomic_int refused;
@@ -15,7 +15,8 @@ static atomic_int refused;
 void allow_threads(int count) { allowed = count; }
 int threads_refused(void) { return refused; }
 
-int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *), void *argument) {
+int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
+                   void* argument) {
   int left = allowed;
   while (left > 0 && left < INT_MAX && !atomic_compare_exchange_weak(&allowed, &left, left - 1)) {
   }
