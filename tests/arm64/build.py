@@ -108,12 +108,14 @@ def write_programs() -> None:
     """A python that is the emulated one, child processes included, and the g++ that mx.compile calls."""
     shutil.rmtree(BIN, ignore_errors=True)
     BIN.mkdir(parents=True)
+    (CACHE / "tmp").mkdir(exist_ok=True)
     site = site_packages()
     settings = {
         "PYTHONHOME": SYSTEM / "usr",
         "PYTHONPATH": site,
         "PYTHONDONTWRITEBYTECODE": 1,
         "LD_LIBRARY_PATH": site / "mlx/lib",
+        "TMPDIR": CACHE / "tmp",  # mx.compile keeps libraries in it, which the host must not meet
     }
     guest = " ".join(f"-E {name}='{value}'" for name, value in settings.items())
     interpreter = SYSTEM / f"usr/bin/python{python_version()}"
