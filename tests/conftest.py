@@ -84,10 +84,14 @@ def emulator():
     return build.load_emulator()
 
 
+_known: dict[str, dict] = {}
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on the named device; its value is the name."""
-    monkeypatch.setattr(_backends, "_known", {})
+    # Self-checked once for all tests; test_self_check.py begins anew.
+    monkeypatch.setattr(_backends, "_known", _known.setdefault(request.param, {}))
     if request.param == "emulated" and DEVICE is None:
         emulated = request.getfixturevalue("emulated_extension")
         for module in (_backends, _operation, _optimizers):

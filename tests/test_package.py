@@ -155,14 +155,14 @@ def test_the_rule_stands_once():
     assert holders == ["adam_rule.h"]
 
 
-def test_the_report():
+def test_the_report(process_device, process_backend):
     result = subprocess.run(
         [sys.executable, "-m", "mlx_fused_adam"], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
     for part in (
         _build_info.MLX_VERSION,
-        "cpu: cpu",
+        f"{process_device}: {process_backend}",
         "bfloat16 ",
         "every kernel is right",
         "stock compiled",

@@ -13,9 +13,13 @@ import pytest
 import mlx_fused_adam as fused
 from mlx_fused_adam import _backends, _operation, _optimizers, _self_check
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = pytest.mark.usefixtures("device", "unchecked")
 
-NAMES = {"cpu": "cpu", "gpu": "metal", "emulated": "metal (emulated)"}
+
+@pytest.fixture
+def unchecked(device, monkeypatch):
+    """Nothing has been checked yet."""
+    monkeypatch.setattr(_backends, "_known", {})
 
 
 class Faulty:
@@ -94,19 +98,18 @@ def broken(request, extension, monkeypatch):
     return request.param
 
 
-def test_the_kernel_passes(device):
+def test_the_kernel_passes(backend_name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backend = fused.Adam(0.1).backend
-    assert backend == NAMES[device]
+    assert backend == backend_name
 
 
 @pytest.mark.parametrize("dtypes", [
     (mx.float32, mx.bfloat16, mx.float32), (mx.bfloat16,) * 3, (mx.float16, mx.float16, mx.bfloat16)
 ], ids=_self_check.names)  # fmt: skip
-def test_kernels_pass_in_16_bits(extension, device, dtypes):
-    kind = mx.gpu if device == "gpu" else mx.cpu
-    assert _self_check.run(extension, kind, dtypes) is None
+def test_kernels_pass_in_16_bits(extension, dtypes):
+    assert _self_check.run(extension, mx.default_device().type, dtypes) is None
 
 
 def test_a_broken_kernel_leaves_the_work_to_stock(broken):
@@ -130,7 +133,7 @@ def test_a_broken_kernel_leaves_the_work_to_stock(broken):
     np.testing.assert_allclose(np.array(w), 0.9, rtol=1e-6)
 
 
-def test_only_the_dtypes_that_fail_fall_back(extension, device, monkeypatch):
+def test_only_the_dtypes_that_fail_fall_back(extension, backend_name, monkeypatch):
     """As on a GPU without bfloat: float32 still runs fused, in the same tree."""
 
     def no_bfloat(results, step, wide):
@@ -143,13 +146,13 @@ def test_only_the_dtypes_that_fail_fall_back(extension, device, monkeypatch):
     parameters = {"half": mx.ones(5, mx.bfloat16), "single": mx.ones(5)}
     optimizer.init(parameters)
     gradients = {k: mx.full((5,), 0.25, p.dtype) for k, p in parameters.items()}
-    assert optimizer.backend == NAMES[device]
+    assert optimizer.backend == backend_name
     with pytest.warns(RuntimeWarning, match="leaves updates of bfloat16 on the"):
         # Asked apart, since the stand-in spoils all of a call.
         half = optimizer.apply_gradients({"half": gradients["half"]}, parameters)
     backend = _backends.backend_of()
     assert not backend.is_fused(*[mx.bfloat16] * 3) and backend.is_fused(*[mx.float32] * 3)
-    assert optimizer.backend.startswith(f"{NAMES[device]} (but stock for bfloat16: self-check")
+    assert optimizer.backend.startswith(f"{backend_name} (but stock for bfloat16: self-check")
     monkeypatch.undo()
     assert half["half"].dtype == optimizer.state["half"]["v"].dtype == mx.bfloat16
     # 0.9, to bfloat16's nearest: the update of 16-bit tensors is float32 arithmetic without a kernel too.
@@ -234,9 +237,9 @@ def test_an_unknown_back_end_is_an_error_at_import():
     assert "but got 'cuda'" in result.stderr
 
 
-def test_a_forced_back_end_does_not_fall_back(extension, monkeypatch, device):
+def test_a_forced_back_end_does_not_fall_back(extension, monkeypatch, backend_name):
     install(monkeypatch, extension, give_nan)
-    monkeypatch.setenv("MLX_FUSED_ADAM_BACKEND", NAMES[device].split()[0])
+    monkeypatch.setenv("MLX_FUSED_ADAM_BACKEND", backend_name.split()[0])
     parameters = {"w": mx.ones(3)}
     optimizer = fused.Adam(0.1)
     optimizer.init(parameters)
