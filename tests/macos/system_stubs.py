@@ -22,6 +22,7 @@ OLDER_LIBCXX = {
     "__ZNSt11logic_errorD1Ev",
     "__ZNSt11logic_errorD2Ev",
     "__ZTISt11logic_error",
+    "__ZTINSt3__112system_errorE",
     # atomic<T>::wait and its kin
     "__ZNSt3__120__libcpp_atomic_waitEPVKvx",
     "__ZNSt3__123__cxx_atomic_notify_allEPVKv",
