@@ -396,9 +396,14 @@ def test_numpy_parameters_and_moments_are_taken(device):
         # Stock hands a NumPy parameter back as one.
         states.append(tree_map(mx.array, {"new": new, "state": optimizer.state}))
     assert_same_tree(*states)
-    x = np.full(3, 0.5, np.float32)
-    for actual in fused.adam_update(x, mx.array(x), x, x, 0.1):
-        assert isinstance(actual, mx.array)
+    x = np.linspace(0.1, 0.5, 3, dtype=np.float32)
+    for y in (x, x[::-1]):
+        actual = fused.adam_update(y, mx.ones(3), y, y, 0.1)
+        expected = fused.adam_update(
+            *map(mx.array, (y.copy(), np.ones(3), y.copy(), y.copy())), 0.1
+        )
+        for a, e in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(np.array(a), np.array(e))
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["first step", "later step"])
@@ -434,6 +439,45 @@ def test_a_refused_step_is_rolled_back(fresh, spoil, message):
     new = optimizer.apply_gradients(gradients, parameters)
     assert_same_tree(new, reference.apply_gradients(gradients, parameters))
     assert_same_tree(optimizer.state, reference.state)
+
+
+class Doubled(fused.Adam):
+    """A subclass with a rule of its own, which goes from leaf to leaf."""
+
+    def apply_single(self, gradient, parameter, state):
+        return super().apply_single(gradient * 2, parameter, state)
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["first step", "later step"])
+def test_a_refused_step_of_a_subclass_is_rolled_back(fresh):
+    optimizer, reference = Doubled(0.1), Doubled(0.1)
+    parameters = {"a": mx.ones(2), "b": mx.ones(3)}
+    if not fresh:
+        for o in (optimizer, reference):
+            o.apply_gradients(parameters, parameters)
+    before = tree_map(lambda x: x, optimizer.state)
+    with pytest.raises(ValueError, match="must have the parameter's shape"):
+        optimizer.apply_gradients({"a": mx.ones(2), "b": mx.ones(4)}, parameters)
+    assert_same_tree(optimizer.state, before)
+    new = optimizer.apply_gradients(parameters, parameters)
+    assert_same_tree(new, reference.apply_gradients(parameters, parameters))
+
+
+class Needy(tuple):
+    """Cannot be made of a list of its items."""
+
+    def __new__(cls, a, b):
+        return tuple.__new__(cls, (a, b))
+
+
+def test_a_tree_that_cannot_be_rebuilt_leaves_the_moments_alone():
+    optimizer = fused.Adam(0.1)
+    optimizer.init({"l": [mx.ones(2), mx.ones(3)]})
+    before = tree_map(lambda x: x, optimizer.state)
+    parameters = {"l": Needy(mx.ones(2), mx.ones(3))}
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        optimizer.apply_gradients(parameters, parameters)
+    assert_same_tree(optimizer.state, before)
 
 
 def test_an_interrupted_schedule_is_rolled_back():

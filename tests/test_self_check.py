@@ -219,6 +219,12 @@ def test_the_environment_forces_stock():
     assert str(expected["w"].tolist()) in result.stdout
 
 
+def test_forced_stock_operations_run_where_they_are_asked_to():
+    backend = _backends.Backend(None, "forced", mx.gpu, is_forced=True)
+    assert backend.place(mx.cpu) == mx.cpu and backend.place(None) is None
+    assert _backends.Backend("cpu", None, mx.cpu, is_forced=True).place(mx.gpu) == mx.cpu
+
+
 @pytest.mark.parametrize("asked", ["cpu", "metal"])
 def test_the_environment_forces_a_back_end(asked):
     result = run(UPDATE, MLX_FUSED_ADAM_BACKEND=asked)

@@ -79,7 +79,10 @@ def as_array(what: str, x: Any, path: str = "") -> mx.array:
     if what == "gradient" or not hasattr(x, "__array__"):
         leaf = f" of {path}" if path else ""
         raise TypeError(f"[adam_update] {what}{leaf} must be an array but got {_described(x)}")
-    return mx.array(x)
+    try:
+        return mx.array(x)
+    except (BufferError, ValueError):  # strides that MLX does not take
+        return mx.array(x.copy())
 
 
 def _described(x: Any) -> str:

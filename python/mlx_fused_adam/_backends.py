@@ -48,7 +48,9 @@ class Backend:
         return self._verdict((parameter, gradient, state)) is None
 
     def place(self, asked: Place) -> Place:
-        """Where to run what is asked to run there: another device if one is forced."""
+        """Where to run what is asked to run there: another device if a kernel of one is forced."""
+        if self.name is None:
+            return asked
         return self.kind if self.is_forced and _kind(asked) != self.kind else asked
 
     def check(self, dtypes: Dtypes = _PLAIN) -> str | None:

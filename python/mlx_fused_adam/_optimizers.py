@@ -71,12 +71,14 @@ class _Fused(_StockOptimizer):
             ValueError: If a gradient's shape or dtype does not fit, or there is no such parameter; names the path.
             TypeError: If something among gradients or parameters is no array, naming the path.
         """
-        if getattr(self.apply_single, "__func__", None) is not _Fused.apply_single:
-            # A subclass or an instance brings a rule of its own for single parameters.
-            return super().apply_gradients(gradients, parameters)
+        # A subclass or an instance may bring a rule of its own for single parameters, which changes state as it goes.
+        has_own_rule = getattr(self.apply_single, "__func__", None) is not _Fused.apply_single
         was_initialized = self._initialized
-        before = dict(self._state) if was_initialized else tree_map(lambda x: x, self._state)
+        copy_all = has_own_rule or not was_initialized
+        before = tree_map(lambda x: x, self._state) if copy_all else dict(self._state)
         try:
+            if has_own_rule:
+                return super().apply_gradients(gradients, parameters)
             if not was_initialized:
                 self.init(gradients)
             step = self.step
@@ -105,19 +107,25 @@ class _Fused(_StockOptimizer):
         except AttributeError:  # not even an array; named below
             others = [0]
         try:
-            new = self._apply_mixed(walk) if others else self._update_all(walk)
+            new, states = self._apply_mixed(walk) if others else self._apply_fused(walk)
         except TypeError:
             if others:
                 raise
-            new = self._apply_mixed(walk)  # NumPy moments, or the error that names what is no array
+            # NumPy moments, or the error that names what is no array.
+            new, states = self._apply_mixed(walk)
         walk.fill(new)
-        return walk.result()
+        result = walk.result()
+        # Only once nothing can go wrong any more.
+        for old, changed in zip(walk.states, states, strict=True):
+            old.update(changed)
+        return result
 
-    def _apply_mixed(self, walk: Walk) -> list[mx.array]:
-        """Where not all leaves are what the kernels take: NumPy arrays are converted, other dtypes go to stock.
+    def _apply_fused(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
+        """New parameters, and what is new in their states."""
+        return self._update(walk.gradients, walk.parameters, walk.states, walk.path)
 
-        States change only once everything has been accepted.
-        """
+    def _apply_mixed(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
+        """The same where not all leaves are what the kernels take: NumPy arrays are converted, other dtypes go to stock."""
         fused, others = [], []
         for i, (parameter, gradient, state) in enumerate(
             zip(walk.parameters, walk.gradients, walk.states, strict=True)
@@ -128,19 +136,15 @@ class _Fused(_StockOptimizer):
             moments = {name: as_array(name, state[name], path) for name in _MOMENTS}
             leaves = fused if parameter.dtype in _FUSED_DTYPES else others
             leaves.append((i, gradient, parameter, {**state, **moments}))
-        new: dict[int, mx.array] = {}
+        new: dict[int, tuple[mx.array, dict]] = {}
         for i, gradient, parameter, state in others:
-            new[i] = super().apply_single(gradient, parameter, state)
+            new[i] = (super().apply_single(gradient, parameter, state), state)
         if fused:
             indices, gradients, parameters, states = map(list, zip(*fused, strict=True))
             updated = self._update(gradients, parameters, states, lambda k: walk.path(indices[k]))
-            new.update(zip(indices, updated, strict=True))
-        for i, _, _, state in (*fused, *others):
-            walk.states[i].update(state)
-        return [new[i] for i in range(len(new))]
-
-    def _update_all(self, walk: Walk) -> list[mx.array]:
-        return self._update(walk.gradients, walk.parameters, walk.states, walk.path)
+            new.update(zip(indices, zip(*updated, strict=True), strict=True))
+        leaves = [new[i] for i in range(len(new))]
+        return [parameter for parameter, _ in leaves], [state for _, state in leaves]
 
     def _update(
         self,
@@ -148,7 +152,7 @@ class _Fused(_StockOptimizer):
         parameters: Sequence[mx.array],
         states: Sequence[dict],
         name: Callable[[int], str],
-    ) -> list[mx.array]:
+    ) -> tuple[list[mx.array], list[dict]]:
         beta1, beta2 = self.betas
         backend = backend_of()
         new_parameters, new_m, new_v = _ext.adam_update(
@@ -167,10 +171,7 @@ class _Fused(_StockOptimizer):
             stream=backend.place(None),
             name=name,
         )
-        for state, m, v in zip(states, new_m, new_v, strict=True):
-            state["m"] = m
-            state["v"] = v
-        return new_parameters
+        return new_parameters, [{"m": m, "v": v} for m, v in zip(new_m, new_v, strict=True)]
 
 
 class Adam(_Fused, _StockAdam):

@@ -17,7 +17,7 @@ from arm64 import build  # noqa: E402
 # These compile for the host, or measure: not arm64's business.
 NOT_HERE = (
     "arm64 bench cost cuda_compile emulator emulator_calibration hostile_gpu macos_build metal_faults "
-    "shader_strict train_example"
+    "readme shader_strict train_example"
 ).split()
 
 
