@@ -189,7 +189,7 @@ def test_updates_of_one_compiled_graph_stay_apart(uses, second):
 
 
 @pytest.mark.parametrize("bias_correction", [False, True])
-def test_tracing_is_no_step(bias_correction):
+def test_tracing_is_no_step(bias_correction, device, is_hostile):
     """Step, schedule and bias correction of a compiled loop, traced again for a second shape, are those of an eager one."""
     w = {"w": mx.random.normal((3, 5))}
 
@@ -208,6 +208,14 @@ def test_tracing_is_no_step(bias_correction):
             run(mx.ones((rows, 3)))
             mx.eval(state)
             yield optimizer.state, parameters
+
+    # On a GPU the compiled loop's power is another kernel than the eager one's; near 1 - beta2 its error is a thousandth.
+    rtol = 5e-3 if bias_correction and (device == "gpu" or is_hostile) else 2e-5
+
+    def assert_close(actual, expected, what):
+        np.testing.assert_allclose(
+            np.array(actual), np.array(expected), rtol=rtol, atol=rtol / 20, err_msg=what
+        )
 
     loops = zip(loop(True), loop(False), strict=True)
     for count, ((state, parameters), (expected_state, expected)) in enumerate(loops, 1):
