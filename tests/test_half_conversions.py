@@ -15,7 +15,7 @@ def compile_and_run(folder: Path, compiler: str, options: list[str], launcher: l
     header = options[0]
     command = [compiler, "-std=c++20", "-O2", "-ffp-contract=off", *options[1:]]
     command += [f'-DHALF_HEADER="{header}"', f"-I{ROOT / 'csrc'}"]
-    source = ROOT / "tests/half_conversions.cpp"
+    source = ROOT / "tests/native/half_conversions.cpp"
     subprocess.run([*command, str(source), "-o", str(program)], check=True)
     result = subprocess.run([*launcher, str(program)], capture_output=True, text=True)
     return result.stdout.strip() + result.stderr.strip()

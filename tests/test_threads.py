@@ -1,6 +1,6 @@
 """Where the system makes fewer threads than asked for, updates are as right as with one thread, and nothing piles up.
 
-failing_threads.c stands between the package and the system, so Linux only; each program has a process of its own.
+native/failing_threads.c stands between the package and the system, so Linux only; each program has a process of its own.
 """
 
 import os
@@ -83,7 +83,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("needs a C compiler")
     file = tmp_path_factory.mktemp("threads") / "failing_threads.so"
-    source = Path(__file__).parent / "failing_threads.c"
+    source = Path(__file__).parent / "native/failing_threads.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", file, source, "-ldl"], check=True)
     return file
 
