@@ -180,8 +180,10 @@ def test_moments_are_those_of_stock_on_the_same_device(device, is_hostile, bias_
 @pytest.mark.parametrize("schedule", [False, True], ids=["constant", "scheduled"])
 @pytest.mark.parametrize("bias_correction", [False, True], ids=["plain", "corrected"])
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_1000_steps_are_bit_identical_to_stock(device, is_hostile, name, bias_correction, schedule):
-    """Parameters and state of a small transformer, after every step."""
+def test_1000_steps_are_bit_identical_to_stock(
+    device, is_emulated, is_hostile, name, bias_correction, schedule
+):
+    """Parameters and state of a small transformer, after every step; the first 200 where every access is checked."""
     if device == "gpu" or is_hostile:
         pytest.skip(
             "on a GPU m and v of one step are bit-identical, but a parameter may be a rounding off, and all that follows"
@@ -194,7 +196,8 @@ def test_1000_steps_are_bit_identical_to_stock(device, is_hostile, name, bias_co
             learning_rate, betas=[0.9, 0.99], bias_correction=bias_correction, **options
         )
 
-    runs = zip(train(make(stock), 1000), train(make(fused), 1000), strict=True)
+    steps = 200 if is_emulated else 1000
+    runs = zip(train(make(stock), steps), train(make(fused), steps), strict=True)
     for step, (expected, actual) in enumerate(runs, 1):
         assert expected.keys() == actual.keys()
         same = mx.stack([mx.array_equal(expected[k], actual[k]) for k in expected])
