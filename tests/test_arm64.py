@@ -45,9 +45,9 @@ def test_every_layout_and_dtype_gives_the_bits_of_this_processor(arm64_python):
 
 
 def test_a_part_of_the_suite_passes(arm64_python):
-    """Transforms and in-place updates, mx.compile included; without large matrix products, which take minutes here."""
+    """In-place updates, mx.compile included; without large matrix products, which take minutes here."""
     selection = ["-k", "not ordinary_loop and not stays_alive"]
-    files = ["tests/test_transforms.py", "tests/test_in_place.py"]
+    files = ["tests/test_in_place.py"]
     command, environment = run.pytest_command(arm64_python, ["-q", *selection, *files])
     result = subprocess.run(
         command, cwd=build.ROOT, env=environment, capture_output=True, text=True
