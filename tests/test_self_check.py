@@ -177,10 +177,13 @@ import mlx_fused_adam as fused
 """
 USERS_ERROR = """
 mx.set_default_device(mx.cpu)
-bad = mx.linalg.inv(mx.zeros((3, 3)))
+slow = mx.ones((500, 500))
+mx.eval(slow)
+# The error comes once async_eval has returned, which would else raise it itself.
+bad = mx.linalg.inv((slow @ slow)[:3, :3] * 0)
 mx.async_eval(bad)
 import time
-time.sleep(0.5)
+time.sleep(2)
 print(fused.Adam(0.1).backend)
 try:
     mx.synchronize()
