@@ -127,10 +127,9 @@ class _Fused(_StockOptimizer):
     def _apply_mixed(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
         """The same where not all leaves are what the kernels take: NumPy arrays are converted, other dtypes go to stock."""
         fused, others = [], []
-        for i, (parameter, gradient, state) in enumerate(
-            zip(walk.parameters, walk.gradients, walk.states, strict=True)
-        ):
-            path = walk.path(i)
+        paths = walk.paths()
+        columns = zip(paths, walk.parameters, walk.gradients, walk.states, strict=True)
+        for i, (path, parameter, gradient, state) in enumerate(columns):
             parameter = as_array("parameter", parameter, path)
             gradient = as_array("gradient", gradient, path)
             moments = {name: as_array(name, state[name], path) for name in _MOMENTS}
@@ -141,7 +140,7 @@ class _Fused(_StockOptimizer):
             new[i] = (super().apply_single(gradient, parameter, state), state)
         if fused:
             indices, gradients, parameters, states = map(list, zip(*fused, strict=True))
-            updated = self._update(gradients, parameters, states, lambda k: walk.path(indices[k]))
+            updated = self._update(gradients, parameters, states, lambda k: paths[indices[k]])
             new.update(zip(indices, zip(*updated, strict=True), strict=True))
         leaves = [new[i] for i in range(len(new))]
         return [parameter for parameter, _ in leaves], [state for _, state in leaves]

@@ -71,9 +71,13 @@ class Walk:
             container[key] = kind(*items) if hasattr(kind, "_fields") else kind(items)
         return self._root[""]
 
+    def paths(self) -> list[str]:
+        """The path of each leaf, as in ``layers.0.weight``."""
+        return [path or "the parameter" for path, _ in tree_flatten(self._tree)]
+
     def path(self, leaf: int) -> str:
-        """The path of a leaf, as in ``layers.0.weight``."""
-        return tree_flatten(self._tree)[leaf][0] or "the parameter"
+        """The path of one leaf, for an error."""
+        return self.paths()[leaf]
 
 
 def _missing(gradients: Any, tree: Any, path: str = "") -> str | None:
