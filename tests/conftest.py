@@ -24,7 +24,7 @@ IS_EMULATED_GPU = DEVICE == "gpu" and os.environ.get("FUSED_ADAM_EMULATED_GPU") 
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle  # noqa: E402
-from emulator import build, hostile  # noqa: E402
+from emulator import build, hostile, project_shader  # noqa: E402
 
 if DEVICE == "emulated" or IS_EMULATED_GPU:
     build.enter()  # before the package is imported
@@ -106,6 +106,32 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def mx_device(name: str) -> mx.DeviceType:
     """The emulated Metal path runs on MLX's CPU streams, whatever it is called."""
     return mx.gpu if name == "gpu" and not IS_EMULATED_GPU else mx.cpu
+
+
+@pytest.fixture
+def on_the_cpu_stream() -> Iterator[None]:
+    """Where the emulator runs shaders."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.fixture
+def plant(emulator):
+    """Replaces a text in the project's shader, which must be there, until the test ends."""
+    shader = "".join(
+        (project_shader.ROOT / name).read_text()
+        for name in ("metal/adam.metal", "metal/adam_args.h", "csrc/adam_rule.h")
+    )
+
+    def plant(text: str, replacement: str) -> None:
+        assert text in shader, f"the shader no longer holds {text!r}; plant this fault elsewhere"
+        emulator.replace_in_shaders(text, replacement)
+
+    yield plant
+    emulator.replace_in_shaders("", "")
+    emulator.settle()
 
 
 @pytest.fixture

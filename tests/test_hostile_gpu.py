@@ -22,18 +22,7 @@ SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 NOT_SCALARS = sorted(hostile.DEFAULT - {"scalars"})
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu_stream():
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
-
-
-@pytest.fixture
-def plant(emulator):
-    yield emulator.replace_in_shaders
-    emulator.replace_in_shaders("", "")
+pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
 
 KERNELS = """

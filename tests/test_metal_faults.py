@@ -13,21 +13,10 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
-from emulator import hostile, project_shader
+from emulator import hostile
 from mlx_fused_adam import _ext
 
-SHADER = "".join(
-    (project_shader.ROOT / name).read_text()
-    for name in ("metal/adam.metal", "metal/adam_args.h", "csrc/adam_rule.h")
-)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu_stream():
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
+pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
 
 @pytest.fixture
@@ -56,19 +45,6 @@ def run_updates(extension, *lists: list[mx.array]) -> list[list[mx.array]]:
 
 def run_update(extension, *tensor: mx.array) -> list[mx.array]:
     return [result[0] for result in run_updates(extension, *([x] for x in tensor))]
-
-
-@pytest.fixture
-def plant(emulator):
-    """Replaces a text in the shader, which must be there, until the test ends."""
-
-    def plant(text: str, replacement: str) -> None:
-        assert text in SHADER, f"the shader no longer holds {text!r}; plant this fault elsewhere"
-        emulator.replace_in_shaders(text, replacement)
-
-    yield plant
-    emulator.replace_in_shaders("", "")
-    emulator.settle()
 
 
 def assert_same_bits(actual: list[mx.array], expected: list[mx.array]) -> None:
