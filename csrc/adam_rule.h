@@ -1,27 +1,9 @@
 // The Adam update of one element: the only place where its arithmetic stands.
 // Method: Kingma & Ba 2015 (Adam) and Loshchilov & Hutter 2019 (decoupled weight decay), in the order of operations of
 // mlx.optimizers. Every back end loads, calls a rule's step and stores; by value throughout, so valid C++14, MSL and CUDA.
-//
-// Every operation is rounded once, on every device, so that float32 results are equal bit for bit. On Metal that takes two
-// things: no fused multiply-add, which its compiler forms unless told otherwise, and the correctly rounded square root
-// instead of the fast one, which plain sqrt means there. Products are statements of their own, so that a compiler which
-// fuses within an expression only finds none to fuse.
 #pragma once
 
-#if defined(__METAL_VERSION__)
-#include <metal_stdlib>
-#pragma METAL fp contract(off)
-namespace adam_math = metal::precise;
-#define ADAM_FUNCTION inline
-#else
-#include <cmath>
-namespace adam_math = std;
-#if defined(__CUDACC__)
-#define ADAM_FUNCTION __host__ __device__ inline
-#else
-#define ADAM_FUNCTION inline
-#endif
-#endif
+#include "device_math.h"
 
 namespace fused_adam {
 

@@ -2,6 +2,7 @@
 // One AdamUpdate node updates a small group of tensors, since MLX copies a node's inputs to each of its outputs.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>
@@ -19,6 +20,16 @@ struct AdamHyperparameters {
   double eps = 1e-8;
   double weight_decay = 0.0;
   bool bias_correction = false;
+};
+
+// Which results are rounded stochastically (storage_formats.h) where they are stored in 16 bits; the others to nearest.
+struct AdamRounding {
+  bool parameter = false;
+  bool m = false;
+  bool v = false;
+  uint64_t seed = 0;
+
+  bool any() const { return parameter || m || v; }
 };
 
 // Parallel lists: element i of each belongs to the same parameter.
@@ -46,7 +57,8 @@ using IsFused = std::function<bool(mlx::core::Dtype, mlx::core::Dtype, mlx::core
 // 32 would do, so that a self-check can run what only huge tensors need.
 AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
                         const std::optional<mlx::core::array>& step,
-                        const AdamHyperparameters& hyperparameters, const IsFused& is_fused,
+                        const AdamHyperparameters& hyperparameters, const AdamRounding& rounding,
+                        const std::vector<uint32_t>& numbers, const IsFused& is_fused,
                         bool wide_indices, mlx::core::StreamOrDevice stream,
                         const TensorName& name);
 
@@ -58,17 +70,27 @@ AdamResults traffic_probe(const AdamTensors& tensors, mlx::core::StreamOrDevice 
 // Names one of the rules of adam_rule.h.
 enum class UpdateRule { adam, traffic };
 
-// Inputs: scalars (float32; [3]: the fields of AdamScalars, or []: step_size, the others being 1), then parameter,
-// gradient, m, v of each tensor.
+// Inputs: scalars (float32; [3]: the fields of AdamScalars, or []: step_size, the others being 1), then step
+// (uint32) if any result is rounded stochastically, then parameter, gradient, m, v of each tensor.
 // Outputs: parameter, m, v of each tensor. All tensors of a node share their three dtypes.
 class AdamUpdate : public mlx::core::Primitive {
  public:
   static constexpr size_t kInputsPerTensor = 4;
   static constexpr size_t kOutputsPerTensor = 3;
 
+  // `numbers` has one for each of the node's tensors, or none without stochastic rounding.
   AdamUpdate(mlx::core::Stream stream, UpdateRule rule, AdamConstants constants,
+             AdamRounding rounding = {}, std::vector<uint32_t> numbers = {},
              bool wide_indices = false)
-      : Primitive(stream), rule_(rule), constants_(constants), wide_indices_(wide_indices) {}
+      : Primitive(stream),
+        rule_(rule),
+        constants_(constants),
+        rounding_(rounding),
+        numbers_(std::move(numbers)),
+        wide_indices_(wide_indices) {}
+
+  // Inputs before those of tensors.
+  size_t common_inputs() const { return rounding_.any() ? 2 : 1; }
 
   void eval_cpu(const std::vector<mlx::core::array>& inputs,
                 std::vector<mlx::core::array>& outputs) override;
@@ -96,6 +118,8 @@ class AdamUpdate : public mlx::core::Primitive {
  private:
   UpdateRule rule_;
   AdamConstants constants_;
+  AdamRounding rounding_;
+  std::vector<uint32_t> numbers_;
   bool wide_indices_;
 };
 

@@ -6,152 +6,112 @@
 
 #include <utility>
 
-#include FUSED_ADAM_HALF_HEADER
-
-#if defined(__clang__)
-#define FUSED_ADAM_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FUSED_ADAM_VECTORIZE _Pragma("GCC ivdep")
-#endif
+#include "cpu_formats.h"
 
 namespace fused_adam::cpu {
 namespace {
 
-std::uint32_t bits_of(float x) {
-  std::uint32_t u;
-  __builtin_memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-float float_of(std::uint32_t u) {
-  float x;
-  __builtin_memcpy(&x, &u, sizeof x);
-  return x;
-}
-
-struct Float32 {
-  using Element = float;
-  static float load(float x) { return x; }
-  static float store(float x) { return x; }
+// Formats known when the kernel is compiled, for what most tensors have; RunFormats are known when it runs. One text for
+// both: a new format adds to the kernels and does not multiply them.
+template <Format format>
+struct AllIn {
+  static constexpr Format parameter = format, gradient = format, state = format;
 };
 
-// Round to nearest even; every NaN becomes the one that MLX stores.
-struct Bfloat16 {
-  using Element = std::uint16_t;
-  static float load(std::uint16_t h) { return float_of(std::uint32_t(h) << 16); }
-  static std::uint16_t store(float x) {
-    std::uint32_t u = bits_of(x);
-    std::uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-    return std::uint16_t(x != x ? 0x7FC0u : rounded);
+FUSED_ADAM_INLINE void fill_random(ChunkRandom& random, std::size_t first,
+                                   const StepRounding& rounding) {
+  auto start = std::uint32_t(first);
+  if (rounding.m || rounding.v) {
+    FUSED_ADAM_VECTORIZE
+    for (std::uint32_t i = 0; i < kChunk; ++i) {
+      random.of_state[i] = random_bits(rounding.key, start + i);
+    }
   }
-};
+  if (rounding.parameter) {
+    FUSED_ADAM_VECTORIZE
+    for (std::uint32_t i = 0; i < kChunk; ++i) {
+      random.of_parameter[i] = more_random_bits(rounding.key, start + i);
+    }
+  }
+}
 
-template <typename Rule, typename P, typename G, typename S>
-void update(const RunPointers& run, std::size_t n, AdamScalars<float> scalars,
-            AdamConstants constants) {
-  auto parameter = reinterpret_cast<const typename P::Element*>(run.parameter);
-  auto gradient = reinterpret_cast<const typename G::Element*>(run.gradient);
-  auto m = reinterpret_cast<const typename S::Element*>(run.m);
-  auto v = reinterpret_cast<const typename S::Element*>(run.v);
-  auto new_parameter = reinterpret_cast<typename P::Element*>(run.new_parameter);
-  auto new_m = reinterpret_cast<typename S::Element*>(run.new_m);
-  auto new_v = reinterpret_cast<typename S::Element*>(run.new_v);
+template <typename Rule, typename Formats>
+FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std::size_t element,
+                                    const Formats& formats, AdamScalars<float> scalars,
+                                    AdamConstants constants, const StepRounding& rounding) {
+  alignas(64) float parameter_buffer[kChunk], gradient_buffer[kChunk], m_buffer[kChunk],
+      v_buffer[kChunk];
+  auto parameter = load_chunk(run.parameter, formats.parameter, at, parameter_buffer);
+  auto gradient = load_chunk(run.gradient, formats.gradient, at, gradient_buffer);
+  auto m = load_chunk(run.m, formats.state, at, m_buffer);
+  auto v = load_chunk(run.v, formats.state, at, v_buffer);
+  auto new_parameter = chunk_target(run.new_parameter, formats.parameter, at, parameter_buffer);
+  auto new_m = chunk_target(run.new_m, formats.state, at, m_buffer);
+  auto new_v = chunk_target(run.new_v, formats.state, at, v_buffer);
   FUSED_ADAM_VECTORIZE
-  for (std::size_t i = 0; i < n; ++i) {
-    AdamState<float> old{P::load(parameter[i]), S::load(m[i]), S::load(v[i])};
-    AdamState<float> next = Rule::step(old, G::load(gradient[i]), scalars, constants);
-    new_parameter[i] = P::store(next.parameter);
-    new_m[i] = S::store(next.m);
-    new_v[i] = S::store(next.v);
+  for (std::size_t i = 0; i < kChunk; ++i) {
+    AdamState<float> next =
+        Rule::step(AdamState<float>{parameter[i], m[i], v[i]}, gradient[i], scalars, constants);
+    new_parameter[i] = next.parameter;
+    new_m[i] = next.m;
+    new_v[i] = next.v;
+  }
+  ChunkRandom random;
+  fill_random(random, element, rounding);
+  store_chunk(new_parameter, run.new_parameter, formats.parameter, at,
+              rounding.parameter ? random.of_parameter : nullptr, 0);
+  store_chunk(new_m, run.new_m, formats.state, at, rounding.m ? random.of_state : nullptr, 16);
+  store_chunk(new_v, run.new_v, formats.state, at, rounding.v ? random.of_state : nullptr, 0);
+}
+
+template <typename Rule, typename Formats>
+__attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::size_t at,
+                                                  std::size_t count, std::size_t element,
+                                                  const Formats& formats,
+                                                  AdamScalars<float> scalars,
+                                                  AdamConstants constants,
+                                                  const StepRounding& rounding) {
+  PaddedChunk parameter, gradient, m, v;
+  RunPointers padded = {parameter.load(run.parameter, formats.parameter, at, count),
+                        gradient.load(run.gradient, formats.gradient, at, count),
+                        m.load(run.m, formats.state, at, count),
+                        v.load(run.v, formats.state, at, count),
+                        parameter.values,
+                        m.values,
+                        v.values};
+  update_chunk<Rule>(padded, 0, element, formats, scalars, constants, rounding);
+  parameter.store(run.new_parameter, formats.parameter, at, count);
+  m.store(run.new_m, formats.state, at, count);
+  v.store(run.new_v, formats.state, at, count);
+}
+
+template <typename Rule, typename Formats>
+FUSED_ADAM_INLINE void update_as(const RunPointers& run, std::size_t first, std::size_t n,
+                                 const Formats& formats, AdamScalars<float> scalars,
+                                 AdamConstants constants, const StepRounding& rounding) {
+  std::size_t at = 0;
+  for (; at + kChunk <= n; at += kChunk) {
+    update_chunk<Rule>(run, at, first + at, formats, scalars, constants, rounding);
+  }
+  if (at < n) {
+    update_short_chunk<Rule>(run, at, n - at, first + at, formats, scalars, constants, rounding);
   }
 }
 
-// float16 has conversions of its own (FUSED_ADAM_HALF_HEADER), and compilers do not vectorise them inside the loop above: whole blocks are
-// brought to float32 and back in the first-level cache.
-struct Float16 {
-  using Element = std::uint16_t;
-};
-
-constexpr std::size_t kBlock = 512;
-
-// A float16 array stands as float32 while a block is updated; the others stay where they are.
-template <typename Storage>
-struct Staged {
-  using Type = Storage;
-  static const char* in(const char* from, std::size_t, float*) { return from; }
-  static char* out(char* to, float*) { return to; }
-  static void finish(const float*, std::size_t, char*) {}
-};
-
-template <>
-struct Staged<Float16> {
-  using Type = Float32;
-  static const char* in(const char* from, std::size_t n, float* block) {
-    half::to_float(reinterpret_cast<const std::uint16_t*>(from), n, block);
-    return reinterpret_cast<const char*>(block);
-  }
-  static char* out(char*, float* block) { return reinterpret_cast<char*>(block); }
-  static void finish(const float* block, std::size_t n, char* to) {
-    half::from_float(block, n, reinterpret_cast<std::uint16_t*>(to));
-  }
-};
-
-template <typename Rule, typename P, typename G, typename S>
-void update_in_blocks(const RunPointers& run, std::size_t n, AdamScalars<float> scalars,
-                      AdamConstants constants) {
-  float parameter[kBlock], gradient[kBlock], m[kBlock], v[kBlock];
-  for (std::size_t start = 0; start < n; start += kBlock) {
-    std::size_t count = n - start < kBlock ? n - start : kBlock;
-    std::size_t p = start * sizeof(typename P::Element);
-    std::size_t g = start * sizeof(typename G::Element);
-    std::size_t s = start * sizeof(typename S::Element);
-    RunPointers block = {Staged<P>::in(run.parameter + p, count, parameter),
-                         Staged<G>::in(run.gradient + g, count, gradient),
-                         Staged<S>::in(run.m + s, count, m),
-                         Staged<S>::in(run.v + s, count, v),
-                         Staged<P>::out(run.new_parameter + p, parameter),
-                         Staged<S>::out(run.new_m + s, m),
-                         Staged<S>::out(run.new_v + s, v)};
-    update<Rule, typename Staged<P>::Type, typename Staged<G>::Type, typename Staged<S>::Type>(
-        block, count, scalars, constants);
-    Staged<P>::finish(parameter, count, run.new_parameter + p);
-    Staged<S>::finish(m, count, run.new_m + s);
-    Staged<S>::finish(v, count, run.new_v + s);
-  }
-}
-
-template <typename Storage>
-constexpr bool is_staged = false;
-template <>
-constexpr bool is_staged<Float16> = true;
-
-template <typename Rule, typename P, typename G, typename S>
-constexpr Update update_of() {
-  if constexpr (is_staged<P> || is_staged<G> || is_staged<S>) {
-    return update_in_blocks<Rule, P, G, S>;
+template <typename Rule>
+void update(const RunPointers& run, std::size_t first, std::size_t n, RunFormats formats,
+            AdamScalars<float> scalars, AdamConstants constants, const StepRounding& rounding) {
+  auto all_are = [&](Format format) {
+    return formats.parameter == format && formats.gradient == format && formats.state == format;
+  };
+  if (all_are(Format::float32)) {
+    update_as<Rule>(run, first, n, AllIn<Format::float32>(), scalars, constants, StepRounding());
+  } else if (all_are(Format::bfloat16) && !rounding.parameter && !rounding.m) {
+    StepRounding of_v{false, false, rounding.v, rounding.key};
+    update_as<Rule>(run, first, n, AllIn<Format::bfloat16>(), scalars, constants, of_v);
   } else {
-    return update<Rule, P, G, S>;
+    update_as<Rule>(run, first, n, formats, scalars, constants, rounding);
   }
-}
-
-template <typename P, typename G>
-void fill(Update (&row)[kStorageCount]) {
-  row[int(Storage::float32)] = update_of<AdamRule, P, G, Float32>();
-  row[int(Storage::bfloat16)] = update_of<AdamRule, P, G, Bfloat16>();
-  row[int(Storage::float16)] = update_of<AdamRule, P, G, Float16>();
-}
-
-template <typename P>
-void fill(Update (&table)[kStorageCount][kStorageCount]) {
-  fill<P, Float32>(table[int(Storage::float32)]);
-  fill<P, Bfloat16>(table[int(Storage::bfloat16)]);
-  fill<P, Float16>(table[int(Storage::float16)]);
-}
-
-void fill(Update (&table)[kStorageCount][kStorageCount][kStorageCount]) {
-  fill<Float32>(table[int(Storage::float32)]);
-  fill<Bfloat16>(table[int(Storage::bfloat16)]);
-  fill<Float16>(table[int(Storage::float16)]);
 }
 
 // Square blocks as wide as a vector, FUSED_ADAM_VECTOR_BYTES bytes: whole cache lines where the target has such vectors, so
@@ -227,10 +187,8 @@ void gather(const char* from_bytes, const std::int64_t* offsets, std::size_t n, 
 Kernels make_kernels(const char* isa) {
   Kernels set;
   set.isa = isa;
-  fill(set.adam);
-  set.traffic[int(Storage::float32)] = update_of<TrafficRule, Float32, Float32, Float32>();
-  set.traffic[int(Storage::bfloat16)] = update_of<TrafficRule, Bfloat16, Bfloat16, Bfloat16>();
-  set.traffic[int(Storage::float16)] = update_of<TrafficRule, Float16, Float16, Float16>();
+  set.adam = update<AdamRule>;
+  set.traffic = update<TrafficRule>;
   set.transpose_2_bytes = transpose<std::uint16_t>;
   set.transpose_4_bytes = transpose<std::uint32_t>;
   set.gather_2_bytes = gather<std::uint16_t>;

@@ -1,5 +1,4 @@
-// What the CPU back end asks of its vectorised inner loops: update a contiguous run, transpose a tile, gather by a table.
-// cpu_kernels.cpp is compiled once per instruction set; cpu_dispatch.cpp chooses.
+// What the CPU back end asks of its vectorised inner loops: update a contiguous run, transpose a tile, gather by a table. cpu_kernels.cpp is compiled once per instruction set; cpu_dispatch.cpp chooses.
 #pragma once
 
 #include <cstddef>
@@ -7,22 +6,38 @@
 
 #include "adam_rule.h"
 #include "storage.h"
+#include "storage_formats.h"
 
 namespace fused_adam::cpu {
 
-// The elements of a run. They are addressed by bytes, so that one signature serves every dtype combination.
+// The elements of a run. They are addressed by bytes, so that one type serves every format.
 struct RunPointers {
   const char* parameter;
   const char* gradient;
   const char* m;
   const char* v;
-  char* new_parameter;
+  char* new_parameter;  // these may equal the old ones
   char* new_m;
   char* new_v;
 };
 
-// Updates n consecutive elements; a new_* pointer may equal its old one.
-using Update = void (*)(const RunPointers&, std::size_t n, AdamScalars<float>, AdamConstants);
+struct RunFormats {
+  Format parameter;
+  Format gradient;
+  Format state;  // m and v
+};
+
+// What of a tensor's results is rounded stochastically in one step.
+struct StepRounding {
+  bool parameter = false;
+  bool m = false;
+  bool v = false;
+  RoundingKey key{};
+};
+
+// Updates n consecutive elements, the tensor's `first` and on in row-major order.
+using Update = void (*)(const RunPointers&, std::size_t first, std::size_t n, RunFormats,
+                        AdamScalars<float>, AdamConstants, const StepRounding&);
 
 // Writes the rows x columns tile at `from` (element [i][j] at from[i + j * from_stride]) row by row, `columns` elements
 // apart, to `to`. Strides are in elements.
@@ -34,8 +49,8 @@ using Gather = void (*)(const char* from, const std::int64_t* offsets, std::size
 
 struct Kernels {
   const char* isa;
-  Update adam[kStorageCount][kStorageCount][kStorageCount];  // [parameter][gradient][state]
-  Update traffic[kStorageCount];                             // all four in one dtype
+  Update adam;
+  Update traffic;
   Transpose transpose_2_bytes;
   Transpose transpose_4_bytes;
   Gather gather_2_bytes;

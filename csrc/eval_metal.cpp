@@ -30,8 +30,8 @@ constexpr int64_t kLargestDispatch = int64_t{1} << 30;
 // Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
 constexpr TileSides kSmallestTile{16, 16};
 
-// By Storage.
-constexpr const char* kMetalTypes[kStorageCount] = {"float", "bfloat", "half"};
+// By Format.
+constexpr const char* kMetalTypes[kFormatCount] = {"float", "bfloat", "half"};
 
 enum Kernel { kLinear, kGroup, kTiled, kGeneral32, kGeneral64, kKernels };
 constexpr const char* kKernelNames[] = {"adam_linear", "adam_group", "adam_tiled",
@@ -100,7 +100,7 @@ class Kernels {
     std::ostringstream variant;
     variant << rule;
     for (auto& x : {any.parameter(), any.gradient(), any.m()})
-      variant << ", " << kMetalTypes[int(storage_of(x.dtype()))];
+      variant << ", " << kMetalTypes[int(format_of(x.dtype()))];
     variant_ = variant.str();
   }
 

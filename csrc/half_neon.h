@@ -1,4 +1,5 @@
-// float16 from and to float32 by the conversion instructions that every arm64 has; round to nearest even.
+// float16 from and to float32 by the conversion instructions that every arm64 has; round to nearest even. n is a
+// multiple of kLanes.
 #pragma once
 
 #include <arm_neon.h>
@@ -12,37 +13,20 @@ namespace half {
 
 constexpr std::size_t kLanes = 8;
 
-inline float scalar_to_float(std::uint16_t h) {
-  __fp16 x;
-  __builtin_memcpy(&x, &h, sizeof x);
-  return x;
-}
-
-inline std::uint16_t scalar_from_float(float x) {
-  __fp16 rounded = __fp16(x);
-  std::uint16_t h;
-  __builtin_memcpy(&h, &rounded, sizeof h);
-  return h;
-}
-
 inline void to_float(const std::uint16_t* from, std::size_t n, float* to) {
-  std::size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (std::size_t i = 0; i < n; i += kLanes) {
     float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(from + i));
     vst1q_f32(to + i, vcvt_f32_f16(vget_low_f16(h)));
     vst1q_f32(to + i + kLanes / 2, vcvt_high_f32_f16(h));
   }
-  for (; i < n; ++i) to[i] = scalar_to_float(from[i]);
 }
 
 inline void from_float(const float* from, std::size_t n, std::uint16_t* to) {
-  std::size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (std::size_t i = 0; i < n; i += kLanes) {
     float16x4_t low = vcvt_f16_f32(vld1q_f32(from + i));
     float16x8_t h = vcvt_high_f16_f32(low, vld1q_f32(from + i + kLanes / 2));
     vst1q_u16(to + i, vreinterpretq_u16_f16(h));
   }
-  for (; i < n; ++i) to[i] = scalar_from_float(from[i]);
 }
 
 }  // namespace half

@@ -13,14 +13,14 @@ bool is_storage(const mx::Dtype& dtype) {
   return dtype == mx::float32 || dtype == mx::bfloat16 || dtype == mx::float16;
 }
 
-Storage storage_of(const mx::Dtype& dtype) {
+Format format_of(const mx::Dtype& dtype) {
   switch (dtype.val()) {
     case mx::Dtype::Val::float32:
-      return Storage::float32;
+      return Format::float32;
     case mx::Dtype::Val::bfloat16:
-      return Storage::bfloat16;
+      return Format::bfloat16;
     case mx::Dtype::Val::float16:
-      return Storage::float16;
+      return Format::float16;
     default:
       throw std::logic_error("[AdamUpdate] dtype was not validated");
   }

@@ -1,5 +1,5 @@
-// The dtypes in which tensors may lie in memory, and the one place that maps MLX's dtypes to them. Free of MLX's and the
-// standard library's headers, since the kernels for newer instruction sets include it.
+// The formats in which tensors may lie in memory (storage_formats.h), and the one place that maps MLX's dtypes to them. Free
+// of MLX's and the standard library's headers, since the kernels for newer instruction sets include it.
 #pragma once
 
 namespace mlx::core {
@@ -8,11 +8,11 @@ struct Dtype;
 
 namespace fused_adam {
 
-enum class Storage { float32, bfloat16, float16 };
-constexpr int kStorageCount = 3;
+enum class Format { float32, bfloat16, float16 };
+constexpr int kFormatCount = 3;
 
 bool is_storage(const mlx::core::Dtype& dtype);
 // Of a dtype that is one; throws for others, which are refused where the graph is built.
-Storage storage_of(const mlx::core::Dtype& dtype);
+Format format_of(const mlx::core::Dtype& dtype);
 
 }  // namespace fused_adam
