@@ -67,10 +67,10 @@ void check(const AdamHyperparameters& h) {
   }
 }
 
-mx::array scalar(const char* what, const mx::array& x, mx::Stream stream) {
+mx::array as_scalar(const char* what, const mx::array& x, mx::Dtype dtype, mx::Stream stream) {
   if (x.size() != 1) refuse(what, " must be a scalar but got shape ", x.shape());
   if (x.dtype() == mx::complex64) refuse(what, " must be real but got ", x.dtype());
-  return mx::astype(x.ndim() == 0 ? x : mx::reshape(x, {}, stream), mx::float32, stream);
+  return mx::astype(x.ndim() == 0 ? x : mx::reshape(x, {}, stream), dtype, stream);
 }
 
 mx::array constant(double value) { return mx::array(static_cast<float>(value)); }
@@ -85,12 +85,12 @@ AdamConstants constants_of(const AdamHyperparameters& h) {
 // MLX itself and therefore equal to stock's on every device. Where the learning rate is all there is, none are needed.
 mx::array scalars_of(const mx::array& learning_rate, const std::optional<mx::array>& step,
                      const AdamHyperparameters& h, mx::Stream s) {
-  auto lr = scalar("learning_rate", learning_rate, s);
+  auto lr = as_scalar("learning_rate", learning_rate, mx::float32, s);
   if (!h.bias_correction && h.weight_decay == 0.0) return lr;
   AdamScalars<mx::array> scalars{lr, constant(1.0), constant(1.0)};
   if (h.bias_correction) {
     if (!step) refuse("step must be given with bias_correction but got None");
-    auto t = scalar("step", *step, s);
+    auto t = as_scalar("step", *step, mx::float32, s);
     auto correction = [&](double beta) {
       return mx::subtract(constant(1.0), mx::power(constant(beta), t, s), s);
     };
@@ -135,17 +135,40 @@ std::vector<std::vector<size_t>> group(const AdamTensors& tensors, size_t tensor
   return groups;
 }
 
-AdamResults build(const AdamTensors& tensors, const mx::array& scalars, const IsFused& is_fused,
-                  mx::Stream stream,
-                  const std::function<std::shared_ptr<AdamUpdate>()>& make_primitive) {
+// Those of the flags that concern results of these dtypes.
+AdamRounding in_16_bits(AdamRounding rounding, mx::Dtype parameter, mx::Dtype state) {
+  rounding.parameter = rounding.parameter && parameter != mx::float32;
+  rounding.m = rounding.m && state != mx::float32;
+  rounding.v = rounding.v && state != mx::float32;
+  return rounding;
+}
+
+using MakePrimitive =
+    std::function<std::shared_ptr<AdamUpdate>(AdamRounding, std::vector<uint32_t> numbers)>;
+
+// `step` is for stochastic rounding, and absent where nothing is rounded so.
+AdamResults build(const AdamTensors& tensors, const mx::array& scalars,
+                  const std::optional<mx::array>& step, const AdamRounding& rounding,
+                  const std::vector<uint32_t>& numbers, const IsFused& is_fused, mx::Stream stream,
+                  const MakePrimitive& make_primitive) {
   AdamResults results{tensors.parameters, tensors.m, tensors.v};
   auto backend = stream.device == mx::Device::gpu ? gpu_backend() : cpu_backend();
   std::map<DtypeKey, bool> fused;
   for (auto& members : group(tensors, backend.tensors_per_node)) {
+    size_t any = members[0];
+    auto parameter_dtype = tensors.parameters[any].dtype(), state_dtype = tensors.m[any].dtype();
+    auto [entry, is_new] = fused.try_emplace(key_of(tensors, any));
+    if (is_new) {
+      entry->second = is_fused(parameter_dtype, tensors.gradients[any].dtype(), state_dtype);
+    }
+    auto of_node = in_16_bits(rounding, parameter_dtype, state_dtype);
+    if (!entry->second) of_node = {};
+    std::vector<uint32_t> node_numbers;
     std::vector<mx::array> inputs{scalars};
+    if (of_node.any()) inputs.push_back(*step);
     std::vector<mx::Shape> shapes;
     std::vector<mx::Dtype> dtypes;
-    inputs.reserve(1 + AdamUpdate::kInputsPerTensor * members.size());
+    inputs.reserve(inputs.size() + AdamUpdate::kInputsPerTensor * members.size());
     for (size_t i : members) {
       for (auto* list : {&tensors.parameters, &tensors.gradients, &tensors.m, &tensors.v}) {
         inputs.push_back((*list)[i]);
@@ -153,14 +176,9 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars, const Is
       shapes.insert(shapes.end(), AdamUpdate::kOutputsPerTensor, tensors.parameters[i].shape());
       dtypes.insert(dtypes.end(),
                     {tensors.parameters[i].dtype(), tensors.m[i].dtype(), tensors.v[i].dtype()});
+      if (of_node.any()) node_numbers.push_back(numbers[i]);
     }
-    auto primitive = make_primitive();
-    size_t any = members[0];
-    auto [entry, is_new] = fused.try_emplace(key_of(tensors, any));
-    if (is_new) {
-      entry->second = is_fused(tensors.parameters[any].dtype(), tensors.gradients[any].dtype(),
-                               tensors.m[any].dtype());
-    }
+    auto primitive = make_primitive(of_node, std::move(node_numbers));
     auto outputs = entry->second
                        ? mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs)
                        : primitive->composed()(inputs);
@@ -178,16 +196,27 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars, const Is
 
 AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_rate,
                         const std::optional<mx::array>& step,
-                        const AdamHyperparameters& hyperparameters, const IsFused& is_fused,
+                        const AdamHyperparameters& hyperparameters, const AdamRounding& rounding,
+                        const std::vector<uint32_t>& numbers, const IsFused& is_fused,
                         bool wide_indices, mx::StreamOrDevice s, const TensorName& name) {
   check(tensors, name);
   check(hyperparameters);
+  if (rounding.any()) {
+    if (!step) refuse("step must be given for stochastic rounding but got None");
+    if (numbers.size() != tensors.parameters.size()) {
+      refuse("numbers must be one for each parameter but got ", numbers.size());
+    }
+  }
   auto stream = mx::to_stream(s);
   auto scalars = scalars_of(learning_rate, step, hyperparameters, stream);
-  return build(tensors, scalars, is_fused, stream, [&] {
-    return std::make_shared<AdamUpdate>(stream, UpdateRule::adam, constants_of(hyperparameters),
-                                        wide_indices);
-  });
+  std::optional<mx::array> counter;
+  if (rounding.any()) counter = as_scalar("step", *step, mx::uint32, stream);
+  return build(tensors, scalars, counter, rounding, numbers, is_fused, stream,
+               [&](AdamRounding of_node, std::vector<uint32_t> of_tensors) {
+                 return std::make_shared<AdamUpdate>(stream, UpdateRule::adam,
+                                                     constants_of(hyperparameters), of_node,
+                                                     std::move(of_tensors), wide_indices);
+               });
 }
 
 AdamResults traffic_probe(const AdamTensors& tensors, mx::StreamOrDevice s,
@@ -202,19 +231,20 @@ AdamResults traffic_probe(const AdamTensors& tensors, mx::StreamOrDevice s,
   }
   auto stream = mx::to_stream(s);
   auto always = [](mx::Dtype, mx::Dtype, mx::Dtype) { return true; };
-  return build(tensors, mx::array(0.0f), always, stream, [&] {
-    return std::make_shared<AdamUpdate>(stream, UpdateRule::traffic, AdamConstants{});
-  });
+  return build(tensors, mx::array(0.0f), std::nullopt, {}, {}, always, stream,
+               [&](AdamRounding, std::vector<uint32_t>) {
+                 return std::make_shared<AdamUpdate>(stream, UpdateRule::traffic, AdamConstants{});
+               });
 }
 
 std::function<std::vector<mx::array>(const std::vector<mx::array>&)> AdamUpdate::composed() {
-  return [rule = rule_, constants = constants_,
+  return [rule = rule_, constants = constants_, first = common_inputs(),
           stream = stream()](const std::vector<mx::array>& inputs) {
     mx::StreamContext context(stream);
     auto scalars = unpack(inputs[0]);
     auto as = [](const mx::array& x, mx::Dtype dtype) { return mx::astype(x, dtype); };
     std::vector<mx::array> outputs;
-    for (size_t i = 1; i < inputs.size(); i += kInputsPerTensor) {
+    for (size_t i = first; i < inputs.size(); i += kInputsPerTensor) {
       auto& parameter = inputs[i];
       auto& gradient = inputs[i + 1];
       auto& m = inputs[i + 2];
@@ -258,7 +288,7 @@ std::pair<std::vector<mx::array>, std::vector<int>> AdamUpdate::vmap(
 // Asked for by shapeless compilation, whose later calls no other check sees.
 std::vector<mx::Shape> AdamUpdate::output_shapes(const std::vector<mx::array>& inputs) {
   std::vector<mx::Shape> shapes;
-  for (size_t i = 1; i < inputs.size(); i += kInputsPerTensor) {
+  for (size_t i = common_inputs(); i < inputs.size(); i += kInputsPerTensor) {
     for (size_t k = 1; k < kInputsPerTensor; ++k) {
       if (inputs[i + k].shape() != inputs[i].shape()) {
         const char* names[] = {"parameter", "gradient", "m", "v"};

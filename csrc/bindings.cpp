@@ -28,21 +28,25 @@ NB_MODULE(_ext, m) {
       "adam_update",
       [](Arrays parameters, Arrays gradients, Arrays m, Arrays v, const mx::array& learning_rate,
          const std::optional<mx::array>& step, double beta1, double beta2, double eps,
-         double weight_decay, bool bias_correction, const fused_adam::IsFused& is_fused,
+         double weight_decay, bool bias_correction, const std::tuple<bool, bool, bool>& rounding,
+         uint64_t seed, const std::vector<uint32_t>& numbers, const fused_adam::IsFused& is_fused,
          bool wide_indices, mx::StreamOrDevice stream, const fused_adam::TensorName& name) {
+        auto [of_parameter, of_m, of_v] = rounding;
         auto results = fused_adam::adam_update(
             {std::move(parameters), std::move(gradients), std::move(m), std::move(v)},
-            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction}, is_fused,
-            wide_indices, stream, name);
+            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction},
+            {of_parameter, of_m, of_v, seed}, numbers, is_fused, wide_indices, stream, name);
         return std::make_tuple(std::move(results.parameters), std::move(results.m),
                                std::move(results.v));
       },
       "parameters"_a, "gradients"_a, "m"_a, "v"_a, "learning_rate"_a, "step"_a.none(),
       nb::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
-      "is_fused"_a, "wide_indices"_a = false, "stream"_a = nb::none(), "name"_a,
+      "rounding"_a = std::make_tuple(false, false, false), "seed"_a = 0,
+      "numbers"_a = std::vector<uint32_t>(), "is_fused"_a, "wide_indices"_a = false,
+      "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v).
 
-``is_fused(p, g, s)`` is asked once for each combination of dtypes (parameter, gradient, m and v); where it says False, the update is composed of MLX's operations instead. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+``is_fused(p, g, s)`` is asked once for each combination of dtypes (parameter, gradient, m and v); where it says False, the update is composed of MLX's operations instead. ``rounding`` says which of parameter, m and v are rounded stochastically where they have 16 bits; the bits depend on ``seed``, ``step``, the tensor's of ``numbers`` and the element. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def(
       "traffic_probe",

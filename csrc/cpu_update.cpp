@@ -64,9 +64,8 @@ TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, UpdateRule rule)
   gradient_bytes_ = gradient.itemsize();
   state_bytes_ = m.itemsize();
   auto& set = kernels();
-  int p = int(storage_of(parameter.dtype())), g = int(storage_of(gradient.dtype())),
-      s = int(storage_of(m.dtype()));
-  update_ = rule == UpdateRule::adam ? set.adam[p][g][s] : set.traffic[p];
+  formats_ = {format_of(parameter.dtype()), format_of(gradient.dtype()), format_of(m.dtype())};
+  update_ = rule == UpdateRule::adam ? set.adam : set.traffic;
   transpose_ = gradient_bytes_ == 4 ? set.transpose_4_bytes : set.transpose_2_bytes;
   switch (layout_.kind) {
     case LayoutKind::linear:
@@ -86,6 +85,11 @@ TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, UpdateRule rule)
       break;
     }
   }
+}
+
+void TensorUpdate::round(const AdamRounding& rounding, uint32_t step, uint32_t number) {
+  auto key = rounding_key(uint32_t(rounding.seed), uint32_t(rounding.seed >> 32), step, number);
+  rounding_ = {rounding.parameter, rounding.m, rounding.v, key};
 }
 
 size_t TensorUpdate::cost() const {
@@ -145,7 +149,8 @@ RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) cons
 void TensorUpdate::run_linear(size_t unit, AdamScalars<float> scalars,
                               AdamConstants constants) const {
   size_t start = unit * kRun;
-  update_(at(start, start), std::min(kRun, size_ - start), scalars, constants);
+  update_(at(start, start), start, std::min(kRun, size_ - start), formats_, scalars, constants,
+          rounding_);
 }
 
 const char* TensorUpdate::gradient_column(const Tile& tile, size_t j) const {
@@ -153,8 +158,8 @@ const char* TensorUpdate::gradient_column(const Tile& tile, size_t j) const {
   return base_.gradient + (tile.gradient + int64_t(tile.row) + column) * int64_t(gradient_bytes_);
 }
 
-RunPointers TensorUpdate::state_row(const Tile& tile, size_t i) const {
-  return at(tile.state + int64_t(tile.row + i) * layout_.row_stride + int64_t(tile.column), 0);
+int64_t TensorUpdate::state_row(const Tile& tile, size_t i) const {
+  return tile.state + int64_t(tile.row + i) * layout_.row_stride + int64_t(tile.column);
 }
 
 void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
@@ -192,9 +197,10 @@ void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
     transpose_(gradient_column(tile, 0), layout_.gradient_column_stride, tile.rows, tile.columns,
                transposed);
     for (size_t i = 0; i < tile.rows; ++i) {
-      RunPointers row = state_row(tile, i);
+      int64_t first = state_row(tile, i);
+      RunPointers row = at(first, 0);
       row.gradient = transposed + i * tile.columns * gradient_bytes_;
-      update_(row, tile.columns, scalars, constants);
+      update_(row, first, tile.columns, formats_, scalars, constants, rounding_);
     }
   }
 }
@@ -220,7 +226,7 @@ void TensorUpdate::run_general(size_t unit, AdamScalars<float> scalars,
     run.gradient = from[1];
     run.m = from[2];
     run.v = from[3];
-    update_(run, block.size, scalars, constants);
+    update_(run, block.start, block.size, formats_, scalars, constants, rounding_);
   }
 }
 

@@ -18,6 +18,9 @@ class TensorUpdate {
   // Allocates the three outputs, in place where nobody else holds the input. `in` is parameter, gradient, m, v.
   TensorUpdate(const mlx::core::array* in, mlx::core::array* out, UpdateRule rule);
 
+  // Sets how the results of one step are rounded; to nearest without.
+  void round(const AdamRounding& rounding, uint32_t step, uint32_t number);
+
   // What it costs, in row-major elements that cost as much.
   size_t cost() const;
   size_t units() const { return units_; }
@@ -38,9 +41,9 @@ class TensorUpdate {
   size_t blocks_down() const;
   // The pointers moved on, those of the gradient by another number of elements than those of the state.
   RunPointers at(int64_t state_offset, int64_t gradient_offset) const;
-  // Where a tile's gradient column and state row begin.
+  // Where a tile's gradient column begins, and in row-major order its row of parameter, m and v.
   const char* gradient_column(const Tile&, size_t j) const;
-  RunPointers state_row(const Tile&, size_t i) const;
+  int64_t state_row(const Tile&, size_t i) const;
 
   std::shared_ptr<mlx::core::array::Data> held_[kArrays];  // what the task reads
   Layout layout_;
@@ -49,6 +52,8 @@ class TensorUpdate {
   size_t size_;
   size_t parameter_bytes_, gradient_bytes_, state_bytes_;  // of an element
   Update update_;
+  RunFormats formats_;
+  StepRounding rounding_;
   Transpose transpose_;
   Gather gather_[kArrays];
   size_t units_;

@@ -23,10 +23,10 @@ constexpr size_t kWorthThreads = 1 << 15;
 // not be updated in place: wait for it. Only where that read cannot depend on work that is yet to be queued, that is with a
 // single stream in the process, and where the caller waits for the results anyway; else a fresh buffer is the price.
 void await_pending_readers(const std::vector<mx::array>& inputs, const mx::array& output,
-                           mx::Stream stream) {
+                           size_t common, mx::Stream stream) {
   bool is_async = output.event().valid();
-  for (size_t i = 1; i < inputs.size(); ++i) {
-    bool is_gradient = (i - 1) % AdamUpdate::kInputsPerTensor == 1;
+  for (size_t i = common; i < inputs.size(); ++i) {
+    bool is_gradient = (i - common) % AdamUpdate::kInputsPerTensor == 1;
     if (is_gradient || inputs[i].data_shared_ptr().use_count() == 1) continue;
     if (is_async || !is_only_stream()) return;
     // Not mx::synchronize, which throws the errors of earlier tasks: those belong to whoever evaluates them.
@@ -50,22 +50,29 @@ void run_unit(const std::vector<cpu::TensorUpdate>& tensors, size_t index,
 
 void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   SoleInputs sole_inputs(inputs, outputs);
-  await_pending_readers(inputs, outputs[0], stream());
+  size_t common = common_inputs();
+  await_pending_readers(inputs, outputs[0], common, stream());
   auto& encoder = mx::cpu::get_command_encoder(stream());
   std::vector<cpu::TensorUpdate> tensors;
   size_t units = 0, cost = 0;
   for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
-    tensors.emplace_back(&inputs[1 + i * kInputsPerTensor], &outputs[i * kOutputsPerTensor], rule_);
+    tensors.emplace_back(&inputs[common + i * kInputsPerTensor], &outputs[i * kOutputsPerTensor],
+                         rule_);
     units += tensors.back().units();
     cost += tensors.back().cost();
   }
   for (auto& input : inputs) encoder.set_input_array(input);
   for (auto& output : outputs) encoder.set_output_array(output);
+  auto step = common > 1 ? inputs[1] : inputs[0];
   encoder.dispatch([tensors = std::move(tensors), units, cost, packed = inputs[0].data<float>(),
                     count = inputs[0].size(), packed_holder = inputs[0].data_shared_ptr(),
-                    constants = constants_] {
+                    counter = step.data<uint32_t>(), counter_holder = step.data_shared_ptr(),
+                    constants = constants_, rounding = rounding_, numbers = numbers_]() mutable {
     AdamScalars<float> scalars{packed[0], 1.0f, 1.0f};
     if (count > 1) scalars = {packed[0], packed[1], packed[2]};
+    if (rounding.any()) {
+      for (size_t i = 0; i < tensors.size(); ++i) tensors[i].round(rounding, *counter, numbers[i]);
+    }
     if (cost < kWorthThreads) {
       for (size_t i = 0; i < units; ++i) run_unit(tensors, i, scalars, constants);
     } else {

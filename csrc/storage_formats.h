@@ -26,7 +26,8 @@ struct RoundingKey {
 };
 
 // What a tensor's elements share in one step.
-ADAM_FUNCTION RoundingKey rounding_key(unsigned seed_low, unsigned seed_high, unsigned step, unsigned tensor) {
+ADAM_FUNCTION RoundingKey rounding_key(unsigned seed_low, unsigned seed_high, unsigned step,
+                                       unsigned tensor) {
   unsigned first = mixed(mixed(mixed(mixed(seed_low) ^ seed_high) ^ step) ^ tensor);
   return {first, mixed(first ^ 0x9E3779B9u)};
 }
