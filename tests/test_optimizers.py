@@ -57,7 +57,15 @@ def test_subclass_with_the_same_signature(name):
             (p.name, p.kind, list(p.default) if p.name == "betas" else p.default) for p in found
         ]
 
-    assert parameters(ours) == parameters(theirs)
+    found = parameters(ours)
+    assert found[: len(parameters(theirs))] == parameters(theirs)
+    options = found[len(parameters(theirs)) :]
+    assert all(kind == inspect.Parameter.KEYWORD_ONLY for _, kind, _ in options)
+    assert {name: default for name, _, default in options} == {
+        "state_dtype": None,
+        "stochastic_rounding": None,
+        "seed": 0,
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -346,6 +354,14 @@ BAD_ARGUMENTS = [
     ({"eps": None}, "eps must be a number but got None"),
     ({"weight_decay": float("nan")}, "weight_decay must be finite but got nan"),
     ({"weight_decay": [0.1]}, r"weight_decay must be a number but got \[0.1\] \(list\)"),
+    ({"seed": 1}, "step must be given for stochastic rounding but got None"),
+    ({"seed": -1, "step": 1}, r"seed must be from 0 to 2\*\*64 - 1 but got -1"),
+    (
+        {"seed": 2**64, "step": 1},
+        r"seed must be from 0 to 2\*\*64 - 1 but got 18446744073709551616",
+    ),
+    ({"seed": 0.5, "step": 1}, "seed must be an integer but got 0.5"),
+    ({"seed": True, "step": 1}, "seed must be an integer but got True"),
     ({"stream": "cpu"}, "stream must be a stream or a device but got 'cpu'"),
     ({"stream": 1}, "stream must be a stream or a device but got 1"),
     ({"gradient": None}, "gradient of the tensor must be an array but got None"),
@@ -368,6 +384,23 @@ def test_the_operation_refuses_what_does_not_fit(change, message):
         ({"weight_decay": float("nan")}, "weight_decay must be finite but got nan"),
         ({"weight_decay": None}, "weight_decay must be a number but got None"),
         ({"eps": None}, "eps must be a number but got None"),
+        (
+            {"state_dtype": "float16"},
+            "state_dtype must be .* but got 'float16', since float16 cannot",
+        ),
+        (
+            {"state_dtype": mx.float16},
+            "state_dtype must be .* but got 'float16', since float16 cannot",
+        ),
+        (
+            {"state_dtype": "int4"},
+            "state_dtype must be None, 'float32' or 'bfloat16' but got 'int4'",
+        ),
+        ({"state_dtype": 16}, "state_dtype must be a string or a dtype but got 16"),
+        ({"stochastic_rounding": "yes"}, "stochastic_rounding must be None, True or False but got"),
+        ({"stochastic_rounding": 1}, "stochastic_rounding must be None, True or False but got 1"),
+        ({"seed": -1}, r"seed must be from 0 to 2\*\*64 - 1 but got -1"),
+        ({"seed": 1.5}, "seed must be an integer but got 1.5"),
         ({"betas": [0.9]}, r"betas must be two numbers but got \[0.9\]"),
         ({"betas": None}, "betas must be two numbers but got None"),
         ({"betas": [0.9, "high"]}, "beta2 must be a number but got 'high'"),

@@ -9,6 +9,7 @@ import mlx.core as mx
 from . import _ext
 from ._arguments import Scalar, as_array, as_number, as_scalar, check_betas
 from ._backends import backend_of
+from ._options import as_seed
 
 
 def adam_update(
@@ -23,6 +24,7 @@ def adam_update(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     bias_correction: bool = False,
+    seed: int | None = None,
     stream: mx.Stream | mx.Device | mx.DeviceType | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     r"""One Adam (or, with ``weight_decay``, AdamW) update of one tensor, fused into one pass.
@@ -37,7 +39,8 @@ def adam_update(
     :math:`c_1 = \lambda, c_2 = 1`, or under bias correction at step :math:`t`
     :math:`c_1 = \lambda / (1 - \beta_1^t), c_2 = 1 / \sqrt{1 - \beta_2^t}`
     (Kingma & Ba 2015; Loshchilov & Hutter 2019). Arithmetic is float32 whatever the dtypes, with one rounding
-    at each store. Buffers of inputs that nobody else holds are reused for the results; what you still hold never changes.
+    at each store, to nearest unless a seed is given. Buffers of inputs that nobody else holds are reused for the
+    results; what you still hold never changes.
 
     Args:
         parameter: Any shape; float32, bfloat16 or float16. NumPy arrays are taken too, here and for ``m`` and ``v``.
@@ -50,6 +53,8 @@ def adam_update(
         eps: Added to the denominator, at least 0. Default: ``1e-8``.
         weight_decay: Decoupled weight decay. Default: ``0.0``.
         bias_correction: Default: ``False``, as in ``mlx.optimizers``.
+        seed: If given, 16-bit results are rounded stochastically, to a mean that is right, with bits that depend on
+            ``seed``, ``step`` (then needed) and the element. Derivatives and vmap round to nearest. Default: to nearest.
         stream: Stream or device (``mx.cpu``, say) to run on. Default: MLX's.
 
     Returns:
@@ -68,6 +73,7 @@ def adam_update(
     arrays = [[as_array(what, x, "the tensor")] for what, x in tensors.items()]
     if not (stream is None or isinstance(stream, (mx.Stream, mx.Device, mx.DeviceType))):
         raise TypeError(f"[adam_update] stream must be a stream or a device but got {stream!r}")
+    is_stochastic = seed is not None
     backend = backend_of(stream)
     parameters, ms, vs = _ext.adam_update(
         *arrays,
@@ -78,6 +84,9 @@ def adam_update(
         eps=as_number("adam_update", "eps", eps),
         weight_decay=as_number("adam_update", "weight_decay", weight_decay),
         bias_correction=bool(bias_correction),
+        rounding=(is_stochastic,) * 3,
+        seed=as_seed("adam_update", seed) if is_stochastic else 0,
+        numbers=[0],
         is_fused=backend.is_fused,
         stream=backend.place(stream),
         name=lambda _: "the tensor",

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 from . import _ext
 from ._arguments import as_array, as_number, as_scalar, check_betas
 from ._backends import backend_of
+from ._options import Options, check_options
 from ._tree import Walk
 
 # What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
@@ -33,6 +34,7 @@ class _Fused(_StockOptimizer):
     eps: float
     bias_correction: bool
     weight_decay: float
+    _options: Options
 
     @property
     def backend(self) -> str:
@@ -45,22 +47,22 @@ class _Fused(_StockOptimizer):
     def init(self, parameters: Any) -> None:
         """Make the state of parameters that have none, as mlx.optimizers does, and take over what was loaded.
 
-        float16 cannot hold ``v`` (of gradients below 0.005 it becomes 0, and the next step divides by eps alone), so
-        moments that are float16 become bfloat16, which takes as much memory.
+        ``m`` and ``v`` that are not of the dtype that ``state_dtype`` asks for are converted.
         """
         super().init(parameters)
-        tree_map(lambda _, state: self._take_over(state), parameters, self._state)
+        tree_map(self._take_over, parameters, self._state)
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
-        """Give one parameter's state its ``m`` and ``v``: zeros of its dtype, or bfloat16 if that is float16."""
+        """Give one parameter's state its ``m`` and ``v``: zeros of the dtype that ``state_dtype`` asks for."""
         super().init_single(parameter, state)
-        self._take_over(state)
+        self._take_over(parameter, state)
 
-    @staticmethod
-    def _take_over(state: dict) -> None:
+    def _take_over(self, parameter: mx.array, state: dict) -> None:
+        is_ours = parameter.dtype in _FUSED_DTYPES
         for name in _MOMENTS:
             moment = as_array(name, state[name])
-            state[name] = moment.astype(mx.bfloat16) if moment.dtype == mx.float16 else moment
+            wanted = self._options.dtype_of_moments(parameter.dtype) if is_ours else moment.dtype
+            state[name] = moment if moment.dtype == wanted else moment.astype(wanted)
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """Update every parameter that has a gradient; arguments and result as in mlx.optimizers.
@@ -80,7 +82,7 @@ class _Fused(_StockOptimizer):
             if has_own_rule:
                 return super().apply_gradients(gradients, parameters)
             if not was_initialized:
-                self.init(gradients)
+                self.init(_those_with(gradients, parameters))
             step = self.step
             for name, scheduler in self._schedulers.items():
                 self.state[name] = scheduler(step)
@@ -122,7 +124,8 @@ class _Fused(_StockOptimizer):
 
     def _apply_fused(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
         """New parameters, and what is new in their states."""
-        return self._update(walk.gradients, walk.parameters, walk.states, walk.path)
+        numbers = range(len(walk.gradients))
+        return self._update(walk.gradients, walk.parameters, walk.states, numbers, walk.path)
 
     def _apply_mixed(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
         """The same where not all leaves are what the kernels take: NumPy arrays are converted, other dtypes go to stock."""
@@ -140,7 +143,9 @@ class _Fused(_StockOptimizer):
             new[i] = (super().apply_single(gradient, parameter, state), state)
         if fused:
             indices, gradients, parameters, states = map(list, zip(*fused, strict=True))
-            updated = self._update(gradients, parameters, states, lambda k: paths[indices[k]])
+            updated = self._update(
+                gradients, parameters, states, indices, lambda k: paths[indices[k]]
+            )
             new.update(zip(indices, zip(*updated, strict=True), strict=True))
         leaves = [new[i] for i in range(len(new))]
         return [parameter for parameter, _ in leaves], [state for _, state in leaves]
@@ -150,6 +155,7 @@ class _Fused(_StockOptimizer):
         gradients: Sequence[mx.array],
         parameters: Sequence[mx.array],
         states: Sequence[dict],
+        numbers: Sequence[int],
         name: Callable[[int], str],
     ) -> tuple[list[mx.array], list[dict]]:
         beta1, beta2 = self.betas
@@ -166,6 +172,9 @@ class _Fused(_StockOptimizer):
             eps=float(self.eps),
             weight_decay=float(getattr(self, "weight_decay", 0.0)),
             bias_correction=bool(self.bias_correction),
+            rounding=self._options.rounding,
+            seed=self._options.seed,
+            numbers=numbers,
             is_fused=backend.is_fused,
             stream=backend.place(None),
             name=name,
@@ -177,7 +186,8 @@ class Adam(_Fused, _StockAdam):
     """``mlx.optimizers.Adam`` in one pass over memory.
 
     Arguments, defaults, state tree and methods are those of :class:`mlx.optimizers.Adam`; float32 results on the CPU
-    are bit-identical to it. 16-bit parameters are updated in float32 arithmetic with one rounding at each store.
+    are bit-identical to it. 16-bit parameters are updated in float32 arithmetic with one rounding at each store, and their
+    ``m`` and ``v`` are bfloat16.
 
     Args:
         learning_rate (float or callable): The learning rate, or a schedule of the step.
@@ -185,9 +195,16 @@ class Adam(_Fused, _StockAdam):
         eps (float): Added to the denominator. Default: ``1e-8``.
         bias_correction (bool): Whether to divide ``m`` and ``v`` by what they lack in their first steps, having
             started from zero (Kingma & Ba 2015, section 3). Default: ``False``.
+        state_dtype (str or Dtype, optional): In which ``m`` and ``v`` are stored: ``"float32"`` or ``"bfloat16"``. Default:
+            float32 for float32 parameters, bfloat16 for 16-bit ones.
+        stochastic_rounding (bool, optional): Which 16-bit values are rounded up or down at random, so that the mean is right:
+            ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as well;
+            ``False``: none. Default: ``None``.
+        seed (int): Of that rounding. Equal seeds give equal results, on any device and after a resume. Default: ``0``.
 
     Raises:
-        ValueError: At construction, for betas outside [0, 1), a negative eps, or a number that is not finite.
+        ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's
+            value that is none of those to choose from.
         TypeError: At construction, for what is no number.
     """
 
@@ -197,6 +214,10 @@ class Adam(_Fused, _StockAdam):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         bias_correction: bool = False,
+        *,
+        state_dtype: str | mx.Dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             _learning_rate("Adam", learning_rate),
@@ -204,6 +225,7 @@ class Adam(_Fused, _StockAdam):
             as_number("Adam", "eps", eps),
             bias_correction,
         )
+        self._options = check_options("Adam", state_dtype, stochastic_rounding, seed)
 
 
 class AdamW(_Fused, _StockAdamW):
@@ -216,9 +238,16 @@ class AdamW(_Fused, _StockAdamW):
         weight_decay (float): Decoupled weight decay (Loshchilov & Hutter 2019). Default: ``0.01``.
         bias_correction (bool): Whether to divide ``m`` and ``v`` by what they lack in their first steps, having
             started from zero (Kingma & Ba 2015, section 3). Default: ``False``.
+        state_dtype (str or Dtype, optional): In which ``m`` and ``v`` are stored: ``"float32"`` or ``"bfloat16"``. Default:
+            float32 for float32 parameters, bfloat16 for 16-bit ones.
+        stochastic_rounding (bool, optional): Which 16-bit values are rounded up or down at random, so that the mean is right:
+            ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as well;
+            ``False``: none. Default: ``None``.
+        seed (int): Of that rounding. Equal seeds give equal results, on any device and after a resume. Default: ``0``.
 
     Raises:
-        ValueError: At construction, for betas outside [0, 1), a negative eps, or a number that is not finite.
+        ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's
+            value that is none of those to choose from.
         TypeError: At construction, for what is no number.
     """
 
@@ -229,6 +258,10 @@ class AdamW(_Fused, _StockAdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         bias_correction: bool = False,
+        *,
+        state_dtype: str | mx.Dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             _learning_rate("AdamW", learning_rate),
@@ -237,6 +270,15 @@ class AdamW(_Fused, _StockAdamW):
             as_number("AdamW", "weight_decay", weight_decay),
             bias_correction,
         )
+        self._options = check_options("AdamW", state_dtype, stochastic_rounding, seed)
+
+
+def _those_with(gradients: Any, parameters: Any) -> Any:
+    """The parameters that have a gradient, in a tree like that of the gradients."""
+    try:
+        return tree_map(lambda _, parameter: parameter, gradients, parameters)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        return gradients  # what is missing is named by the update
 
 
 def _learning_rate(op: str, x: Any) -> Any:
