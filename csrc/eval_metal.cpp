@@ -51,6 +51,7 @@ struct BoundTensor {
   const mx::array* in;  // parameter, gradient, m, v
   mx::array* out;       // parameter, m, v
   Layout layout;
+  uint32_t number;
 
   const mx::array& parameter() const { return in[0]; }
   const mx::array& gradient() const { return in[1]; }
@@ -146,18 +147,24 @@ class Kernels {
 // Encodes the dispatches of one node.
 class Encoding {
  public:
+  // Without a step, nothing is rounded stochastically, and the kernels do not read it.
   Encoding(mx::Stream stream, const Kernels& kernels, AdamConstants constants,
-           const mx::array& scalars)
+           const AdamRounding& rounding, const mx::array& scalars, const mx::array* step)
       : encoder_(mx::metal::get_command_encoder(stream)),
         kernels_(kernels),
         constants_(constants),
-        scalars_(scalars) {}
+        rounding_{unsigned(rounding.parameter * kRoundParameter + rounding.m * kRoundM +
+                           rounding.v * kRoundV),
+                  unsigned(rounding.seed), unsigned(rounding.seed >> 32)},
+        scalars_(scalars),
+        step_(step ? *step : scalars) {}
 
   void linear(const BoundTensor& t) {
     for (int64_t start = 0; start < t.size(); start += kLargestDispatch) {
       int64_t size = std::min(kLargestDispatch, t.size() - start);
       use(kLinear);
-      encoder_.set_bytes(LinearArgs{constants_, scalar_count(), unsigned(size), t.vectors()},
+      encoder_.set_bytes(LinearArgs{constants_, scalar_count(), rounding_, t.number,
+                                    unsigned(start), unsigned(size), t.vectors()},
                          kArgs);
       bind(t, kFirstTensor, Starts::all(start));
       dispatch_threads(divide_up(size, t.run()));
@@ -165,13 +172,14 @@ class Encoding {
   }
 
   void group(const std::vector<BoundTensor>& tensors) {
-    GroupArgs args{constants_, scalar_count(), {}, {}, {}};
+    GroupArgs args{constants_, scalar_count(), rounding_, {}, {}, {}, {}};
     use(kGroup);
     int64_t threads = 0;
     for (size_t i = 0; i < kGroupTensors; ++i) {
       // A slot without a tensor has no threads, but every buffer of the kernel must be bound.
       bool is_used = i < tensors.size();
       auto& t = tensors[is_used ? i : 0];
+      args.numbers[i] = t.number;
       args.sizes[i] = is_used ? unsigned(t.size()) : 0;
       args.vectors[i] = t.vectors();
       threads += divide_up(args.sizes[i], t.run());
@@ -191,8 +199,8 @@ class Encoding {
     gradient_strides.push_back(layout.gradient_column_stride);
     use(kTiled);
     encoder_.set_bytes(
-        TiledArgs{constants_, scalar_count(), unsigned(layout.rows), unsigned(layout.columns),
-                  unsigned(layout.shape.size()), t.vectors()},
+        TiledArgs{constants_, scalar_count(), rounding_, t.number, unsigned(layout.rows),
+                  unsigned(layout.columns), unsigned(layout.shape.size()), t.vectors()},
         kArgs);
     bind(t, kFirstTensor, Starts::all(0));
     encoder_.set_vector_bytes(layout.shape, kShape);
@@ -232,7 +240,9 @@ class Encoding {
       return general(t, kernel, shape, starts);
     }
     use(kernel);
-    encoder_.set_bytes(GeneralArgs{constants_, scalar_count(), unsigned(shape.size())}, kArgs);
+    encoder_.set_bytes(GeneralArgs{constants_, scalar_count(), rounding_, t.number,
+                                   unsigned(starts.out), unsigned(shape.size())},
+                       kArgs);
     bind(t, kFirstTensor, starts);
     encoder_.set_vector_bytes(shape, kShape);
     int strides_index = kParameterStrides;
@@ -249,6 +259,7 @@ class Encoding {
   void use(Kernel kernel) {
     encoder_.set_compute_pipeline_state(kernels_.use(kernel));
     encoder_.set_input_array(scalars_, kScalars);
+    encoder_.set_input_array(step_, kStep);
   }
 
   void bind(const BoundTensor& t, int index, Starts starts) {
@@ -268,7 +279,9 @@ class Encoding {
   mx::metal::CommandEncoder& encoder_;
   const Kernels& kernels_;
   AdamConstants constants_;
+  RoundingArgs rounding_;
   const mx::array& scalars_;
+  const mx::array& step_;
 };
 
 }  // namespace
@@ -276,9 +289,10 @@ class Encoding {
 void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   std::vector<BoundTensor> row_major, tiled, general;
   for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
-    auto in = &inputs[1 + i * kInputsPerTensor];
+    auto in = &inputs[common_inputs() + i * kInputsPerTensor];
     BoundTensor t{in, &outputs[i * kOutputsPerTensor],
-                  layout_of(in[0], in[1], in[2], in[3], kSmallestTile)};
+                  layout_of(in[0], in[1], in[2], in[3], kSmallestTile),
+                  rounding_.any() ? numbers_[i] : 0};
     if (t.size() == 0) continue;
     auto kind = t.layout.kind;
     auto& list = kind == LayoutKind::linear  ? row_major
@@ -292,16 +306,18 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
 
   // Every kernel before any buffer changes hands: a GPU that lacks one leaves parameters and state as they were.
   Kernels kernels(stream(), rule_ == UpdateRule::adam ? "AdamRule" : "TrafficRule",
-                  BoundTensor{&inputs[1], &outputs[0], {}});
+                  BoundTensor{&inputs[common_inputs()], &outputs[0], {}, 0});
   if (!row_major.empty()) kernels.fetch(row_major.size() == 1 ? kLinear : kGroup);
   if (!tiled.empty()) kernels.fetch(kTiled);
   for (auto& t : general) kernels.fetch(general_kernel(t));
 
   SoleInputs sole_inputs(inputs, outputs);
   for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
-    allocate_outputs(&inputs[1 + i * kInputsPerTensor], &outputs[i * kOutputsPerTensor]);
+    allocate_outputs(&inputs[common_inputs() + i * kInputsPerTensor],
+                     &outputs[i * kOutputsPerTensor]);
   }
-  Encoding encoding(stream(), kernels, constants_, inputs[0]);
+  Encoding encoding(stream(), kernels, constants_, rounding_, inputs[0],
+                    rounding_.any() ? &inputs[1] : nullptr);
   if (row_major.size() == 1) encoding.linear(row_major[0]);
   if (row_major.size() > 1) encoding.group(row_major);
   for (auto& t : tiled) encoding.tiled(t);

@@ -8,6 +8,7 @@
 
 #include "adam_args.h"
 #include "adam_rule.h"
+#include "storage_formats.h"
 
 using namespace metal;
 using namespace fused_adam;
@@ -28,6 +29,51 @@ inline AdamScalars<float> load_scalars(const device float* scalars, uint count) 
     return {scalars[0], 1.0f, 1.0f};
   }
   return {scalars[0], scalars[1], scalars[2]};
+}
+
+// How the results of a tensor are rounded in one step, and those of one element.
+struct TensorRounding {
+  uint flags;
+  RoundingKey key;
+};
+
+struct ElementRounding {
+  Rounding parameter;
+  Rounding m;
+  Rounding v;
+};
+
+inline TensorRounding tensor_rounding(RoundingArgs args, uint number, const device uint* step) {
+  TensorRounding rounding = {args.flags, {0u, 0u}};
+  if (args.flags != 0u) {
+    rounding.key = rounding_key(args.seed_low, args.seed_high, step[0], number);
+  }
+  return rounding;
+}
+
+inline ElementRounding element_rounding(TensorRounding tensor, uint element) {
+  uint of_state = 0u;
+  uint of_parameter = 0u;
+  if (tensor.flags != 0u) {
+    of_state = random_bits(tensor.key, element);
+    of_parameter = more_random_bits(tensor.key, element);
+  }
+  return {
+      {(tensor.flags & kRoundParameter) != 0u, of_parameter & 0xFFFFu},
+      {(tensor.flags & kRoundM) != 0u, of_state >> 16},
+      {(tensor.flags & kRoundV) != 0u, of_state & 0xFFFFu}};
+}
+
+// A result as it is stored; T without a name is bfloat, which not every GPU has.
+template <typename T>
+inline T stored(float x, Rounding rounding, T) {
+  return rounding.is_stochastic ? as_type<T>(ushort(store_bfloat16(x, rounding))) : T(x);
+}
+inline half stored(float x, Rounding rounding, half) {
+  return rounding.is_stochastic ? as_type<half>(ushort(store_float16(x, rounding))) : half(x);
+}
+inline float stored(float x, Rounding, float) {
+  return x;
 }
 
 // Elements of a run.
@@ -75,19 +121,22 @@ inline void store_run(device T* to, const thread float* values) {
   }
 }
 
-// Updates the element that lies at `at` in all arrays but the gradient, whose element is given.
+// Updates the element that lies at `at` in all arrays but the gradient, whose element is given, and is the tensor's `element`.
 template <typename Rule, typename Index, typename P, typename G, typename S>
 inline void update_element(
     TensorPointers<P, G, S> t,
     Index at,
+    uint element,
     float gradient,
     AdamScalars<float> scalars,
-    AdamConstants constants) {
+    AdamConstants constants,
+    TensorRounding rounding) {
   AdamState<float> old = {float(t.parameter[at]), float(t.m[at]), float(t.v[at])};
   AdamState<float> next = Rule::step(old, gradient, scalars, constants);
-  t.new_parameter[at] = P(next.parameter);
-  t.new_m[at] = S(next.m);
-  t.new_v[at] = S(next.v);
+  ElementRounding how = element_rounding(rounding, element);
+  t.new_parameter[at] = stored(next.parameter, how.parameter, P(0));
+  t.new_m[at] = stored(next.m, how.m, S(0));
+  t.new_v[at] = stored(next.v, how.v, S(0));
 }
 
 // The same for a run from `at` on.
@@ -95,9 +144,11 @@ template <typename Rule, typename Index, typename P, typename G, typename S>
 inline void update_run(
     TensorPointers<P, G, S> t,
     Index at,
+    uint element,
     const thread float* gradient,
     AdamScalars<float> scalars,
-    AdamConstants constants) {
+    AdamConstants constants,
+    TensorRounding rounding) {
   constexpr uint length = Run<P, G, S>::length;
   float parameter[length], m[length], v[length];
   load_run<length>(t.parameter + at, parameter);
@@ -106,9 +157,10 @@ inline void update_run(
   for (uint k = 0; k < length; ++k) {
     AdamState<float> old = {parameter[k], m[k], v[k]};
     AdamState<float> next = Rule::step(old, gradient[k], scalars, constants);
-    parameter[k] = next.parameter;
-    m[k] = next.m;
-    v[k] = next.v;
+    ElementRounding how = element_rounding(rounding, element + k);
+    parameter[k] = float(stored(next.parameter, how.parameter, P(0)));
+    m[k] = float(stored(next.m, how.m, S(0)));
+    v[k] = float(stored(next.v, how.v, S(0)));
   }
   store_run<length>(t.new_parameter + at, parameter);
   store_run<length>(t.new_m + at, m);
@@ -120,21 +172,24 @@ template <typename Rule, typename P, typename G, typename S>
 inline void update_row_major(
     TensorPointers<P, G, S> t,
     uint thread_of_tensor,
+    uint first_element,
     uint size,
     bool vectors,
     AdamScalars<float> scalars,
-    AdamConstants constants) {
+    AdamConstants constants,
+    TensorRounding rounding) {
   constexpr uint length = Run<P, G, S>::length;
   uint start = thread_of_tensor * length;
   if (vectors && size - start >= length) {
     float gradient[length];
     load_run<length>(t.gradient + start, gradient);
-    update_run<Rule>(t, start, gradient, scalars, constants);
+    update_run<Rule>(t, start, first_element + start, gradient, scalars, constants, rounding);
     return;
   }
   uint end = min(size, start + length);
   for (uint i = start; i < end; ++i) {
-    update_element<Rule>(t, i, float(t.gradient[i]), scalars, constants);
+    update_element<Rule>(
+        t, i, first_element + i, float(t.gradient[i]), scalars, constants, rounding);
   }
 }
 
@@ -150,10 +205,18 @@ template <typename Rule, typename P, typename G, typename S>
     device P* new_parameter [[buffer(kNewParameter)]],
     device S* new_m [[buffer(kNewM)]],
     device S* new_v [[buffer(kNewV)]],
+    const device uint* step [[buffer(kStep)]],
     uint thread_in_grid [[thread_position_in_grid]]) {
   TensorPointers<P, G, S> tensor = {parameter, gradient, m, v, new_parameter, new_m, new_v};
   update_row_major<Rule>(
-      tensor, thread_in_grid, args.size, args.vectors != 0, load_scalars(scalars, args.scalar_count), args.constants);
+      tensor,
+      thread_in_grid,
+      args.first_element,
+      args.size,
+      args.vectors != 0,
+      load_scalars(scalars, args.scalar_count),
+      args.constants,
+      tensor_rounding(args.rounding, args.number, step));
 }
 
 // Several small row-major tensors in one dispatch; the grid holds the threads of all of them, one after the other.
@@ -189,6 +252,7 @@ template <typename Rule, typename P, typename G, typename S>
     device P* new_parameter_3 [[buffer(27)]],
     device S* new_m_3 [[buffer(28)]],
     device S* new_v_3 [[buffer(29)]],
+    const device uint* step [[buffer(kStep)]],
     uint thread_in_grid [[thread_position_in_grid]]) {
   TensorPointers<P, G, S> tensor = {
       parameter_0, gradient_0, m_0, v_0, new_parameter_0, new_m_0, new_v_0};
@@ -207,10 +271,12 @@ template <typename Rule, typename P, typename G, typename S>
   update_row_major<Rule>(
       tensor,
       thread_in_grid - first_thread,
+      0u,
       args.sizes[which],
       args.vectors[which] != 0,
       load_scalars(scalars, args.scalar_count),
-      args.constants);
+      args.constants,
+      tensor_rounding(args.rounding, args.numbers[which], step));
 }
 
 // A matrix (or a batch of them, along the grid's z) whose gradient is column-major: a tile of it goes through threadgroup
@@ -229,6 +295,7 @@ template <typename Rule, typename P, typename G, typename S>
     constant const int64_t* shape [[buffer(kShape)]],
     constant const int64_t* parameter_strides [[buffer(kParameterStrides)]],
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
+    const device uint* step [[buffer(kStep)]],
     uint3 tile_in_grid [[threadgroup_position_in_grid]],
     uint3 thread_in_tile [[thread_position_in_threadgroup]]) {
   constexpr uint length = Run<P, G, S>::length;
@@ -274,6 +341,7 @@ template <typename Rule, typename P, typename G, typename S>
 
   TensorPointers<P, G, S> tensor = {parameter, gradient, m, v, new_parameter, new_m, new_v};
   AdamScalars<float> step_scalars = load_scalars(scalars, args.scalar_count);
+  TensorRounding rounding = tensor_rounding(args.rounding, args.number, step);
   uint column = first_column + start;
   for (uint k = first_line; k < side && first_row + k < args.rows; k += lines_at_once) {
     int64_t at = matrix + (first_row + k) * row_stride + column;
@@ -282,11 +350,17 @@ template <typename Rule, typename P, typename G, typename S>
       for (uint i = 0; i < length; ++i) {
         values[i] = float(tile[start + i][k]);
       }
-      update_run<Rule>(tensor, at, values, step_scalars, args.constants);
+      update_run<Rule>(tensor, at, uint(at), values, step_scalars, args.constants, rounding);
     } else {
       for (uint i = 0; i < length && column + i < args.columns; ++i) {
         update_element<Rule>(
-            tensor, at + i, float(tile[start + i][k]), step_scalars, args.constants);
+            tensor,
+            at + i,
+            uint(at + i),
+            float(tile[start + i][k]),
+            step_scalars,
+            args.constants,
+            rounding);
       }
     }
   }
@@ -310,6 +384,7 @@ template <typename Rule, typename P, typename G, typename S, typename Index>
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
     constant const int64_t* m_strides [[buffer(kMStrides)]],
     constant const int64_t* v_strides [[buffer(kVStrides)]],
+    const device uint* step [[buffer(kStep)]],
     uint3 thread_in_grid [[thread_position_in_grid]],
     uint3 grid [[threads_per_grid]]) {
   Index parameter_at = 0;
@@ -334,5 +409,11 @@ template <typename Rule, typename P, typename G, typename S, typename Index>
   TensorPointers<P, G, S> element = {
       parameter + parameter_at, gradient + gradient_at, m + m_at, v + v_at, new_parameter + at, new_m + at, new_v + at};
   update_element<Rule>(
-      element, 0u, float(*element.gradient), load_scalars(scalars, args.scalar_count), args.constants);
+      element,
+      0u,
+      args.first_element + uint(at),
+      float(*element.gradient),
+      load_scalars(scalars, args.scalar_count),
+      args.constants,
+      tensor_rounding(args.rounding, args.number, step));
 }

@@ -25,11 +25,13 @@ enum AdamBuffer {
   kGradientStrides = 11,
   kMStrides = 12,
   kVStrides = 13,
+  // The last that Metal has; read only where something is rounded stochastically.
+  kStep = 30,
 };
 
 enum AdamLimits {
   kBuffersPerTensor = 7,
-  kGroupTensors = 4,  // 2 + 4 * 7 buffers: one more tensor would pass Metal's 31
+  kGroupTensors = 4,  // 2 + 4 * 7 buffers and kStep: Metal's 31
   kThreads = 256,     // of a threadgroup, in every kernel
   // A thread of the other kernels than adam_general updates a run of elements: kRunBytes of the smallest dtype among the
   // tensor's, so 4 or 8. Memory is loaded and stored kRunBytes at a time where alignment allows.
@@ -37,10 +39,22 @@ enum AdamLimits {
   kTileRuns = 8,  // along a side of the tile that adam_tiled transposes: a cache line of 128 bytes
 };
 
+// Results that are rounded stochastically.
+enum RoundingFlags { kRoundParameter = 1, kRoundM = 2, kRoundV = 4 };
+
+struct RoundingArgs {
+  unsigned int flags;
+  unsigned int seed_low;
+  unsigned int seed_high;
+};
+
 // The buffer of scalars holds the fields of AdamScalars, or step_size alone, the others being 1.
 struct LinearArgs {
   AdamConstants constants;
   unsigned int scalar_count;
+  RoundingArgs rounding;
+  unsigned int number;         // of the tensor
+  unsigned int first_element;  // of the tensor that the dispatch updates, in row-major order
   unsigned int size;
   unsigned int vectors;  // whether every run begins at a multiple of kRunBytes in every buffer
 };
@@ -48,6 +62,8 @@ struct LinearArgs {
 struct GroupArgs {
   AdamConstants constants;
   unsigned int scalar_count;
+  RoundingArgs rounding;
+  unsigned int numbers[kGroupTensors];
   unsigned int sizes[kGroupTensors];
   unsigned int vectors[kGroupTensors];
   // Tensor t belongs to the threads before thread_ends[t] and not before those of t - 1.
@@ -57,6 +73,8 @@ struct GroupArgs {
 struct TiledArgs {
   AdamConstants constants;
   unsigned int scalar_count;
+  RoundingArgs rounding;
+  unsigned int number;
   unsigned int rows;
   unsigned int columns;
   unsigned int axes;  // around the matrix; may be 0
@@ -66,6 +84,9 @@ struct TiledArgs {
 struct GeneralArgs {
   AdamConstants constants;
   unsigned int scalar_count;
+  RoundingArgs rounding;
+  unsigned int number;
+  unsigned int first_element;
   unsigned int axes;  // at least 2
 };
 

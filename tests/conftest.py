@@ -122,7 +122,13 @@ def plant(emulator):
     """Replaces a text in the project's shader, which must be there, until the test ends."""
     shader = "".join(
         (project_shader.ROOT / name).read_text()
-        for name in ("metal/adam.metal", "metal/adam_args.h", "csrc/adam_rule.h")
+        for name in (
+            "metal/adam.metal",
+            "metal/adam_args.h",
+            "csrc/adam_rule.h",
+            "csrc/device_math.h",
+            "csrc/storage_formats.h",
+        )
     )
 
     def plant(text: str, replacement: str) -> None:

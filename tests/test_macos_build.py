@@ -187,7 +187,13 @@ def test_it_shares_its_types_with_mlx(extension: Path, mac_mlx: macos_build.MacM
 
 def test_the_shader_is_inside(extension: Path) -> None:
     content = extension.read_bytes()
-    for source in ("csrc/adam_rule.h", "metal/adam_args.h", "metal/adam.metal"):
+    for source in (
+        "csrc/device_math.h",
+        "csrc/adam_rule.h",
+        "csrc/storage_formats.h",
+        "metal/adam_args.h",
+        "metal/adam.metal",
+    ):
         lines = (ROOT / source).read_text().splitlines()
         embedded = [line for line in lines if not line.startswith(("#include", "#pragma once"))]
         absent = [line for line in embedded if line.encode() not in content]

@@ -84,6 +84,8 @@ using metal::sqrt;
 
 }  // namespace metal
 
+using metal::as_type;  // in MSL an operator of the language, known everywhere
+
 #define MSL_VECTOR_NAMES(type)         \
   typedef metal::vec<type, 2> type##2; \
   typedef metal::vec<type, 3> type##3; \

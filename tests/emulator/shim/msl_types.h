@@ -200,3 +200,5 @@ MSL_FUNCTION bool all(vec<bool, N> a) {
 }
 
 }  // namespace metal
+
+using metal::as_type;  // in MSL an operator of the language, known everywhere
