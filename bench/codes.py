@@ -1,31 +1,25 @@
 """Ways to store m and v in few bits, for state_codes.py to compare: levels, scale of a block, rounding.
 
-A code is the table of its non-negative levels, from 0 to 1 times the block's scale; m has a sign besides. The kernels
-compute levels instead; `quantise` gives what a store and the next load make of a value.
+A code is the table of its non-negative levels, in units of the block's scale; m has a sign besides. The kernels compute
+levels instead. `Stored.put` does what a store and the next load make of values.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 GOLDEN = 0x9E3779B9 / 2**32  # multiples of it, modulo 1, fill the unit interval evenly
 
 
-def power(exponent: float, codes: int) -> np.ndarray:
-    """(k / codes) ** exponent for k = 0 to codes."""
-    return ((np.arange(codes + 1) / codes) ** exponent).astype(np.float32)
+def power(exponent: int, codes: int, shift: int = 0) -> np.ndarray:
+    """0 and (shift + k) ** exponent for k = 1 to codes."""
+    k = np.arange(1, codes + 1, dtype=np.float64)
+    return np.append(0, (shift + k) ** exponent).astype(np.float32)
 
 
 def floating(mantissa_bits: int, codes: int) -> np.ndarray:
-    """0, and a float's values from 1 downwards: as many as there are codes; no subnormals."""
-    k = np.arange(codes)
-    octave, step = np.divmod(k, 1 << mantissa_bits)
-    value = np.ldexp(1 + step / (1 << mantissa_bits), octave)
-    return np.append(0, value / value[-1]).astype(np.float32)
-
-
-def aligned_floating(mantissa_bits: int, codes: int) -> np.ndarray:
-    """The same with 1 as a power of two's first value, so that half the scale shares the levels."""
+    """0, and a float's values from 1 downwards, as many as there are codes; no subnormals."""
     k = np.arange(codes) - (codes - 1)
     octave, step = np.divmod(k, 1 << mantissa_bits)
     return np.append(0, np.ldexp(1 + step / (1 << mantissa_bits), octave)).astype(np.float32)
@@ -37,21 +31,14 @@ def softsign(codes: int) -> np.ndarray:
     return (y / (2 - y)).astype(np.float32)
 
 
-def tapered(exponent: float, knee: int, codes: int) -> np.ndarray:
-    """A power above the code `knee`; below it, 8 codes an octave."""
-    levels = power(exponent, codes)
-    k = np.arange(1, knee)
-    levels[1:knee] = levels[knee] * 2.0 ** ((k - knee) / 8)
-    return levels
-
-
 V_LEVELS = {
     "square": power(2, 255),
     "cube": power(3, 255),
     "4th power": power(4, 255),
+    "shifted 4th power": power(4, 255, shift=7),
     "8th power": power(8, 255),
-    "float e5m3": aligned_floating(3, 255),
-    "float e4m4": aligned_floating(4, 255),
+    "float e5m3": floating(3, 255),
+    "float e4m4": floating(4, 255),
 }
 M_LEVELS = {
     "linear": power(1, 127),
@@ -59,8 +46,8 @@ M_LEVELS = {
     "cube": power(3, 127),
     "4th power": power(4, 127),
     "softsign": softsign(127),
-    "float e4m3": aligned_floating(3, 127),
-    "float e3m4": aligned_floating(4, 127),
+    "float e4m3": floating(3, 127),
+    "float e3m4": floating(4, 127),
 }
 
 
@@ -82,7 +69,15 @@ class Storage:
 
     @property
     def name(self) -> str:
-        return f"{self.levels}, {self.rounding}, {self.scale}" + ("" if self.keeps_nonzero else ", may become 0")
+        """What differs from the usual: nearest, and a power of two."""
+        words = [self.levels]
+        if self.rounding != "nearest":
+            words.append(self.rounding)
+        if self.scale != "power of 2":
+            words.append(f"scale: {self.scale}")
+        if not self.keeps_nonzero:
+            words.append("may become 0")
+        return ", ".join(words)
 
 
 class Stored:
@@ -100,17 +95,19 @@ class Stored:
             gap = np.diff(self.levels)
             self.fades = 0.1 * self.levels[1:] <= 0.5 * gap  # a step of a tenth rounds back
 
-    def _thresholds(self) -> np.ndarray | float:
+    def _thresholds(self) -> np.ndarray | np.float32:
         """A value goes up where its place between two levels is above this."""
         self.step += 1
         if self.storage.rounding == "random":
             return self.random.random(self.values.shape, np.float32)
         if self.storage.rounding == "even":
             return (self.start + np.float32(self.step * GOLDEN % 1)) % 1
-        return 0.5
+        return np.float32(0.5)
 
     def _scale_of(self, maximum: np.ndarray) -> np.ndarray:
+        """The factor of the levels, so that the largest is not below the maximum."""
         kind = self.storage.scale
+        maximum = maximum / self.levels[-1]
         if kind == "maximum":
             return maximum
         if kind == "bf16":
@@ -153,7 +150,7 @@ class Stored:
         self.values = np.copysign(value, x) if self.signed else value
 
 
-def simulate_m(s: Storage, g: np.ndarray, beta: float, seed: int = 0):
+def simulate_m(s: Storage, g: np.ndarray, beta: float, seed: int = 0) -> Iterator[np.ndarray]:
     """Yields the fresh float32 m of each step, from what was stored of the last."""
     stored = Stored(s, True, g.shape[1:], seed)
     b, c = np.float32(beta), np.float32(1 - beta)
@@ -163,7 +160,7 @@ def simulate_m(s: Storage, g: np.ndarray, beta: float, seed: int = 0):
         stored.put(m)
 
 
-def simulate_v(s: Storage, g: np.ndarray, beta: float, seed: int = 1):
+def simulate_v(s: Storage, g: np.ndarray, beta: float, seed: int = 1) -> Iterator[np.ndarray]:
     """The same of v."""
     stored = Stored(s, False, g.shape[1:], seed)
     b, c = np.float32(beta), np.float32(1 - beta)
@@ -171,7 +168,3 @@ def simulate_v(s: Storage, g: np.ndarray, beta: float, seed: int = 1):
         v = b * stored.values + c * (gradient * gradient)
         yield v
         stored.put(v)
-
-
-def variant(s: Storage, **changes) -> Storage:
-    return replace(s, **changes)

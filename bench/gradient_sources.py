@@ -66,11 +66,40 @@ def sparse(steps: int, blocks: int) -> np.ndarray:
     return lognormal(0.5, steps, blocks) * happens
 
 
+def periodic(steps: int, blocks: int) -> np.ndarray:
+    """Gradients at every 34th step only: thresholds that follow the golden ratio could keep time with that."""
+    g = lognormal(0.5, steps, blocks)
+    g[np.arange(steps) % 34 != 0] = 0
+    return g
+
+
 def sparse_in_dense(steps: int, blocks: int) -> np.ndarray:
     """The same for half of each block; the other half has a gradient at every step."""
     g = sparse(steps, blocks)
     g[:, :, 1::2] = lognormal(0.5, steps, blocks)[:, :, 1::2]
     return g
+
+
+def synthetic(steps: int, blocks: int) -> dict[str, np.ndarray]:
+    """All that need no training, by name."""
+    return {
+        "spread 0.5": lognormal(0.5, steps, blocks),
+        "spread 1.5": lognormal(1.5, steps, blocks),
+        "spread 3": lognormal(3, steps, blocks),
+        "spread 1.5, heavy tails": lognormal(1.5, steps, blocks, degrees_of_freedom=3),
+        "constant 1, 0.3, 0.03": mixed_constant(steps, blocks),
+        "half stop": stopping(steps, blocks),
+        "grow 100 times": ramp(steps, blocks, 100),
+        "shrink 100 times": ramp(steps, blocks, 0.01),
+        "1 step of 50": sparse(steps, blocks),
+        "half 1 step of 50": sparse_in_dense(steps, blocks),
+        "every 34th step": periodic(steps, blocks),
+    }
+
+
+def recorded(steps: int, blocks: int) -> dict[str, np.ndarray]:
+    """Those of training, by name."""
+    return {"example": example_model(steps, blocks), "Llama, Zipf": llama_zipf(steps, blocks)}
 
 
 def example_model(steps: int, blocks: int) -> np.ndarray:
