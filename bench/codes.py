@@ -101,7 +101,7 @@ class Stored:
         if self.storage.rounding == "random":
             return self.random.random(self.values.shape, np.float32)
         if self.storage.rounding == "even":
-            return (self.start + np.float32(self.step * GOLDEN % 1)) % 1
+            return (self.start + np.float32(self.step * GOLDEN % 1)) % np.float32(1)
         return np.float32(0.5)
 
     def _scale_of(self, maximum: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ def test_the_choice_makes_no_large_update_where_flashoptims_codes_do() -> None:
         pair.name: state_codes.errors(gradients, exact, pair.m, pair.v, BETAS)
         for pair in state_codes.PAIRS
     }
-    assert found["FlashOptim's: softsign, square"]["worst"] > 1000
+    assert found[state_codes.FLASHOPTIM]["worst"] > 1000
     assert found[state_codes.CHOSEN]["worst"] < 4
     assert found[state_codes.CHOSEN]["mean"] < 0.12
 
@@ -61,6 +61,14 @@ def test_bfloat16_errs_as_much_as_others_have_measured() -> None:
 
     assert mean_error(state_codes.BF16) == pytest.approx(0.065, rel=0.3)
     assert mean_error(state_codes.BF16_RANDOM) == pytest.approx(0.015, rel=0.3)
+
+
+def test_weights_without_gradients_rest_unless_m_is_rounded_to_nearest() -> None:
+    pairs = {pair.name: pair for pair in state_codes.PAIRS}
+    for beta1 in (0.9, 0.95):
+        assert state_codes.dead_updates(pairs[state_codes.CHOSEN], beta1, 6000) < 1e-6
+        assert state_codes.dead_updates(pairs[state_codes.CHOSEN_RANDOM], beta1, 6000) < 1e-6
+        assert state_codes.dead_updates(pairs[state_codes.M_NEAREST], beta1, 6000) > 0.005
 
 
 def kernel_fourth_power(
@@ -91,7 +99,8 @@ def kernel_fourth_power(
 def test_the_formulas_for_kernels_give_what_was_simulated(signed: bool) -> None:
     random = np.random.default_rng(0)
     x = np.exp(random.normal(-10, 4, (4000, 32))).astype(np.float32)
-    storage = state_codes.M if signed else Storage("shifted 4th power", keeps_nonzero=False)
+    levels = (state_codes.M if signed else state_codes.V).levels
+    storage = Storage(levels, keeps_nonzero=False)
     stored = Stored(storage, signed, x.shape)
     stored.put(x)
     _, values = kernel_fourth_power(x, np.float32(0.5), *((0, 127) if signed else (7, 255)))
@@ -101,7 +110,7 @@ def test_the_formulas_for_kernels_give_what_was_simulated(signed: bool) -> None:
     assert differ.mean() < 0.5
 
 
-def test_random_rounding_is_unbiased_and_keeps_zero_apart_from_the_rest() -> None:
+def test_rounding_is_unbiased_and_keeps_zero_apart_from_the_rest() -> None:
     x = np.exp(np.random.default_rng(0).normal(0, 1, (1, 32))).astype(np.float32)
     x[0, 0], x[0, 1] = 0, 1e-20
     many = np.tile(x, (20_000, 1))
