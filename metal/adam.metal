@@ -134,9 +134,12 @@ inline void update_element(
   AdamState<float> old = {float(t.parameter[at]), float(t.m[at]), float(t.v[at])};
   AdamState<float> next = Rule::step(old, gradient, scalars, constants);
   ElementRounding how = element_rounding(rounding, element);
-  t.new_parameter[at] = stored(next.parameter, how.parameter, P(0));
-  t.new_m[at] = stored(next.m, how.m, S(0));
-  t.new_v[at] = stored(next.v, how.v, S(0));
+  P new_parameter = stored(next.parameter, how.parameter, P(0));
+  S new_m = stored(next.m, how.m, S(0));
+  S new_v = stored(next.v, how.v, S(0));
+  t.new_parameter[at] = new_parameter;
+  t.new_m[at] = new_m;
+  t.new_v[at] = new_v;
 }
 
 // The same for a run from `at` on.

@@ -29,8 +29,15 @@ SHARED = {
     for name, value in re.findall(r"^\s*(k\w+) = ([\d <]+),", HEADER, re.MULTILINE)
 }
 STRUCTS = {
-    name: re.findall(r"^\s*unsigned int (\w+)", body, re.MULTILINE)
+    name: re.findall(r"^\s*(?:unsigned int|RoundingArgs) (\w+)", body, re.MULTILINE)
     for name, body in re.findall(r"struct (\w+Args) {\n(.*?)};", HEADER, re.DOTALL)
+}
+# Rounding to nearest.
+PLAIN = {
+    "rounding": [0] * len(STRUCTS["RoundingArgs"]),
+    "number": 0,
+    "numbers": [0] * SHARED["kGroupTensors"],
+    "first_element": 0,
 }
 
 
@@ -74,6 +81,7 @@ def random_tensor(shape: tuple[int, ...], types: tuple[str, str, str]) -> list[n
 
 def arguments(struct: str, **fields: int | list[int]) -> Buffer:
     """An argument struct: the constants, then 32-bit fields in the header's order."""
+    fields = {name: fields.get(name, PLAIN.get(name)) for name in {*STRUCTS[struct], *fields}}
     assert set(fields) == set(STRUCTS[struct]), f"{struct} has the fields {STRUCTS[struct]}"
     values = np.concatenate([np.atleast_1d(fields[name]) for name in STRUCTS[struct]])
     packed = np.concatenate([CONSTANTS, values.astype(np.uint32).view(np.float32)])
@@ -100,7 +108,10 @@ class Update:
     ) -> None:
         self.name = f"{kernel}<AdamRule, {', '.join(types)}{extra}>"
         self.types = types
-        self.buffers: list[Buffer] = [(SHARED["kScalars"], scalars, "input")]
+        self.buffers: list[Buffer] = [
+            (SHARED["kScalars"], scalars, "input"),
+            (SHARED["kStep"], np.ones(1, np.uint32), "input"),
+        ]
         self.scalars = scalars
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
 
