@@ -83,7 +83,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(70, 90), (130, 257), (3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 90), (136, 72), (130, 257), (3, 5)], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_bits_are_those_of_the_reference(dtype, shape, layout):
     rng = np.random.default_rng(0)
