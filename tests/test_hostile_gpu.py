@@ -185,6 +185,18 @@ def test_every_kernel_gives_the_bits_of_the_cpu(
     assert differences(actual, expected) == []
 
 
+@pytest.mark.parametrize("dtypes", DTYPES[1:], ids=lambda d: "-".join(str(x)[9:] for x in d))
+def test_stochastic_rounding_gives_the_bits_of_the_cpu(cpu_extension, emulated_extension, dtypes):
+    lists = tensors(dtypes=dtypes)
+    rounding = {"rounding": (True, True, True), "seed": 2**40 + 5, "numbers": [4, 0, 9, 2**32 - 1]}
+    expected = update(cpu_extension, lists, **rounding)
+    assert differences(update(cpu_extension, lists), expected) or mx.float32 in dtypes[:2]
+    with hostile.relaxed(*NOT_SCALARS):
+        actual = update(emulated_extension, lists, **rounding)
+        mx.eval(actual)
+    assert differences(actual, expected) == []
+
+
 def test_a_thousand_steps_in_place(cpu_extension, emulated_extension):
     """The optimizer's own loop: each step on the results of the one before."""
     results = []

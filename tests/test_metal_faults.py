@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
 
@@ -13,10 +14,17 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
+import test_rounding
+
 from emulator import hostile
 from mlx_fused_adam import _ext
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
+
+
+STEP = 7
+SEED = 2**40 + 5
+ALL = (True, True, True)
 
 
 @pytest.fixture
@@ -25,7 +33,7 @@ def update(emulated_extension):
     return functools.partial(run_update, emulated_extension)
 
 
-def run_updates(extension, *lists: list[mx.array]) -> list[list[mx.array]]:
+def run_updates(extension, *lists: list[mx.array], **rounding) -> list[list[mx.array]]:
     settings = {
         "beta1": 0.9,
         "beta2": 0.99,
@@ -36,15 +44,16 @@ def run_updates(extension, *lists: list[mx.array]) -> list[list[mx.array]]:
     return extension.adam_update(
         *lists,
         mx.array(0.1),
-        None,
+        mx.array(STEP) if rounding else None,
         is_fused=lambda *dtypes: True,
         name=str,
         **settings,
+        **rounding,
     )
 
 
-def run_update(extension, *tensor: mx.array) -> list[mx.array]:
-    return [result[0] for result in run_updates(extension, *([x] for x in tensor))]
+def run_update(extension, *tensor: mx.array, **rounding) -> list[mx.array]:
+    return [result[0] for result in run_updates(extension, *([x] for x in tensor), **rounding)]
 
 
 def assert_same_bits(actual: list[mx.array], expected: list[mx.array]) -> None:
@@ -226,6 +235,70 @@ def test_a_fault_planted_in_the_shader_is_seen(update, plant, name, dtype):
     assert re.search(problem, seen), f"{name}: {seen or 'not seen'}"
 
 
+# For each kernel, the shapes and layouts of tensors that it updates with stochastic rounding, whole runs and single elements.
+ROUNDED = {
+    "linear": [((1003,), "linear")],
+    "linear, unaligned": [((1003,), "between vectors")],
+    "group": [((1003,), "linear"), ((64,), "linear"), ((37, 5), "linear")],
+    "tiled": [((70, 139), "column-major")],
+    "tiled, vectors": [((136, 72), "column-major")],
+    "general": [((3, 4, 5, 6), "strided")],
+}
+# Which of ROUNDED, which results are rounded stochastically, the text replaced and the replacement.
+PLANTED_IN_ROUNDING = {
+    "one draw for a run": (
+        "linear",
+        ALL,
+        "element_rounding(rounding, element + k)",
+        "element_rounding(rounding, element)",
+    ),
+    "one draw for single elements": (
+        "linear, unaligned",
+        ALL,
+        "t, i, first_element + i,",
+        "t, i, first_element,",
+    ),
+    "one number for a group": ("group", ALL, "args.numbers[which]", "args.numbers[0]"),
+    "column for element of a tile": ("tiled", ALL, "uint(at + i),", "column + i,"),
+    "column for element of a tile's runs": ("tiled, vectors", ALL, "at, uint(at),", "at, column,"),
+    "element as the gradient lies": (
+        "general",
+        ALL,
+        "args.first_element + uint(at)",
+        "args.first_element + uint(gradient_at)",
+    ),
+    "one draw for all steps": ("linear", ALL, "step[0], number", "0u, number"),
+    "half the seed": ("linear", ALL, "args.seed_low, args.seed_high", "args.seed_low, 0u"),
+    "the bits of v for m": ("linear", ALL, "of_state >> 16}", "of_state & 0xFFFFu}"),
+    "m with v": ("linear", (False, False, True), "flags & kRoundM", "flags & kRoundV"),
+    "v with m": ("linear", (False, True, False), "flags & kRoundV", "flags & kRoundM"),
+    "parameter with m": (
+        "linear",
+        (False, True, False),
+        "flags & kRoundParameter",
+        "flags & kRoundM",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("name", PLANTED_IN_ROUNDING)
+def test_a_fault_planted_in_the_rounding_is_seen(emulated_extension, plant, name, dtype):
+    which, results, text, replacement = PLANTED_IN_ROUNDING[name]
+    each = [tensors(shape, layout, dtype) for shape, layout in ROUNDED[which]]
+    lists = list(map(list, zip(*each, strict=True)))
+    how = {"rounding": results, "seed": SEED, "numbers": [3 + 5 * i for i in range(len(each))]}
+    expected = run_updates(_ext, *lists, **how)
+    for actual, want in zip(run_updates(emulated_extension, *lists, **how), expected, strict=True):
+        for x, y in zip(actual, want, strict=True):
+            assert mx.array_equal(x, y)
+    plant(text, replacement)
+    wrong = run_updates(emulated_extension, *lists, **how)
+    mx.eval(wrong)
+    pairs = zip(sum(wrong, []), sum(expected, []), strict=True)
+    assert not all(bool(mx.array_equal(x, y)) for x, y in pairs)
+
+
 ARRAYS = ("w", "g", "m", "v")
 LAYOUTS = ("column-major", "strided", "reversed", "between vectors")
 
@@ -349,7 +422,9 @@ TAIL = 64
 
 def large_tensors(emulator, layout: str) -> list[mx.array]:
     """Half-precision tensors, not zero in their last elements only, that exist only where they are touched."""
-    shape = {"batches": (5, 2**15, 2**15), "padded": (2**17 + 1, 2**14)}.get(layout, LARGE)
+    shapes = {"batches": (5, 2**15, 2**15), "padded": (2**17 + 1, 2**14)}
+    shapes["three pieces"] = (2**15 + 1, 2**16)  # the last does not begin at a multiple of 2^32
+    shape = shapes.get(layout, LARGE)
     in_memory, view_of = shape, lambda x: x
     if layout in ("column-major", "batches"):
         in_memory, view_of = (*shape[:-2], shape[-1], shape[-2]), lambda x: x.swapaxes(-1, -2)
@@ -372,6 +447,7 @@ def large_tensors(emulator, layout: str) -> list[mx.array]:
 # pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
 LAST_THREADGROUPS = {
     "linear": (0, 32),
+    "three pieces": (0, 32),
     "column-major": (1024 * 1025 - 1, 1024 * 1025),
     "strided": (2**21 + 31, 2**21 + 32),
     "padded": (64 * 32769 - 1, 64 * 32769),
@@ -391,10 +467,10 @@ def no_memory_limit():
     mx.set_memory_limit(before)
 
 
-def last_elements(emulator, update, layout: str) -> list[np.ndarray]:
+def last_elements(emulator, update, layout: str, **rounding) -> list[np.ndarray]:
     emulator.run_only_threadgroups(*LAST_THREADGROUPS[layout])
     try:
-        results = update(*large_tensors(emulator, layout))
+        results = update(*large_tensors(emulator, layout), **rounding)
         mx.eval(results)
     finally:
         emulator.run_all_threadgroups()
@@ -421,6 +497,33 @@ def test_an_index_of_32_bits_is_seen(emulator, update, plant, layout):
         assert "before the start" in str(error) or "outside every buffer" in str(error)
     else:
         assert any(not np.array_equal(a, b) for a, b in zip(right, wrong, strict=True))
+
+
+# Elements beyond 2^32, or a piece that the host cut, counted anew from 0.
+COUNTED_ANEW = {
+    "three pieces": ("first_element + start, gradient", "start, gradient"),
+    "strided": ("args.first_element + uint(at)", "uint(at)"),
+}
+
+
+@pytest.mark.usefixtures("no_memory_limit")
+@pytest.mark.parametrize("layout", LAST_THREADGROUPS)
+def test_rounding_of_tensors_of_more_than_2_32_elements(emulator, update, plant, layout):
+    """Their draws are those of the row-major index modulo 2^32, in each of the dispatches that the host makes."""
+    values = [mx.arange(1, TAIL + 1).astype(mx.float32) * x for x in (1.0, 0.5, 0.25, 0.125)]
+    unrounded = np.array(run_update(_ext, *values)[2])
+    shape = large_tensors(emulator, layout)[0].shape
+    first, second = test_rounding.key_of(SEED, STEP, 0)
+    start = np.uint32((math.prod(shape) - TAIL) % 2**32)
+    bits = test_rounding.random_bits(first + start, second, TAIL) & 0xFFFF
+    expected = test_rounding.rounded(unrounded, bits, mx.float16)
+    how = {"rounding": (False, False, True), "seed": SEED, "numbers": [0]}
+    found = last_elements(emulator, update, layout, **how)[2]
+    np.testing.assert_array_equal(found.astype(np.float64), expected)
+    if layout in COUNTED_ANEW:
+        plant(*COUNTED_ANEW[layout])
+        wrong = last_elements(emulator, update, layout, **how)[2]
+        assert not np.array_equal(wrong.astype(np.float64), expected)
 
 
 FAR_APART = 2**26
