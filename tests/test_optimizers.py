@@ -415,6 +415,15 @@ def test_the_constructor_refuses_what_is_no_number(options, message):
         fused.AdamW(**{"learning_rate": 0.1, **options})
 
 
+def test_numpy_parameters_without_a_state_are_taken(device):
+    parameters = {"a": np.full(3, 0.5, np.float32), "b": mx.full((3,), 0.5)}
+    gradients = {k: mx.full((3,), 0.1) for k in parameters}
+    optimizers = [module.AdamW(0.1) for module in (fused, stock)]
+    results = [tree_map(mx.array, x.apply_gradients(gradients, parameters)) for x in optimizers]
+    assert_same_tree(*results)
+    assert_same_tree(*(x.state for x in optimizers))
+
+
 def test_numpy_parameters_and_moments_are_taken(device):
     parameters = {"a": np.full(3, 0.5, np.float32), "b": mx.full((3,), 0.5)}
     gradients = {k: mx.full((3,), 0.1) for k in parameters}

@@ -276,7 +276,7 @@ class AdamW(_Fused, _StockAdamW):
 def _those_with(gradients: Any, parameters: Any) -> Any:
     """The parameters that have a gradient, in a tree like that of the gradients."""
     try:
-        return tree_map(lambda _, parameter: parameter, gradients, parameters)
+        return tree_map(lambda _, x: as_array("parameter", x), gradients, parameters)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return gradients  # what is missing is named by the update
 
