@@ -26,6 +26,7 @@ if __name__ == "__main__" and not __package__:
 
 from bench import gradient_sources, saved  # noqa: E402
 from bench.codes import M_LEVELS, V_LEVELS, Storage, simulate_m, simulate_v  # noqa: E402
+from bench.reference import Settings, adam  # noqa: E402
 
 EPS = 1e-8
 RESULTS = ROOT / "bench" / "results"
@@ -104,11 +105,11 @@ def exact_updates(gradients: np.ndarray, betas: tuple[float, float]) -> np.ndarr
     """Adam's updates in float64 throughout."""
     m = np.zeros(gradients.shape[1:])
     v = np.zeros(gradients.shape[1:])
+    settings = Settings(1.0, *betas, EPS)
     updates = np.empty(gradients.shape)
-    for update, g in zip(updates, gradients.astype(np.float64), strict=True):
-        m = betas[0] * m + (1 - betas[0]) * g
-        v = betas[1] * v + (1 - betas[1]) * g * g
-        update[...] = m / (np.sqrt(v) + EPS)
+    for i, g in enumerate(gradients.astype(np.float64)):
+        step, m, v = adam(0.0, g, m, v, i + 1, settings)
+        updates[i] = -step
     return updates
 
 

@@ -176,7 +176,7 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars,
       shapes.insert(shapes.end(), AdamUpdate::kOutputsPerTensor, tensors.parameters[i].shape());
       dtypes.insert(dtypes.end(),
                     {tensors.parameters[i].dtype(), tensors.m[i].dtype(), tensors.v[i].dtype()});
-      if (of_node.any()) node_numbers.push_back(numbers[i]);
+      if (of_node.any()) node_numbers.push_back(numbers.empty() ? i : numbers[i]);
     }
     auto primitive = make_primitive(of_node, std::move(node_numbers));
     auto outputs = entry->second
@@ -203,7 +203,7 @@ AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_ra
   check(hyperparameters);
   if (rounding.any()) {
     if (!step) refuse("step must be given for stochastic rounding but got None");
-    if (numbers.size() != tensors.parameters.size()) {
+    if (!numbers.empty() && numbers.size() != tensors.parameters.size()) {
       refuse("numbers must be one for each parameter but got ", numbers.size());
     }
   }

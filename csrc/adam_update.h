@@ -53,8 +53,9 @@ using TensorName = std::function<std::string(size_t)>;
 using IsFused = std::function<bool(mlx::core::Dtype, mlx::core::Dtype, mlx::core::Dtype)>;
 
 // Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction. Tensors of which `is_fused`
-// says false get the same update as a composition of MLX's operations. `wide_indices` makes kernels index in 64 bits where
-// 32 would do, so that a self-check can run what only huge tensors need.
+// says false get the same update as a composition of MLX's operations, which rounds to nearest. Stochastic rounding needs a
+// step; `numbers` are the tensors' in its hash, or empty: their places in the lists. `wide_indices` makes kernels index in 64
+// bits where 32 would do, so that a self-check can run what only huge tensors need.
 AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
                         const std::optional<mlx::core::array>& step,
                         const AdamHyperparameters& hyperparameters, const AdamRounding& rounding,

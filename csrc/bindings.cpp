@@ -46,7 +46,7 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v).
 
-``is_fused(p, g, s)`` is asked once for each combination of dtypes (parameter, gradient, m and v); where it says False, the update is composed of MLX's operations instead. ``rounding`` says which of parameter, m and v are rounded stochastically where they have 16 bits; the bits depend on ``seed``, ``step``, the tensor's of ``numbers`` and the element. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+``is_fused(p, g, s)`` is asked once for each combination of dtypes (parameter, gradient, m and v); where it says False, the update is composed of MLX's operations instead. ``rounding`` says which of parameter, m and v are rounded stochastically where they have 16 bits; the bits depend on ``seed``, ``step``, the tensor's of ``numbers`` (its place in the lists if they are empty) and the element. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def(
       "traffic_probe",

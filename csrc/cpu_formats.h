@@ -58,12 +58,15 @@ FUSED_ADAM_INLINE const float* load_chunk(const char* from, Format format, std::
   return buffer;
 }
 
-// Writes the lower bits of each, in a loop of its own: compilers that narrow within a longer loop do much of it in narrow
-// lanes, twice as slowly.
-template <typename Value>
-FUSED_ADAM_INLINE void narrow(const std::uint32_t* wide, Value* to) {
+// Stores 16 bits of each element. They are narrowed in a loop of their own: compilers that narrow within a longer loop do much
+// of it in narrow lanes, twice as slowly.
+template <typename StoreOne>
+FUSED_ADAM_INLINE void store_each(std::uint16_t* to, StoreOne store_one) {
+  alignas(64) std::uint32_t wide[kChunk];
   FUSED_ADAM_VECTORIZE
-  for (std::size_t i = 0; i < kChunk; ++i) to[i] = Value(wide[i]);
+  for (std::size_t i = 0; i < kChunk; ++i) wide[i] = store_one(i);
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < kChunk; ++i) to[i] = std::uint16_t(wide[i]);
 }
 
 // Where a chunk's float32 results go, before store_chunk.
@@ -74,30 +77,23 @@ FUSED_ADAM_INLINE float* chunk_target(char* to, Format format, std::size_t at, f
 // `random` has 16 bits at `shift` for each element, or is null: to nearest.
 FUSED_ADAM_INLINE void store_chunk(const float* x, char* to, Format format, std::size_t at,
                                    const std::uint32_t* random, int shift) {
-  auto bits = [=](std::size_t i) { return random[i] >> shift & 0xFFFFu; };
-  const Rounding nearest{false, 0};
-  alignas(64) std::uint32_t wide[kChunk];
+  auto at_random = [=](std::size_t i) { return Rounding{true, random[i] >> shift & 0xFFFFu}; };
   switch (format) {
     case Format::float32:
       return;
     case Format::bfloat16: {
       auto values = as<std::uint16_t>(to) + at;
       if (random) {
-        FUSED_ADAM_VECTORIZE
-        for (std::size_t i = 0; i < kChunk; ++i) wide[i] = store_bfloat16(x[i], {true, bits(i)});
+        store_each(values, [=](std::size_t i) { return store_bfloat16(x[i], at_random(i)); });
       } else {
-        FUSED_ADAM_VECTORIZE
-        for (std::size_t i = 0; i < kChunk; ++i) wide[i] = store_bfloat16(x[i], nearest);
+        store_each(values, [=](std::size_t i) { return store_bfloat16(x[i], {false, 0}); });
       }
-      narrow(wide, values);
       return;
     }
     case Format::float16: {
       auto values = as<std::uint16_t>(to) + at;
       if (random) {
-        FUSED_ADAM_VECTORIZE
-        for (std::size_t i = 0; i < kChunk; ++i) wide[i] = store_float16(x[i], {true, bits(i)});
-        narrow(wide, values);
+        store_each(values, [=](std::size_t i) { return store_float16(x[i], at_random(i)); });
       } else {
         half::from_float(x, kChunk, values);
       }

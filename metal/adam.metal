@@ -54,8 +54,10 @@ inline TensorRounding tensor_rounding(RoundingArgs args, uint number, const devi
 inline ElementRounding element_rounding(TensorRounding tensor, uint element) {
   uint of_state = 0u;
   uint of_parameter = 0u;
-  if (tensor.flags != 0u) {
+  if ((tensor.flags & (kRoundM | kRoundV)) != 0u) {
     of_state = random_bits(tensor.key, element);
+  }
+  if ((tensor.flags & kRoundParameter) != 0u) {
     of_parameter = more_random_bits(tensor.key, element);
   }
   return {

@@ -86,7 +86,6 @@ def adam_update(
         bias_correction=bool(bias_correction),
         rounding=(is_stochastic,) * 3,
         seed=as_seed("adam_update", seed) if is_stochastic else 0,
-        numbers=[0],
         is_fused=backend.is_fused,
         stream=backend.place(stream),
         name=lambda _: "the tensor",

@@ -124,8 +124,7 @@ class _Fused(_StockOptimizer):
 
     def _apply_fused(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
         """New parameters, and what is new in their states."""
-        numbers = range(len(walk.gradients))
-        return self._update(walk.gradients, walk.parameters, walk.states, numbers, walk.path)
+        return self._update(walk.gradients, walk.parameters, walk.states, [], walk.path)
 
     def _apply_mixed(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
         """The same where not all leaves are what the kernels take: NumPy arrays are converted, other dtypes go to stock."""

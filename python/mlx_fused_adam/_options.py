@@ -26,9 +26,8 @@ class Options(NamedTuple):
     @property
     def rounding(self) -> tuple[bool, bool, bool]:
         """Whether 16-bit parameters, ``m`` and ``v`` are rounded stochastically."""
-        return {None: (False, False, True), True: (True, True, True), False: (False, False, False)}[
-            self.stochastic_rounding
-        ]
+        of_all = self.stochastic_rounding is True
+        return of_all, of_all, self.stochastic_rounding is not False
 
 
 def check_options(op: str, state_dtype: Any, stochastic_rounding: Any, seed: Any) -> Options:
@@ -55,11 +54,13 @@ def as_seed(op: str, seed: Any) -> int:
 
 
 def _as_state_dtype(op: str, x: Any) -> mx.Dtype | None:
-    if not (x is None or isinstance(x, (str, mx.Dtype))):
+    if x is None:
+        return None
+    if not isinstance(x, (str, mx.Dtype)):
         raise TypeError(f"[{op}] state_dtype must be a string or a dtype but got {x!r}")
     name = str(x).removeprefix("mlx.core.")
-    if x is None or name in _STATE_DTYPES:
-        return _STATE_DTYPES.get(name)
+    if name in _STATE_DTYPES:
+        return _STATE_DTYPES[name]
     reason = ", since float16 cannot hold v: below 6e-8 it is 0" if name == "float16" else ""
     raise ValueError(
         f"[{op}] state_dtype must be None, 'float32' or 'bfloat16' but got {name!r}{reason}"

@@ -102,7 +102,7 @@ def _update(extension: ModuleType, case: Case, step: int) -> list[Tensor]:
     new_parameters, new_m, new_v = extension.adam_update(
         *lists, mx.array(_LEARNING_RATE), mx.array(step, mx.uint64),
         beta1=_BETAS[0], beta2=_BETAS[1], **_SETTINGS,
-        rounding=(case.is_stochastic,) * 3, numbers=range(len(case.tensors)),
+        rounding=(case.is_stochastic,) * 3,
         is_fused=lambda *dtypes: True, wide_indices=case.wide_indices, name=str,
     )  # fmt: skip
     return list(map(Tensor, new_parameters, lists[1], new_m, new_v))
