@@ -8,9 +8,11 @@
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
+#include <typeinfo>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
+#include "state_codes.h"
 #include "storage.h"
 
 namespace fused_adam {
@@ -30,6 +32,39 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());
 }
 
+const AdamExtras& extras_of(const AdamTensors& tensors, size_t i) {
+  static const AdamExtras none;
+  return tensors.extras.empty() ? none : tensors.extras[i];
+}
+
+// What codes and remainders have beside them.
+void check_extras(const AdamTensors& tensors, size_t i, const TensorName& name) {
+  auto& parameter = tensors.parameters[i];
+  auto& extras = extras_of(tensors, i);
+  auto check_one = [&](const char* what, const std::optional<mx::array>& x, mx::Dtype dtype,
+                       const mx::Shape& shape) {
+    if (!x) refuse(what, " of ", name(i), " must be an array of ", dtype, " but got nothing");
+    if (x->dtype() != dtype || x->shape() != shape) {
+      refuse(what, " of ", name(i), " must be ", dtype, " of shape ", shape, " but got ",
+             x->dtype(), " of shape ", x->shape());
+    }
+  };
+  if (extras.remainder) {
+    if (parameter.dtype() != mx::bfloat16) {
+      refuse("parameter of ", name(i), " must be bfloat16, since it has a remainder, but got ",
+             parameter.dtype());
+    }
+    check_one("remainder", extras.remainder, mx::int16, parameter.shape());
+  }
+  if (tensors.m[i].dtype() == mx::int8) {
+    if (parameter.ndim() == 0) refuse("m of ", name(i), " must have an axis to be int8");
+    check_one("m_scale", extras.m_scale, mx::bfloat16, scale_shape(parameter.shape()));
+    check_one("v_scale", extras.v_scale, mx::bfloat16, scale_shape(parameter.shape()));
+  } else if (extras.m_scale || extras.v_scale) {
+    refuse("m of ", name(i), " must be int8, since it has scales, but got ", tensors.m[i].dtype());
+  }
+}
+
 void check(const AdamTensors& tensors, const TensorName& name) {
   size_t count = tensors.parameters.size();
   if (tensors.gradients.size() != count || tensors.m.size() != count || tensors.v.size() != count) {
@@ -38,8 +73,10 @@ void check(const AdamTensors& tensors, const TensorName& name) {
   }
   for (size_t i = 0; i < count; ++i) {
     auto& parameter = tensors.parameters[i];
-    auto check_one = [&](const char* what, const mx::array& x) {
-      if (!is_storage(x.dtype())) {
+    bool has_codes = !tensors.extras.empty() && tensors.m[i].dtype() == mx::int8 &&
+                     tensors.v[i].dtype() == mx::uint8;
+    auto check_one = [&](const char* what, const mx::array& x, bool is_code = false) {
+      if (!is_code && !is_plain(x.dtype())) {
         refuse(what, " of ", name(i), " must be float32, bfloat16 or float16 but got ", x.dtype());
       }
       if (x.shape() != parameter.shape()) {
@@ -49,12 +86,13 @@ void check(const AdamTensors& tensors, const TensorName& name) {
     };
     check_one("parameter", parameter);
     check_one("gradient", tensors.gradients[i]);
-    check_one("m", tensors.m[i]);
-    check_one("v", tensors.v[i]);
-    if (tensors.m[i].dtype() != tensors.v[i].dtype()) {
+    check_one("m", tensors.m[i], has_codes);
+    check_one("v", tensors.v[i], has_codes);
+    if (!has_codes && tensors.m[i].dtype() != tensors.v[i].dtype()) {
       refuse("m and v of ", name(i), " must share one dtype but got ", tensors.m[i].dtype(),
              " and ", tensors.v[i].dtype());
     }
+    if (!tensors.extras.empty()) check_extras(tensors, i, name);
   }
 }
 
@@ -109,23 +147,30 @@ AdamScalars<mx::array> unpack(const mx::array& scalars) {
   return {at(0), at(1), at(2)};
 }
 
-using DtypeKey = std::tuple<mx::Dtype::Val, mx::Dtype::Val, mx::Dtype::Val>;
+struct ByFormats {
+  bool operator()(const TensorFormats& a, const TensorFormats& b) const {
+    return std::tie(a.parameter, a.gradient, a.m, a.v) <
+           std::tie(b.parameter, b.gradient, b.m, b.v);
+  }
+};
 
-DtypeKey key_of(const AdamTensors& tensors, size_t i) {
-  return {tensors.parameters[i].dtype().val(), tensors.gradients[i].dtype().val(),
-          tensors.m[i].dtype().val()};
+TensorFormats formats_of(const AdamTensors& tensors, size_t i) {
+  auto parameter = extras_of(tensors, i).remainder ? Format::bfloat16_remainder
+                                                   : format_of(tensors.parameters[i].dtype());
+  return {parameter, format_of(tensors.gradients[i].dtype()), format_of(tensors.m[i].dtype()),
+          format_of(tensors.v[i].dtype())};
 }
 
 // Lists of tensor indices, each to become one node.
 std::vector<std::vector<size_t>> group(const AdamTensors& tensors, size_t tensors_per_node) {
   std::vector<std::vector<size_t>> groups;
-  std::map<DtypeKey, size_t> open;
+  std::map<TensorFormats, size_t, ByFormats> open;
   for (size_t i = 0; i < tensors.parameters.size(); ++i) {
     if (tensors.parameters[i].size() > kLargestGrouped) {
       groups.push_back({i});
       continue;
     }
-    auto [entry, is_new] = open.try_emplace(key_of(tensors, i), groups.size());
+    auto [entry, is_new] = open.try_emplace(formats_of(tensors, i), groups.size());
     if (is_new || groups[entry->second].size() == tensors_per_node) {
       entry->second = groups.size();
       groups.emplace_back().reserve(tensors_per_node);
@@ -135,58 +180,90 @@ std::vector<std::vector<size_t>> group(const AdamTensors& tensors, size_t tensor
   return groups;
 }
 
-// Those of the flags that concern results of these dtypes.
-AdamRounding in_16_bits(AdamRounding rounding, mx::Dtype parameter, mx::Dtype state) {
-  rounding.parameter = rounding.parameter && parameter != mx::float32;
-  rounding.m = rounding.m && state != mx::float32;
-  rounding.v = rounding.v && state != mx::float32;
+// Those of the flags that concern results of these formats.
+AdamRounding within(AdamRounding rounding, const TensorFormats& formats) {
+  rounding.parameter =
+      rounding.parameter && formats.parameter != Format::float32 && !formats.has_remainder();
+  rounding.m = rounding.m && formats.m != Format::float32;
+  rounding.v = rounding.v && formats.v != Format::float32;
   return rounding;
 }
 
-using MakePrimitive =
-    std::function<std::shared_ptr<AdamUpdate>(AdamRounding, std::vector<uint32_t> numbers)>;
+// Kernels read codes and extras row-major, as they write them. What an update has made needs no look, and what a compiled graph
+// will be given cannot have one: AdamUpdate::check_layouts does it then.
+mx::array row_major(const mx::array& x, mx::Stream stream) {
+  bool is_known = x.is_available()    ? x.flags().row_contiguous
+                  : x.has_primitive() ? typeid(x.primitive()) == typeid(AdamUpdate)
+                                      : true;
+  return is_known ? x : mx::contiguous(x, false, stream);
+}
+
+using MakePrimitive = std::function<std::shared_ptr<AdamUpdate>(
+    mx::Stream, const TensorFormats&, AdamRounding, std::vector<uint32_t> numbers)>;
 
 // `step` is for stochastic rounding, and absent where nothing is rounded so.
 AdamResults build(const AdamTensors& tensors, const mx::array& scalars,
                   const std::optional<mx::array>& step, const AdamRounding& rounding,
                   const std::vector<uint32_t>& numbers, const IsFused& is_fused, mx::Stream stream,
                   const MakePrimitive& make_primitive) {
-  AdamResults results{tensors.parameters, tensors.m, tensors.v};
+  AdamResults results{tensors.parameters, tensors.m, tensors.v, tensors.extras};
   auto backend = stream.device == mx::Device::gpu ? gpu_backend() : cpu_backend();
-  std::map<DtypeKey, bool> fused;
+  std::map<TensorFormats, bool, ByFormats> fused;
   for (auto& members : group(tensors, backend.tensors_per_node)) {
     size_t any = members[0];
-    auto parameter_dtype = tensors.parameters[any].dtype(), state_dtype = tensors.m[any].dtype();
-    auto [entry, is_new] = fused.try_emplace(key_of(tensors, any));
+    auto formats = formats_of(tensors, any);
+    auto [entry, is_new] = fused.try_emplace(formats);
     if (is_new) {
-      entry->second = is_fused(parameter_dtype, tensors.gradients[any].dtype(), state_dtype);
+      std::optional<mx::Dtype> remainder;
+      if (formats.has_remainder()) remainder = mx::int16;
+      entry->second = is_fused(tensors.parameters[any].dtype(), tensors.gradients[any].dtype(),
+                               tensors.m[any].dtype(), remainder);
     }
-    auto of_node = in_16_bits(rounding, parameter_dtype, state_dtype);
-    if (!entry->second) of_node = {};
+    bool has_extras = extra_count(formats) > 0, has_kernel = entry->second || has_extras;
+    auto where = entry->second || !has_extras ? stream : mx::default_stream(mx::Device::cpu);
+    auto of_node = has_kernel ? within(rounding, formats) : AdamRounding{};
     std::vector<uint32_t> node_numbers;
     std::vector<mx::array> inputs{scalars};
     if (of_node.any()) inputs.push_back(*step);
     std::vector<mx::Shape> shapes;
     std::vector<mx::Dtype> dtypes;
-    inputs.reserve(inputs.size() + AdamUpdate::kInputsPerTensor * members.size());
+    inputs.reserve(inputs.size() +
+                   (AdamUpdate::kFirstExtraInput + extra_count(formats)) * members.size());
     for (size_t i : members) {
-      for (auto* list : {&tensors.parameters, &tensors.gradients, &tensors.m, &tensors.v}) {
-        inputs.push_back((*list)[i]);
-      }
-      shapes.insert(shapes.end(), AdamUpdate::kOutputsPerTensor, tensors.parameters[i].shape());
+      inputs.push_back(tensors.parameters[i]);
+      inputs.push_back(tensors.gradients[i]);
+      shapes.insert(shapes.end(), AdamUpdate::kFirstExtraOutput, tensors.parameters[i].shape());
       dtypes.insert(dtypes.end(),
                     {tensors.parameters[i].dtype(), tensors.m[i].dtype(), tensors.v[i].dtype()});
+      for (auto* moments : {&tensors.m, &tensors.v}) {
+        auto& moment = (*moments)[i];
+        inputs.push_back(formats.has_codes() ? row_major(moment, where) : moment);
+      }
+      if (has_extras) {
+        auto& extras = tensors.extras[i];
+        for (auto* extra : {&extras.remainder, &extras.m_scale, &extras.v_scale}) {
+          if (!*extra) continue;
+          inputs.push_back(row_major(**extra, where));
+          shapes.push_back((*extra)->shape());
+          dtypes.push_back((*extra)->dtype());
+        }
+      }
       if (of_node.any()) node_numbers.push_back(numbers.empty() ? i : numbers[i]);
     }
-    auto primitive = make_primitive(of_node, std::move(node_numbers));
-    auto outputs = entry->second
-                       ? mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs)
-                       : primitive->composed()(inputs);
-    for (size_t k = 0; k < members.size(); ++k) {
-      auto output = outputs.begin() + AdamUpdate::kOutputsPerTensor * k;
-      results.parameters[members[k]] = *output++;
-      results.m[members[k]] = *output++;
-      results.v[members[k]] = *output;
+    auto primitive = make_primitive(where, formats, of_node, std::move(node_numbers));
+    auto outputs = has_kernel ? mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs)
+                              : primitive->composed()(inputs);
+    auto output = outputs.begin();
+    for (size_t i : members) {
+      results.parameters[i] = *output++;
+      results.m[i] = *output++;
+      results.v[i] = *output++;
+      if (has_extras) {
+        auto& extras = results.extras[i];
+        for (auto* extra : {&extras.remainder, &extras.m_scale, &extras.v_scale}) {
+          if (*extra) *extra = *output++;
+        }
+      }
     }
   }
   return results;
@@ -212,10 +289,11 @@ AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_ra
   std::optional<mx::array> counter;
   if (rounding.any()) counter = as_scalar("step", *step, mx::uint32, stream);
   return build(tensors, scalars, counter, rounding, numbers, is_fused, stream,
-               [&](AdamRounding of_node, std::vector<uint32_t> of_tensors) {
-                 return std::make_shared<AdamUpdate>(stream, UpdateRule::adam,
-                                                     constants_of(hyperparameters), of_node,
-                                                     std::move(of_tensors), wide_indices);
+               [&](mx::Stream where, const TensorFormats& formats, AdamRounding of_node,
+                   std::vector<uint32_t> of_tensors) {
+                 return std::make_shared<AdamUpdate>(where, UpdateRule::adam,
+                                                     constants_of(hyperparameters), formats,
+                                                     of_node, std::move(of_tensors), wide_indices);
                });
 }
 
@@ -230,21 +308,28 @@ AdamResults traffic_probe(const AdamTensors& tensors, mx::StreamOrDevice s,
     }
   }
   auto stream = mx::to_stream(s);
-  auto always = [](mx::Dtype, mx::Dtype, mx::Dtype) { return true; };
+  auto always = [](mx::Dtype, mx::Dtype, mx::Dtype, std::optional<mx::Dtype>) { return true; };
   return build(tensors, mx::array(0.0f), std::nullopt, {}, {}, always, stream,
-               [&](AdamRounding, std::vector<uint32_t>) {
-                 return std::make_shared<AdamUpdate>(stream, UpdateRule::traffic, AdamConstants{});
+               [&](mx::Stream, const TensorFormats& formats, AdamRounding, std::vector<uint32_t>) {
+                 return std::make_shared<AdamUpdate>(stream, UpdateRule::traffic, AdamConstants{},
+                                                     formats);
                });
 }
 
 std::function<std::vector<mx::array>(const std::vector<mx::array>&)> AdamUpdate::composed() {
+  if (extra_count(formats_) > 0) {
+    refuse(
+        "grad and vmap of an update must have state_dtype 'float32' or 'bfloat16' and no "
+        "master_weights but got ",
+        formats_.has_codes() ? "state_dtype='int8'" : "master_weights=True");
+  }
   return [rule = rule_, constants = constants_, first = common_inputs(),
           stream = stream()](const std::vector<mx::array>& inputs) {
     mx::StreamContext context(stream);
     auto scalars = unpack(inputs[0]);
     auto as = [](const mx::array& x, mx::Dtype dtype) { return mx::astype(x, dtype); };
     std::vector<mx::array> outputs;
-    for (size_t i = first; i < inputs.size(); i += kInputsPerTensor) {
+    for (size_t i = first; i < inputs.size(); i += kFirstExtraInput) {
       auto& parameter = inputs[i];
       auto& gradient = inputs[i + 1];
       auto& m = inputs[i + 2];
@@ -288,17 +373,39 @@ std::pair<std::vector<mx::array>, std::vector<int>> AdamUpdate::vmap(
 // Asked for by shapeless compilation, whose later calls no other check sees.
 std::vector<mx::Shape> AdamUpdate::output_shapes(const std::vector<mx::array>& inputs) {
   std::vector<mx::Shape> shapes;
-  for (size_t i = common_inputs(); i < inputs.size(); i += kInputsPerTensor) {
-    for (size_t k = 1; k < kInputsPerTensor; ++k) {
-      if (inputs[i + k].shape() != inputs[i].shape()) {
+  for (size_t i = common_inputs(); i < inputs.size(); i += inputs_per_tensor()) {
+    auto& shape = inputs[i].shape();
+    for (size_t k = 1; k < kFirstExtraInput; ++k) {
+      if (inputs[i + k].shape() != shape) {
         const char* names[] = {"parameter", "gradient", "m", "v"};
-        refuse(names[k], " must have the parameter's shape ", inputs[i].shape(), " but got ",
+        refuse(names[k], " must have the parameter's shape ", shape, " but got ",
                inputs[i + k].shape());
       }
     }
-    shapes.insert(shapes.end(), kOutputsPerTensor, inputs[i].shape());
+    shapes.insert(shapes.end(), kFirstExtraOutput, shape);
+    for (size_t k = kFirstExtraInput; k < inputs_per_tensor(); ++k) {
+      bool is_remainder = formats_.has_remainder() && k == kFirstExtraInput;
+      shapes.push_back(is_remainder ? shape : scale_shape(shape));
+      if (inputs[i + k].shape() != shapes.back()) {
+        refuse(is_remainder ? "remainder" : "scales", " must have the shape ", shapes.back(),
+               " but got ", inputs[i + k].shape());
+      }
+    }
   }
   return shapes;
+}
+
+void AdamUpdate::check_layouts(const std::vector<mx::array>& inputs) const {
+  if (extra_count(formats_) == 0) return;
+  for (size_t i = common_inputs(); i < inputs.size(); ++i) {
+    size_t k = (i - common_inputs()) % inputs_per_tensor();
+    if (k < (formats_.has_codes() ? 2 : kFirstExtraInput)) continue;
+    if (!inputs[i].flags().row_contiguous) {
+      refuse(
+          "m, v, scales and remainder of a compiled update must be row-major but got one of shape ",
+          inputs[i].shape(), " that is not");
+    }
+  }
 }
 
 }  // namespace fused_adam

@@ -11,6 +11,7 @@
 #include "adam_rule.h"
 #include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "storage.h"
 
 namespace fused_adam {
 
@@ -22,7 +23,7 @@ struct AdamHyperparameters {
   bool bias_correction = false;
 };
 
-// Which results are rounded stochastically (storage_formats.h) where they are stored in 16 bits; the others to nearest.
+// Which results are rounded stochastically (storage_formats.h) where they are stored in 8 or 16 bits; the others to nearest.
 struct AdamRounding {
   bool parameter = false;
   bool m = false;
@@ -32,28 +33,41 @@ struct AdamRounding {
   bool any() const { return parameter || m || v; }
 };
 
-// Parallel lists: element i of each belongs to the same parameter.
+// What some storage formats need beside the values: the remainder (int16) of a bfloat16 parameter, or for codes m (int8) and
+// v (uint8) the scales (bfloat16) of each row's blocks, so of shape [..., ceil(last / kBlockElements)]. All row-major.
+struct AdamExtras {
+  std::optional<mlx::core::array> remainder;
+  std::optional<mlx::core::array> m_scale;
+  std::optional<mlx::core::array> v_scale;
+};
+
+// Parallel lists: element i of each belongs to the same parameter. `extras` may be empty: no tensor has any.
 struct AdamTensors {
   std::vector<mlx::core::array> parameters;
   std::vector<mlx::core::array> gradients;
   std::vector<mlx::core::array> m;
   std::vector<mlx::core::array> v;
+  std::vector<AdamExtras> extras = {};
 };
 
 struct AdamResults {
   std::vector<mlx::core::array> parameters;
   std::vector<mlx::core::array> m;
   std::vector<mlx::core::array> v;
+  std::vector<AdamExtras> extras = {};
 };
 
 // Names tensor i in an error message; called only then.
 using TensorName = std::function<std::string(size_t)>;
 
-// Whether the stream's device has a kernel to be trusted with these dtypes: of a parameter, its gradient, and its m and v.
-using IsFused = std::function<bool(mlx::core::Dtype, mlx::core::Dtype, mlx::core::Dtype)>;
+// Whether the stream's device has a kernel to be trusted with these dtypes: of a parameter, its gradient, its m, and of its
+// remainder if there is one.
+using IsFused = std::function<bool(mlx::core::Dtype, mlx::core::Dtype, mlx::core::Dtype,
+                                   std::optional<mlx::core::Dtype>)>;
 
 // Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction. Tensors of which `is_fused`
-// says false get the same update as a composition of MLX's operations, which rounds to nearest. Stochastic rounding needs a
+// says false get the same update as a composition of MLX's operations, which rounds to nearest; those with extras, which MLX's
+// operations cannot store, from the CPU's kernel. Stochastic rounding needs a
 // step; `numbers` are the tensors' in its hash, or empty: their places in the lists. `wide_indices` makes kernels index in 64
 // bits where 32 would do, so that a self-check can run what only huge tensors need.
 AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
@@ -72,26 +86,30 @@ AdamResults traffic_probe(const AdamTensors& tensors, mlx::core::StreamOrDevice 
 enum class UpdateRule { adam, traffic };
 
 // Inputs: scalars (float32; [3]: the fields of AdamScalars, or []: step_size, the others being 1), then step
-// (uint32) if any result is rounded stochastically, then parameter, gradient, m, v of each tensor.
-// Outputs: parameter, m, v of each tensor. All tensors of a node share their three dtypes.
+// (uint32) if any result is rounded stochastically, then for each tensor parameter, gradient, m, v and extras.
+// Outputs: for each tensor parameter, m, v and extras. Extras are remainder, m_scale, v_scale, as far as the formats have them.
+// All tensors of a node share their formats.
 class AdamUpdate : public mlx::core::Primitive {
  public:
-  static constexpr size_t kInputsPerTensor = 4;
-  static constexpr size_t kOutputsPerTensor = 3;
+  static constexpr size_t kFirstExtraInput = 4;
+  static constexpr size_t kFirstExtraOutput = 3;
 
   // `numbers` has one for each of the node's tensors, or none without stochastic rounding.
   AdamUpdate(mlx::core::Stream stream, UpdateRule rule, AdamConstants constants,
-             AdamRounding rounding = {}, std::vector<uint32_t> numbers = {},
+             TensorFormats formats, AdamRounding rounding = {}, std::vector<uint32_t> numbers = {},
              bool wide_indices = false)
       : Primitive(stream),
         rule_(rule),
         constants_(constants),
+        formats_(formats),
         rounding_(rounding),
         numbers_(std::move(numbers)),
         wide_indices_(wide_indices) {}
 
   // Inputs before those of tensors.
   size_t common_inputs() const { return rounding_.any() ? 2 : 1; }
+  size_t inputs_per_tensor() const { return kFirstExtraInput + extra_count(formats_); }
+  size_t outputs_per_tensor() const { return kFirstExtraOutput + extra_count(formats_); }
 
   void eval_cpu(const std::vector<mlx::core::array>& inputs,
                 std::vector<mlx::core::array>& outputs) override;
@@ -113,12 +131,16 @@ class AdamUpdate : public mlx::core::Primitive {
   bool is_equivalent(const Primitive&) const override { return false; }
   std::vector<mlx::core::Shape> output_shapes(const std::vector<mlx::core::array>& inputs) override;
 
-  // The same update as a composition of MLX's own operations, whose derivatives MLX knows.
+  // The same update as a composition of MLX's own operations, whose derivatives MLX knows. Refuses formats with extras.
   std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)> composed();
 
  private:
+  // What the graph cannot see: throws for codes and extras that are not row-major.
+  void check_layouts(const std::vector<mlx::core::array>& inputs) const;
+
   UpdateRule rule_;
   AdamConstants constants_;
+  TensorFormats formats_;
   AdamRounding rounding_;
   std::vector<uint32_t> numbers_;
   bool wide_indices_;

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
@@ -11,6 +12,7 @@
 #include "adam_update.h"
 #include "cpu_kernels.h"
 #include "in_place.h"
+#include "state_codes.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -18,6 +20,9 @@ namespace mx = mlx::core;
 using namespace nb::literals;
 
 using Arrays = std::vector<mx::array>;
+// (remainder, m_scale, v_scale) of each tensor, or none of any.
+using Extra = std::optional<mx::array>;
+using Extras = std::vector<std::tuple<Extra, Extra, Extra>>;
 
 NB_MODULE(_ext, m) {
   m.doc() = "The fused Adam operation on lists of MLX arrays.";
@@ -30,23 +35,30 @@ NB_MODULE(_ext, m) {
          const std::optional<mx::array>& step, double beta1, double beta2, double eps,
          double weight_decay, bool bias_correction, const std::tuple<bool, bool, bool>& rounding,
          uint64_t seed, const std::vector<uint32_t>& numbers, const fused_adam::IsFused& is_fused,
-         bool wide_indices, mx::StreamOrDevice stream, const fused_adam::TensorName& name) {
+         bool wide_indices, mx::StreamOrDevice stream, const fused_adam::TensorName& name,
+         const Extras& extras) {
         auto [of_parameter, of_m, of_v] = rounding;
+        fused_adam::AdamTensors tensors{std::move(parameters), std::move(gradients), std::move(m),
+                                        std::move(v)};
+        for (auto& [remainder, m_scale, v_scale] : extras) {
+          tensors.extras.push_back({remainder, m_scale, v_scale});
+        }
         auto results = fused_adam::adam_update(
-            {std::move(parameters), std::move(gradients), std::move(m), std::move(v)},
-            learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction},
+            tensors, learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction},
             {of_parameter, of_m, of_v, seed}, numbers, is_fused, wide_indices, stream, name);
+        Extras new_extras;
+        for (auto& x : results.extras) new_extras.emplace_back(x.remainder, x.m_scale, x.v_scale);
         return std::make_tuple(std::move(results.parameters), std::move(results.m),
-                               std::move(results.v));
+                               std::move(results.v), std::move(new_extras));
       },
       "parameters"_a, "gradients"_a, "m"_a, "v"_a, "learning_rate"_a, "step"_a.none(),
       nb::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
       "rounding"_a = std::make_tuple(false, false, false), "seed"_a = 0,
       "numbers"_a = std::vector<uint32_t>(), "is_fused"_a, "wide_indices"_a = false,
-      "stream"_a = nb::none(), "name"_a,
-      R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v).
+      "stream"_a = nb::none(), "name"_a, "extras"_a = Extras(),
+      R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v, extras).
 
-``is_fused(p, g, s)`` is asked once for each combination of dtypes (parameter, gradient, m and v); where it says False, the update is composed of MLX's operations instead. ``rounding`` says which of parameter, m and v are rounded stochastically where they have 16 bits; the bits depend on ``seed``, ``step``, the tensor's of ``numbers`` (its place in the lists if they are empty) and the element. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+``extras`` are (remainder, m_scale, v_scale) of each tensor, each of which may be None: the remainder (int16) of a bfloat16 parameter, and the scales (bfloat16) of m (int8) and v (uint8). ``is_fused(p, g, m, remainder)`` is asked once for each combination of dtypes; where it says False, the update is composed of MLX's operations instead, or run by the CPU's kernel if there are extras. ``rounding`` says which of parameter, m and v are rounded stochastically where they have 8 or 16 bits; the bits depend on ``seed``, ``step``, the tensor's of ``numbers`` (its place in the lists if they are empty) and the element. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def(
       "traffic_probe",
@@ -59,6 +71,11 @@ NB_MODULE(_ext, m) {
       "parameter"_a, "gradient"_a, "m"_a, "v"_a, "stream"_a = nb::none(),
       "The memory traffic of one update with an addition in place of its arithmetic, for "
       "benchmarks.");
+
+  m.def("encode_moment", &fused_adam::encode_moment, "moment"_a, "is_v"_a,
+        "Codes (int8, or uint8 for v) and their blocks' scales, lazily, on the CPU.");
+  m.def("decode_moment", &fused_adam::decode_moment, "codes"_a, "scales"_a,
+        "The float32 values of codes and scales, lazily, on the CPU.");
 
   m.def("note_idle_stream", &fused_adam::note_idle_stream,
         "Tell that the newest stream is for self-checks alone, so that updates elsewhere need not "

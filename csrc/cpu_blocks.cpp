@@ -5,7 +5,8 @@
 
 namespace fused_adam::cpu {
 
-Blocks::Blocks(const Layout& layout, const bool (&gathered)[kArrays]) : layout_(layout) {
+Blocks::Blocks(const Layout& layout, const bool (&gathered)[kArrays], size_t aligned)
+    : layout_(layout) {
   auto& shape = layout_.shape;
   axis_ = shape.size() - 1;
   while (axis_ > 0 && inner_ * shape[axis_] <= kMost) inner_ *= shape[axis_--];
@@ -13,6 +14,7 @@ Blocks::Blocks(const Layout& layout, const bool (&gathered)[kArrays]) : layout_(
   size_t most_rows = std::max<size_t>(1, kMost / inner_);
   // Of equal size, as nearly as may be.
   rows_ = divide_up(length, divide_up(length, most_rows));
+  if (inner_ == 1) rows_ = divide_up(rows_, aligned) * aligned;
   pieces_ = divide_up(length, rows_);
   count_ = pieces_;
   for (size_t axis = 0; axis < axis_; ++axis) count_ *= shape[axis];

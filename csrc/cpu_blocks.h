@@ -20,8 +20,9 @@ class Blocks {
 
   // None, for a layout that needs none.
   Blocks() = default;
-  // `gathered` says which arrays are read through a table; the others are row-major.
-  Blocks(const Layout& layout, const bool (&gathered)[kArrays]);
+  // `gathered` says which arrays are read through a table; the others are row-major. A block begins at a multiple of `aligned`
+  // elements of the last axis.
+  Blocks(const Layout& layout, const bool (&gathered)[kArrays], size_t aligned);
 
   struct Block {
     size_t start;  // in row-major order

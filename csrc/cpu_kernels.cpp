@@ -11,11 +11,11 @@
 namespace fused_adam::cpu {
 namespace {
 
-// Formats known when the kernel is compiled, for what most tensors have; RunFormats are known when it runs. One text for
+// Formats known when the kernel is compiled, for what most tensors have; TensorFormats are known when it runs. One text for
 // both: a new format adds to the kernels and does not multiply them.
 template <Format format>
 struct AllIn {
-  static constexpr Format parameter = format, gradient = format, state = format;
+  static constexpr Format parameter = format, gradient = format, m = format, v = format;
 };
 
 FUSED_ADAM_INLINE void fill_random(ChunkRandom& random, std::size_t first,
@@ -24,13 +24,19 @@ FUSED_ADAM_INLINE void fill_random(ChunkRandom& random, std::size_t first,
   if (rounding.m || rounding.v) {
     FUSED_ADAM_VECTORIZE
     for (std::uint32_t i = 0; i < kChunk; ++i) {
-      random.of_state[i] = random_bits(rounding.key, start + i);
+      random.of_state[i] = random_bits(rounding.random.of_state, start + i);
+    }
+    if (rounding.random.advance != 0) {
+      FUSED_ADAM_VECTORIZE
+      for (std::uint32_t i = 0; i < kChunk; ++i) {
+        random.of_state[i] = advanced(random.of_state[i], rounding.random.advance);
+      }
     }
   }
   if (rounding.parameter) {
     FUSED_ADAM_VECTORIZE
     for (std::uint32_t i = 0; i < kChunk; ++i) {
-      random.of_parameter[i] = more_random_bits(rounding.key, start + i);
+      random.of_parameter[i] = more_random_bits(rounding.random.of_parameter, start + i);
     }
   }
 }
@@ -43,11 +49,11 @@ FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std:
       v_buffer[kChunk];
   auto parameter = load_chunk(run.parameter, formats.parameter, at, parameter_buffer);
   auto gradient = load_chunk(run.gradient, formats.gradient, at, gradient_buffer);
-  auto m = load_chunk(run.m, formats.state, at, m_buffer);
-  auto v = load_chunk(run.v, formats.state, at, v_buffer);
+  auto m = load_chunk(run.m, formats.m, at, m_buffer);
+  auto v = load_chunk(run.v, formats.v, at, v_buffer);
   auto new_parameter = chunk_target(run.new_parameter, formats.parameter, at, parameter_buffer);
-  auto new_m = chunk_target(run.new_m, formats.state, at, m_buffer);
-  auto new_v = chunk_target(run.new_v, formats.state, at, v_buffer);
+  auto new_m = chunk_target(run.new_m, formats.m, at, m_buffer);
+  auto new_v = chunk_target(run.new_v, formats.v, at, v_buffer);
   FUSED_ADAM_VECTORIZE
   for (std::size_t i = 0; i < kChunk; ++i) {
     AdamState<float> next =
@@ -60,8 +66,8 @@ FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std:
   fill_random(random, element, rounding);
   store_chunk(new_parameter, run.new_parameter, formats.parameter, at,
               rounding.parameter ? random.of_parameter : nullptr, 0);
-  store_chunk(new_m, run.new_m, formats.state, at, rounding.m ? random.of_state : nullptr, 16);
-  store_chunk(new_v, run.new_v, formats.state, at, rounding.v ? random.of_state : nullptr, 0);
+  store_chunk(new_m, run.new_m, formats.m, at, rounding.m ? random.of_state : nullptr, 16);
+  store_chunk(new_v, run.new_v, formats.v, at, rounding.v ? random.of_state : nullptr, 0);
 }
 
 template <typename Rule, typename Formats>
@@ -74,15 +80,15 @@ __attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::s
   PaddedChunk parameter, gradient, m, v;
   RunPointers padded = {parameter.load(run.parameter, formats.parameter, at, count),
                         gradient.load(run.gradient, formats.gradient, at, count),
-                        m.load(run.m, formats.state, at, count),
-                        v.load(run.v, formats.state, at, count),
-                        parameter.values,
-                        m.values,
-                        v.values};
+                        m.load(run.m, formats.m, at, count),
+                        v.load(run.v, formats.v, at, count),
+                        parameter.target(run.new_parameter, formats.parameter, at),
+                        m.target(run.new_m, formats.m, at),
+                        v.target(run.new_v, formats.v, at)};
   update_chunk<Rule>(padded, 0, element, formats, scalars, constants, rounding);
   parameter.store(run.new_parameter, formats.parameter, at, count);
-  m.store(run.new_m, formats.state, at, count);
-  v.store(run.new_v, formats.state, at, count);
+  m.store(run.new_m, formats.m, at, count);
+  v.store(run.new_v, formats.v, at, count);
 }
 
 template <typename Rule, typename Formats>
@@ -99,19 +105,37 @@ FUSED_ADAM_INLINE void update_as(const RunPointers& run, std::size_t first, std:
 }
 
 template <typename Rule>
-void update(const RunPointers& run, std::size_t first, std::size_t n, RunFormats formats,
+void update(const RunPointers& run, std::size_t first, std::size_t n, const TensorFormats& formats,
             AdamScalars<float> scalars, AdamConstants constants, const StepRounding& rounding) {
   auto all_are = [&](Format format) {
-    return formats.parameter == format && formats.gradient == format && formats.state == format;
+    return formats.parameter == format && formats.gradient == format && formats.m == format &&
+           formats.v == format;
   };
   if (all_are(Format::float32)) {
     update_as<Rule>(run, first, n, AllIn<Format::float32>(), scalars, constants, StepRounding());
   } else if (all_are(Format::bfloat16) && !rounding.parameter && !rounding.m) {
-    StepRounding of_v{false, false, rounding.v, rounding.key};
+    StepRounding of_v{false, false, rounding.v, rounding.random};
+    of_v.random.advance = 0;
     update_as<Rule>(run, first, n, AllIn<Format::bfloat16>(), scalars, constants, of_v);
   } else {
     update_as<Rule>(run, first, n, formats, scalars, constants, rounding);
   }
+}
+
+void convert(Source from, Format from_format, Target to, Format to_format, std::size_t n) {
+  auto one = [=](Source source, Target target, std::size_t at) {
+    alignas(64) float buffer[kChunk];
+    auto x = load_chunk(source, from_format, at, buffer);
+    auto y = chunk_target(target, to_format, at, buffer);
+    if (x != y) __builtin_memmove(y, x, sizeof buffer);
+    store_chunk(y, target, to_format, at, nullptr, 0);
+  };
+  std::size_t at = 0;
+  for (; at + kChunk <= n; at += kChunk) one(from, to, at);
+  if (at == n) return;
+  PaddedChunk old, converted;
+  one(old.load(from, from_format, at, n - at), converted.target(to, to_format, at), 0);
+  converted.store(to, to_format, at, n - at);
 }
 
 // Square blocks as wide as a vector, FUSED_ADAM_VECTOR_BYTES bytes: whole cache lines where the target has such vectors, so
@@ -189,6 +213,7 @@ Kernels make_kernels(const char* isa) {
   set.isa = isa;
   set.adam = update<AdamRule>;
   set.traffic = update<TrafficRule>;
+  set.convert = convert;
   set.transpose_2_bytes = transpose<std::uint16_t>;
   set.transpose_4_bytes = transpose<std::uint32_t>;
   set.gather_2_bytes = gather<std::uint16_t>;

@@ -10,21 +10,26 @@
 
 namespace fused_adam::cpu {
 
-// The elements of a run. They are addressed by bytes, so that one type serves every format.
-struct RunPointers {
-  const char* parameter;
-  const char* gradient;
-  const char* m;
-  const char* v;
-  char* new_parameter;  // these may equal the old ones
-  char* new_m;
-  char* new_v;
+// A plane of values, and beside it what some formats have more: a remainder for each value, or a scale for each block. Addressed
+// by bytes, so that one type serves every format.
+struct Source {
+  const char* values;
+  const char* extra = nullptr;
+};
+struct Target {
+  char* values;
+  char* extra = nullptr;
 };
 
-struct RunFormats {
-  Format parameter;
-  Format gradient;
-  Format state;  // m and v
+// The elements of a run, which lies within a row and begins where a block does if the formats have blocks.
+struct RunPointers {
+  Source parameter;
+  Source gradient;
+  Source m;
+  Source v;
+  Target new_parameter;  // these may equal the old ones
+  Target new_m;
+  Target new_v;
 };
 
 // What of a tensor's results is rounded stochastically in one step.
@@ -32,12 +37,15 @@ struct StepRounding {
   bool parameter = false;
   bool m = false;
   bool v = false;
-  RoundingKey key{};
+  TensorRandom random{};
 };
 
 // Updates n consecutive elements, the tensor's `first` and on in row-major order.
-using Update = void (*)(const RunPointers&, std::size_t first, std::size_t n, RunFormats,
+using Update = void (*)(const RunPointers&, std::size_t first, std::size_t n, const TensorFormats&,
                         AdamScalars<float>, AdamConstants, const StepRounding&);
+
+// Stores the n elements of a run in another format, rounded to nearest.
+using Convert = void (*)(Source, Format, Target, Format, std::size_t n);
 
 // Writes the rows x columns tile at `from` (element [i][j] at from[i + j * from_stride]) row by row, `columns` elements
 // apart, to `to`. Strides are in elements.
@@ -51,6 +59,7 @@ struct Kernels {
   const char* isa;
   Update adam;
   Update traffic;
+  Convert convert;
   Transpose transpose_2_bytes;
   Transpose transpose_4_bytes;
   Gather gather_2_bytes;

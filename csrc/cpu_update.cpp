@@ -44,6 +44,13 @@ int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
   return offset;
 }
 
+// Elements after which blocks of codes begin anew: a row, unless its blocks are all whole or it is the only one.
+size_t row_of(const mx::array& parameter, const TensorFormats& formats) {
+  if (!formats.has_codes()) return parameter.size();
+  size_t length = parameter.shape(-1);
+  return length % kBlockElements == 0 ? parameter.size() : length;
+}
+
 }  // namespace
 
 // A part of one of the matrices of a tiled layout.
@@ -53,23 +60,40 @@ struct TensorUpdate::Tile {
   size_t row, column, rows, columns;
 };
 
-TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, UpdateRule rule)
-    : layout_(layout_of(in[0], in[1], in[2], in[3], kSmallestTile)), size_(in[0].size()) {
+TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, const TensorFormats& formats,
+                           UpdateRule rule)
+    : size_(in[0].size()), row_(row_of(in[0], formats)), formats_(formats) {
   auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
-  allocate_outputs(in, out);
-  base_ = {parameter.data<char>(), gradient.data<char>(), m.data<char>(),     v.data<char>(),
-           out[0].data<char>(),    out[1].data<char>(),   out[2].data<char>()};
-  for (int i = 0; i < kArrays; ++i) held_[i] = in[i].data_shared_ptr();
+  layout_ = layout_of(parameter, gradient, m, v, kSmallestTile, row_ == size_);
+  size_t extras = extra_count(formats);
+  allocate_outputs(in, out, extras);
+  auto source = [](const mx::array& x) { return Source{x.data<char>()}; };
+  auto target = [](mx::array& x) { return Target{x.data<char>()}; };
+  base_ = {source(parameter), source(gradient), source(m),     source(v),
+           target(out[0]),    target(out[1]),   target(out[2])};
+  for (size_t i = 0; i < kArrays + extras; ++i) held_[i] = in[i].data_shared_ptr();
+  auto all = in;
+  in += AdamUpdate::kFirstExtraInput;
+  out += AdamUpdate::kFirstExtraOutput;
+  if (formats.has_remainder()) {
+    base_.parameter.extra = (in++)->data<char>();
+    base_.new_parameter.extra = (out++)->data<char>();
+  }
+  if (formats.has_codes()) {
+    base_.m.extra = in[0].data<char>();
+    base_.v.extra = in[1].data<char>();
+    base_.new_m.extra = out[0].data<char>();
+    base_.new_v.extra = out[1].data<char>();
+  }
   parameter_bytes_ = parameter.itemsize();
   gradient_bytes_ = gradient.itemsize();
   state_bytes_ = m.itemsize();
   auto& set = kernels();
-  formats_ = {format_of(parameter.dtype()), format_of(gradient.dtype()), format_of(m.dtype())};
   update_ = rule == UpdateRule::adam ? set.adam : set.traffic;
   transpose_ = gradient_bytes_ == 4 ? set.transpose_4_bytes : set.transpose_2_bytes;
   switch (layout_.kind) {
     case LayoutKind::linear:
-      units_ = divide_up(size_, kRun);
+      units_ = divide_up(size_, linear_unit());
       break;
     case LayoutKind::tiled:
       units_ = size_t(layout_.batches()) * blocks_down() * blocks_across();
@@ -77,10 +101,10 @@ TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, UpdateRule rule)
     case LayoutKind::general: {
       bool gathered[kArrays];
       for (int i = 0; i < kArrays; ++i) {
-        gathered[i] = !in[i].flags().row_contiguous;
-        gather_[i] = in[i].itemsize() == 4 ? set.gather_4_bytes : set.gather_2_bytes;
+        gathered[i] = !all[i].flags().row_contiguous;
+        gather_[i] = all[i].itemsize() == 4 ? set.gather_4_bytes : set.gather_2_bytes;
       }
-      blocks_ = Blocks(layout_, gathered);
+      blocks_ = Blocks(layout_, gathered, formats.has_codes() ? kBlockElements : 1);
       units_ = divide_up(blocks_.count(), kBlocksPerUnit);
       break;
     }
@@ -88,8 +112,9 @@ TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, UpdateRule rule)
 }
 
 void TensorUpdate::round(const AdamRounding& rounding, uint32_t step, uint32_t number) {
-  auto key = rounding_key(uint32_t(rounding.seed), uint32_t(rounding.seed >> 32), step, number);
-  rounding_ = {rounding.parameter, rounding.m, rounding.v, key};
+  auto random = tensor_random(uint32_t(rounding.seed), uint32_t(rounding.seed >> 32), step, number,
+                              formats_.has_codes());
+  rounding_ = {rounding.parameter, rounding.m, rounding.v, random};
 }
 
 size_t TensorUpdate::cost() const {
@@ -118,10 +143,11 @@ void TensorUpdate::run(size_t unit, AdamScalars<float> scalars, AdamConstants co
 // The tiles' grid begins before the matrix by what its first element lies past a cache line, so that the edges of tiles
 // fall on the edges of lines: MLX's buffers begin in the middle of one.
 size_t TensorUpdate::row_shift() const {
-  return reinterpret_cast<uintptr_t>(base_.gradient) % kCacheLine / gradient_bytes_;
+  return reinterpret_cast<uintptr_t>(base_.gradient.values) % kCacheLine / gradient_bytes_;
 }
 size_t TensorUpdate::column_shift() const {
-  return reinterpret_cast<uintptr_t>(base_.parameter) % kCacheLine / parameter_bytes_;
+  if (formats_.has_codes()) return 0;  // tiles begin where blocks do
+  return reinterpret_cast<uintptr_t>(base_.parameter.values) % kCacheLine / parameter_bytes_;
 }
 
 size_t TensorUpdate::tile_rows() const { return kTileRowBytes / gradient_bytes_; }
@@ -137,25 +163,59 @@ size_t TensorUpdate::blocks_down() const {
 }
 
 RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) const {
-  return {base_.parameter + state_offset * int64_t(parameter_bytes_),
-          base_.gradient + gradient_offset * int64_t(gradient_bytes_),
-          base_.m + state_offset * int64_t(state_bytes_),
-          base_.v + state_offset * int64_t(state_bytes_),
-          base_.new_parameter + state_offset * int64_t(parameter_bytes_),
-          base_.new_m + state_offset * int64_t(state_bytes_),
-          base_.new_v + state_offset * int64_t(state_bytes_)};
+  RunPointers run = base_;
+  auto move = [](auto& plane, int64_t values, int64_t extra) {
+    plane.values += values;
+    if (plane.extra) plane.extra += extra;
+  };
+  int64_t parameter = state_offset * int64_t(parameter_bytes_);
+  int64_t state = state_offset * int64_t(state_bytes_);
+  int64_t remainder = state_offset * int64_t(sizeof(int16_t)), scale = 0;
+  if (formats_.has_codes()) {
+    size_t row = state_offset / row_, column = state_offset % row_;
+    scale = (row * divide_up(row_, kBlockElements) + column / kBlockElements) * sizeof(uint16_t);
+  }
+  move(run.parameter, parameter, remainder);
+  run.gradient.values += gradient_offset * int64_t(gradient_bytes_);
+  move(run.m, state, scale);
+  move(run.v, state, scale);
+  move(run.new_parameter, parameter, remainder);
+  move(run.new_m, state, scale);
+  move(run.new_v, state, scale);
+  return run;
+}
+
+void TensorUpdate::update(RunPointers run, size_t first, size_t n, AdamScalars<float> scalars,
+                          AdamConstants constants) const {
+  auto part = [&](const RunPointers& pointers, size_t start, size_t count) {
+    update_(pointers, start, count, formats_, scalars, constants, rounding_);
+  };
+  size_t left_of_row = row_ - first % row_;
+  if (n <= left_of_row) return part(run, first, n);
+  // Whole rows, since a run that holds the end of one begins with one.
+  for (size_t done = 0; done < n; done += row_) {
+    RunPointers row = at(first + done, 0);
+    row.parameter.values = run.parameter.values + done * parameter_bytes_;
+    row.gradient.values = run.gradient.values + done * gradient_bytes_;
+    part(row, first + done, row_);
+  }
+}
+
+// Elements of a unit of linear work, which ends where a row does if rows matter.
+size_t TensorUpdate::linear_unit() const {
+  return row_ == size_ ? kRun : std::max<size_t>(1, kRun / row_) * row_;
 }
 
 void TensorUpdate::run_linear(size_t unit, AdamScalars<float> scalars,
                               AdamConstants constants) const {
-  size_t start = unit * kRun;
-  update_(at(start, start), start, std::min(kRun, size_ - start), formats_, scalars, constants,
-          rounding_);
+  size_t start = unit * linear_unit();
+  update(at(start, start), start, std::min(linear_unit(), size_ - start), scalars, constants);
 }
 
 const char* TensorUpdate::gradient_column(const Tile& tile, size_t j) const {
   int64_t column = int64_t(tile.column + j) * layout_.gradient_column_stride;
-  return base_.gradient + (tile.gradient + int64_t(tile.row) + column) * int64_t(gradient_bytes_);
+  return base_.gradient.values +
+         (tile.gradient + int64_t(tile.row) + column) * int64_t(gradient_bytes_);
 }
 
 int64_t TensorUpdate::state_row(const Tile& tile, size_t i) const {
@@ -199,8 +259,8 @@ void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
     for (size_t i = 0; i < tile.rows; ++i) {
       int64_t first = state_row(tile, i);
       RunPointers row = at(first, 0);
-      row.gradient = transposed + i * tile.columns * gradient_bytes_;
-      update_(row, first, tile.columns, formats_, scalars, constants, rounding_);
+      row.gradient.values = transposed + i * tile.columns * gradient_bytes_;
+      update(row, first, tile.columns, scalars, constants);
     }
   }
 }
@@ -208,7 +268,8 @@ void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
 void TensorUpdate::run_general(size_t unit, AdamScalars<float> scalars,
                                AdamConstants constants) const {
   alignas(kCacheLine) char buffers[kArrays][Blocks::kMost * sizeof(float)];
-  const char* bases[kArrays] = {base_.parameter, base_.gradient, base_.m, base_.v};
+  const char* bases[kArrays] = {base_.parameter.values, base_.gradient.values, base_.m.values,
+                                base_.v.values};
   size_t bytes[kArrays] = {parameter_bytes_, gradient_bytes_, state_bytes_, state_bytes_};
   size_t end = std::min((unit + 1) * kBlocksPerUnit, blocks_.count());
   for (size_t index = unit * kBlocksPerUnit; index < end; ++index) {
@@ -222,11 +283,11 @@ void TensorUpdate::run_general(size_t unit, AdamScalars<float> scalars,
       }
     }
     RunPointers run = at(block.start, 0);  // the outputs are row-major whatever the inputs are
-    run.parameter = from[0];
-    run.gradient = from[1];
-    run.m = from[2];
-    run.v = from[3];
-    update_(run, block.start, block.size, formats_, scalars, constants, rounding_);
+    run.parameter.values = from[0];
+    run.gradient.values = from[1];
+    run.m.values = from[2];
+    run.v.values = from[3];
+    update(run, block.start, block.size, scalars, constants);
   }
 }
 

@@ -15,8 +15,9 @@ namespace fused_adam::cpu {
 
 class TensorUpdate {
  public:
-  // Allocates the three outputs, in place where nobody else holds the input. `in` is parameter, gradient, m, v.
-  TensorUpdate(const mlx::core::array* in, mlx::core::array* out, UpdateRule rule);
+  // Allocates the outputs, in place where nobody else holds the input. `in` and `out` are as AdamUpdate has them.
+  TensorUpdate(const mlx::core::array* in, mlx::core::array* out, const TensorFormats& formats,
+               UpdateRule rule);
 
   // Sets how the results of one step are rounded; to nearest without.
   void round(const AdamRounding& rounding, uint32_t step, uint32_t number);
@@ -32,6 +33,9 @@ class TensorUpdate {
   void run_linear(size_t unit, AdamScalars<float>, AdamConstants) const;
   void run_tiled(size_t unit, AdamScalars<float>, AdamConstants) const;
   void run_general(size_t unit, AdamScalars<float>, AdamConstants) const;
+  // Updates n elements from the tensor's `first` on, row by row where rows matter.
+  void update(RunPointers run, size_t first, size_t n, AdamScalars<float>, AdamConstants) const;
+  size_t linear_unit() const;
   size_t tile_rows() const;
   size_t tile_columns() const;
   size_t row_shift() const;
@@ -45,14 +49,16 @@ class TensorUpdate {
   const char* gradient_column(const Tile&, size_t j) const;
   int64_t state_row(const Tile&, size_t i) const;
 
-  std::shared_ptr<mlx::core::array::Data> held_[kArrays];  // what the task reads
+  std::shared_ptr<mlx::core::array::Data> held_[kArrays + kMostExtras];  // what the task reads
   Layout layout_;
   Blocks blocks_;  // of a general layout
   RunPointers base_;
   size_t size_;
+  size_t
+      row_;  // elements after which blocks of 8-bit codes begin anew; the whole tensor where nothing does
   size_t parameter_bytes_, gradient_bytes_, state_bytes_;  // of an element
   Update update_;
-  RunFormats formats_;
+  TensorFormats formats_;
   StepRounding rounding_;
   Transpose transpose_;
   Gather gather_[kArrays];

@@ -23,10 +23,10 @@ constexpr size_t kWorthThreads = 1 << 15;
 // not be updated in place: wait for it. Only where that read cannot depend on work that is yet to be queued, that is with a
 // single stream in the process, and where the caller waits for the results anyway; else a fresh buffer is the price.
 void await_pending_readers(const std::vector<mx::array>& inputs, const mx::array& output,
-                           size_t common, mx::Stream stream) {
+                           size_t common, size_t per_tensor, mx::Stream stream) {
   bool is_async = output.event().valid();
   for (size_t i = common; i < inputs.size(); ++i) {
-    bool is_gradient = (i - common) % AdamUpdate::kInputsPerTensor == 1;
+    bool is_gradient = (i - common) % per_tensor == 1;
     if (is_gradient || inputs[i].data_shared_ptr().use_count() == 1) continue;
     if (is_async || !is_only_stream()) return;
     // Not mx::synchronize, which throws the errors of earlier tasks: those belong to whoever evaluates them.
@@ -49,15 +49,16 @@ void run_unit(const std::vector<cpu::TensorUpdate>& tensors, size_t index,
 }  // namespace
 
 void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  check_layouts(inputs);
   SoleInputs sole_inputs(inputs, outputs);
   size_t common = common_inputs();
-  await_pending_readers(inputs, outputs[0], common, stream());
+  await_pending_readers(inputs, outputs[0], common, inputs_per_tensor(), stream());
   auto& encoder = mx::cpu::get_command_encoder(stream());
   std::vector<cpu::TensorUpdate> tensors;
   size_t units = 0, cost = 0;
-  for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
-    tensors.emplace_back(&inputs[common + i * kInputsPerTensor], &outputs[i * kOutputsPerTensor],
-                         rule_);
+  for (size_t i = 0; i < outputs.size() / outputs_per_tensor(); ++i) {
+    tensors.emplace_back(&inputs[common + i * inputs_per_tensor()],
+                         &outputs[i * outputs_per_tensor()], formats_, rule_);
     units += tensors.back().units();
     cost += tensors.back().cost();
   }

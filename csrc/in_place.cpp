@@ -45,10 +45,11 @@ static void allocate_in_place(const mx::array& input, mx::array& output) {
   }
 }
 
-void allocate_outputs(const mx::array* in, mx::array* out) {
+void allocate_outputs(const mx::array* in, mx::array* out, size_t extras) {
   allocate_in_place(in[0], out[0]);
   allocate_in_place(in[2], out[1]);
   allocate_in_place(in[3], out[2]);
+  for (size_t i = 0; i < extras; ++i) allocate_in_place(in[4 + i], out[3 + i]);
 }
 
 static std::atomic<size_t> idle_streams{0};

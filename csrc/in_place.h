@@ -31,9 +31,9 @@ class SoleInputs {
   bool is_done_ = false;
 };
 
-// Gives the outputs of one tensor (parameter, m, v) the buffers of its inputs (parameter, gradient, m, v) where nobody else
-// can see them, else fresh row-major ones.
-void allocate_outputs(const mlx::core::array* in, mlx::core::array* out);
+// Gives the outputs of one tensor (parameter, m, v, extras) the buffers of its inputs (parameter, gradient, m, v, extras) where
+// nobody else can see them, else fresh row-major ones.
+void allocate_outputs(const mlx::core::array* in, mlx::core::array* out, size_t extras);
 
 // Whether the process has a single stream in use. Streams told of as idle do not count: nothing but a self-check, which
 // waits for its own results, runs there.

@@ -19,12 +19,12 @@ void drop_axis(Layout& layout, size_t axis) {
 }
 
 // An axis joins the one before it when, in every array, stepping the outer one equals walking the inner one through.
-void merge_axes(Layout& layout) {
+void merge_axes(Layout& layout, bool may_merge_rows) {
   for (size_t axis = layout.shape.size(); axis-- > 0;) {
     if (layout.shape[axis] == 1) drop_axis(layout, axis);
   }
   for (size_t axis = layout.shape.size(); axis-- > 1;) {
-    bool joined = true;
+    bool joined = may_merge_rows || axis + 1 < layout.shape.size();
     for (auto& strides : layout.strides) {
       joined = joined && strides[axis - 1] == strides[axis] * layout.shape[axis];
     }
@@ -42,7 +42,7 @@ int64_t Layout::batches() const {
 }
 
 Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx::array& m,
-                 const mx::array& v, TileSides smallest_tile) {
+                 const mx::array& v, TileSides smallest_tile, bool may_merge_rows) {
   bool state_is_row_major =
       parameter.flags().row_contiguous && m.flags().row_contiguous && v.flags().row_contiguous;
   if (parameter.size() <= 1 || (state_is_row_major && gradient.flags().row_contiguous)) {
@@ -55,7 +55,7 @@ Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx
   for (int i = 0; i < 4; ++i) {
     layout.strides[i].assign(arrays[i]->strides().begin(), arrays[i]->strides().end());
   }
-  merge_axes(layout);
+  merge_axes(layout, may_merge_rows);
   if (!state_is_row_major) return layout;
 
   auto& [parameter_strides, gradient_strides, m_strides, v_strides] = layout.strides;

@@ -42,8 +42,10 @@ struct TileSides {
   int64_t columns;
 };
 
-// A matrix with a side below that of `smallest_tile` is `general`: a tile of it would be mostly edge.
+// A matrix with a side below that of `smallest_tile` is `general`: a tile of it would be mostly edge. Without
+// `may_merge_rows`, the last axis stays the tensor's own.
 Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& gradient,
-                 const mlx::core::array& m, const mlx::core::array& v, TileSides smallest_tile);
+                 const mlx::core::array& m, const mlx::core::array& v, TileSides smallest_tile,
+                 bool may_merge_rows = true);
 
 }  // namespace fused_adam

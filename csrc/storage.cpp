@@ -9,7 +9,7 @@ namespace fused_adam {
 
 namespace mx = mlx::core;
 
-bool is_storage(const mx::Dtype& dtype) {
+bool is_plain(const mx::Dtype& dtype) {
   return dtype == mx::float32 || dtype == mx::bfloat16 || dtype == mx::float16;
 }
 
@@ -21,6 +21,10 @@ Format format_of(const mx::Dtype& dtype) {
       return Format::bfloat16;
     case mx::Dtype::Val::float16:
       return Format::float16;
+    case mx::Dtype::Val::int8:
+      return Format::int8;
+    case mx::Dtype::Val::uint8:
+      return Format::uint8;
     default:
       throw std::logic_error("[AdamUpdate] dtype was not validated");
   }

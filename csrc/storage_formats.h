@@ -1,5 +1,9 @@
 // How a float32 value is stored: the only place where storage formats are written down. By value, so C++14, MSL and CUDA.
-// float32 lies as it is; bfloat16 and float16 are rounded to nearest even, or stochastically.
+//
+//   float32             as it is
+//   bfloat16, float16   rounded to nearest even, or stochastically
+//   bfloat16, remainder a bfloat16 and, in an int16 beside it, what rounding took away: together the float32, exactly
+//   int8, uint8         codes of m and of v, with a scale for each block of neighbours in a row (docs/state-codes.md)
 //
 // Stochastic rounding: unbiased, since a value goes to either neighbour with the probability that makes the mean right. Its
 // bits are a hash of (seed, step, tensor number, element number), so they depend on no thread, layout, device or history.
@@ -49,6 +53,27 @@ ADAM_FUNCTION unsigned more_random_bits(RoundingKey key, unsigned element) {
   return random_bits({key.second, key.first}, element);
 }
 
+// What the elements of a tensor share in one step.
+struct TensorRandom {
+  RoundingKey of_parameter;
+  RoundingKey of_state;
+  unsigned advance;
+};
+
+// 8-bit codes have the same start in every step and go on by the golden ratio, whose multiples fill the unit interval evenly:
+// the same mean as with fresh bits and less noise.
+ADAM_FUNCTION TensorRandom tensor_random(unsigned seed_low, unsigned seed_high, unsigned step,
+                                         unsigned tensor, bool has_codes) {
+  RoundingKey fresh = rounding_key(seed_low, seed_high, step, tensor);
+  if (!has_codes) return {fresh, fresh, 0u};
+  return {fresh, rounding_key(seed_low, seed_high, 0u, tensor), step * 0x9E37u};
+}
+
+// As random_bits has them, each half moved on.
+ADAM_FUNCTION unsigned advanced(unsigned bits, unsigned advance) {
+  return ((bits & 0xFFFF0000u) + (advance << 16)) | ((bits + advance) & 0xFFFFu);
+}
+
 // How a store rounds: with 16 random bits, or to nearest.
 struct Rounding {
   bool is_stochastic;
@@ -93,6 +118,112 @@ ADAM_FUNCTION unsigned store_float16(float x, Rounding rounding) {
   h = h > 0x7C00u || u >= ((127u + 16u) << 23) ? 0x7C00u : h;
   h = u > (255u << 23) ? 0x7E00u : h;
   return h | (sign >> 16);
+}
+
+// ---- bfloat16 and remainder ----
+
+struct SplitFloat {
+  unsigned bfloat16;
+  int remainder;
+};
+
+// To nearest; ties go away from zero, since a remainder has 2^16 values and ties to even would need one more.
+ADAM_FUNCTION SplitFloat split(float x) {
+  unsigned u = bits_of(x);
+  unsigned upper = (u + 0x8000u) >> 16;
+  bool is_special = (u & 0x7F800000u) == 0x7F800000u;
+  unsigned special = x != x ? 0x7FC0u : u >> 16;
+  return {is_special ? special : upper, is_special ? 0 : int(u - (upper << 16))};
+}
+
+// A bfloat16 that was changed since is met by an old remainder: the result then lies within half a unit in its last place,
+// and never beyond zero or infinity.
+ADAM_FUNCTION float join(unsigned bfloat16, int remainder) {
+  unsigned sign = (bfloat16 & 0x8000u) << 16;
+  int magnitude = int((bfloat16 & 0x7FFFu) << 16);
+  int sum = magnitude + remainder;
+  sum = sum < 0 ? 0 : sum;
+  bool is_whole = magnitude > 0x7F800000 || (magnitude == 0x7F800000 && remainder > 0);
+  return float_of(sign | unsigned(is_whole ? magnitude : sum));
+}
+
+// ---- 8-bit codes ----
+
+enum BlockSize { kBlockElements = 32 };
+
+// A power of two, stored as the upper half of its float32 bits: a bfloat16. Never below 2^-126, so that every level but 0 is
+// a normal float32: GPUs may flush others to zero.
+struct BlockScale {
+  unsigned stored;
+  float inverse;
+};
+
+// The bits of a magnitude, for the search of a block's largest: integers order as floats do. NaN is left out, and infinity
+// counts as the largest float.
+ADAM_FUNCTION unsigned block_magnitude(float x) {
+  unsigned u = bits_of(x) & 0x7FFFFFFFu;
+  u = u > 0x7F800000u ? 0u : u;
+  return u > 0x7F7FFFFFu ? 0x7F7FFFFFu : u;
+}
+
+// The least power of two that is not below x.
+ADAM_FUNCTION BlockScale scale_above(float x) {
+  unsigned exponent = (bits_of(x) + 0x7FFFFFu) >> 23;
+  exponent = exponent < 1u ? 1u : exponent;
+  return {exponent << 7, float_of((254u - exponent) << 23)};
+}
+
+// From the bits of a block's largest magnitude: such that the largest level, 127^4 or 262^4, reaches it.
+ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) {
+  return scale_above(float_of(largest) * (1.0f / 260144641.0f));
+}
+ADAM_FUNCTION BlockScale scale_of_v(unsigned largest) {
+  return scale_above(float_of(largest) * (1.0f / 4711998736.0f));
+}
+
+ADAM_FUNCTION float fourth_power(int n) {
+  float square = float(n * n);
+  return square * square;
+}
+
+// n or n + 1, between whose fourth powers y lies: the upper one with the probability that makes the mean right.
+ADAM_FUNCTION int one_of_two(float y, int n, Rounding rounding) {
+  float lower = fourth_power(n);
+  float gap = fourth_power(n + 1) - lower;
+  float part =
+      (float(int(rounding.is_stochastic ? rounding.random : 0x7FFFu)) + 0.5f) * (1.0f / 65536.0f);
+  float threshold = part * gap;
+  return y - lower > threshold ? n + 1 : n;
+}
+
+// m = sign(code) * code^4 * scale. NaN becomes the last level but one.
+ADAM_FUNCTION int store_int8(float x, float inverse, Rounding rounding) {
+  using adam_math::sqrt;
+  float y = float_of(bits_of(x) & 0x7FFFFFFFu) * inverse;
+  float root = sqrt(sqrt(y));
+  root = root < 126.0f ? root : 126.0f;
+  int code = one_of_two(y, int(root), rounding);
+  return x < 0.0f ? -code : code;
+}
+
+ADAM_FUNCTION float load_int8(int code, float scale) {
+  float level = fourth_power(code);
+  return (code < 0 ? -level : level) * scale;
+}
+
+// v = (code + 7)^4 * scale, and 0 for code 0, which only 0 becomes. NaN becomes the last level but one.
+ADAM_FUNCTION int store_uint8(float x, float inverse, Rounding rounding) {
+  using adam_math::sqrt;
+  float y = x * inverse;
+  float root = sqrt(sqrt(y));
+  root = root < 261.0f ? root : 261.0f;
+  root = root > 8.0f ? root : 8.0f;
+  int n = one_of_two(y, int(root), rounding);
+  return x == 0.0f ? 0 : n - 7;
+}
+
+ADAM_FUNCTION float load_uint8(int code, float scale) {
+  return (code == 0 ? 0.0f : fourth_power(code + 7)) * scale;
 }
 
 }  // namespace fused_adam

@@ -13,6 +13,7 @@ from . import _backends, _threads  # noqa: E402
 from ._ext import num_threads, set_num_threads  # noqa: E402
 from ._operation import adam_update  # noqa: E402
 from ._optimizers import Adam, AdamW  # noqa: E402
+from ._storage import stock_state  # noqa: E402
 
 # A bad setting is an error at import, not in the middle of a training run.
 set_num_threads(_threads.default_num_threads())
@@ -20,4 +21,4 @@ _backends.forced_backend()
 
 __version__ = _version("mlx-fused-adam")
 
-__all__ = ["Adam", "AdamW", "adam_update", "num_threads", "set_num_threads"]
+__all__ = ["Adam", "AdamW", "adam_update", "num_threads", "set_num_threads", "stock_state"]

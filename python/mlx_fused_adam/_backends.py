@@ -32,20 +32,35 @@ class Backend:
         self.reason = reason  # why there is no kernel
         self.kind = kind  # of the device where updates run
         self.is_forced = is_forced
-        self.verdicts: dict[
-            Dtypes, str | None
-        ] = {}  # by (parameter, gradient, m and v): what is wrong
+        self.verdicts: dict[Dtypes, str | None] = {}  # what is wrong
         self._lock = threading.RLock()
 
-    def is_fused(self, parameter: mx.Dtype, gradient: mx.Dtype, state: mx.Dtype) -> bool:
+    def is_fused(
+        self,
+        parameter: mx.Dtype,
+        gradient: mx.Dtype,
+        state: mx.Dtype,
+        remainder: mx.Dtype | None = None,
+    ) -> bool:
         """Whether the kernel updates tensors of these dtypes; checks a combination that is new.
 
         Raises:
-            RuntimeError: If the check fails and the environment forces this back end.
+            RuntimeError: If the check fails and the environment forces this back end; or if it fails for what stock operations
+                cannot store, on the CPU too.
         """
-        if self.name is None:
-            return False
-        return self._verdict((parameter, gradient, state)) is None
+        dtypes: Dtypes = (parameter, gradient, state)
+        if remainder is not None:
+            dtypes = (*dtypes, remainder)
+        if self.name is not None and self._verdict(dtypes) is None:
+            return True
+        if needs_kernel(dtypes):
+            if self.is_forced or self.kind == mx.cpu:
+                raise RuntimeError(
+                    f"[adam_update] {_self_check.names(dtypes)} must have a kernel, since stock operations "
+                    f"cannot store it, but got: {self.check(dtypes)}"
+                )
+            backend_of(mx.cpu).is_fused(*dtypes)
+        return False
 
     def place(self, asked: Place) -> Place:
         """Where to run what is asked to run there: another device if a kernel of one is forced."""
@@ -82,12 +97,21 @@ class Backend:
             return None
         if self.is_forced:
             raise RuntimeError(f"[{_SETTING}] {self.name} is forced but its {reason}")
-        _warn(f"of {_self_check.names(dtypes)} on the {self.kind.name}", reason)
+        if needs_kernel(dtypes):
+            if self.kind != mx.cpu:
+                _warn(f"of {_self_check.names(dtypes)}", reason, "the CPU")
+        else:
+            _warn(f"of {_self_check.names(dtypes)} on the {self.kind.name}", reason)
         return reason
 
 
-def _warn(what: str, reason: str) -> None:
-    message = f"mlx-fused-adam leaves updates {what} to stock operations: {reason}"
+def needs_kernel(dtypes: Dtypes) -> bool:
+    """Whether stock operations cannot store what has these dtypes: codes and remainders."""
+    return len(dtypes) > 3 or dtypes[2] == mx.int8
+
+
+def _warn(what: str, reason: str, to: str = "stock operations") -> None:
+    message = f"mlx-fused-adam leaves updates {what} to {to}: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

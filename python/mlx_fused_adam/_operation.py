@@ -75,7 +75,7 @@ def adam_update(
         raise TypeError(f"[adam_update] stream must be a stream or a device but got {stream!r}")
     is_stochastic = seed is not None
     backend = backend_of(stream)
-    parameters, ms, vs = _ext.adam_update(
+    parameters, ms, vs, _ = _ext.adam_update(
         *arrays,
         as_scalar("learning_rate", learning_rate),
         None if step is None else as_scalar("step", step),

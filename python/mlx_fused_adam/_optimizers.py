@@ -14,17 +14,14 @@ import mlx.core as mx
 from mlx.optimizers import Adam as _StockAdam
 from mlx.optimizers import AdamW as _StockAdamW
 from mlx.optimizers import Optimizer as _StockOptimizer
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from . import _ext
 from ._arguments import as_array, as_number, as_scalar, check_betas
 from ._backends import backend_of
-from ._options import Options, check_options
+from ._options import FUSED_DTYPES, Options, check_options
+from ._storage import EXTRAS, MOMENTS, adopted, dtypes_by_path, fresh
 from ._tree import Walk
-
-# What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
-_FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
-_MOMENTS = ("m", "v")
 
 
 class _Fused(_StockOptimizer):
@@ -35,6 +32,7 @@ class _Fused(_StockOptimizer):
     bias_correction: bool
     weight_decay: float
     _options: Options
+    _parameter_dtypes: dict[str, mx.Dtype]  # of those that init has seen, by path
 
     @property
     def backend(self) -> str:
@@ -47,22 +45,29 @@ class _Fused(_StockOptimizer):
     def init(self, parameters: Any) -> None:
         """Make the state of parameters that have none, as mlx.optimizers does, and take over what was loaded.
 
-        ``m`` and ``v`` that are not of the dtype that ``state_dtype`` asks for are converted.
+        A state that is not stored as the options ask is converted: one of mlx.optimizers, or of other options.
+
+        Raises:
+            ValueError: If part of a state or a parameter does not fit, naming its path; no state is changed then.
         """
         super().init(parameters)
-        tree_map(self._take_over, parameters, self._state)
+        states: list[tuple[dict, dict]] = []
+
+        def take_over(path: str, parameter: mx.array, state: dict) -> None:
+            new = adopted(path or "the parameter", parameter, state, self._options)
+            states.append((state, new))
+
+        tree_map_with_path(take_over, parameters, self._state)
+        for state, new in states:
+            state.clear()
+            state.update(new)
+        self._parameter_dtypes |= dtypes_by_path(parameters)
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
-        """Give one parameter's state its ``m`` and ``v``: zeros of the dtype that ``state_dtype`` asks for."""
+        """Give one parameter's state its ``m`` and ``v``, and what the options add: zeros."""
         super().init_single(parameter, state)
-        self._take_over(parameter, state)
-
-    def _take_over(self, parameter: mx.array, state: dict) -> None:
-        is_ours = parameter.dtype in _FUSED_DTYPES
-        for name in _MOMENTS:
-            moment = as_array(name, state[name])
-            wanted = self._options.dtype_of_moments(parameter.dtype) if is_ours else moment.dtype
-            state[name] = moment if moment.dtype == wanted else moment.astype(wanted)
+        if parameter.dtype in FUSED_DTYPES:
+            state.update(fresh(parameter, self._options))
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """Update every parameter that has a gradient; arguments and result as in mlx.optimizers.
@@ -105,7 +110,7 @@ class _Fused(_StockOptimizer):
     def _apply_tree(self, gradients: Any, parameters: Any, states: Any) -> Any:
         walk = Walk(gradients, parameters, states)
         try:
-            others = [i for i, p in enumerate(walk.parameters) if p.dtype not in _FUSED_DTYPES]
+            others = [i for i, p in enumerate(walk.parameters) if p.dtype not in FUSED_DTYPES]
         except AttributeError:  # not even an array; named below
             others = [0]
         try:
@@ -134,9 +139,13 @@ class _Fused(_StockOptimizer):
         for i, (path, parameter, gradient, state) in enumerate(columns):
             parameter = as_array("parameter", parameter, path)
             gradient = as_array("gradient", gradient, path)
-            moments = {name: as_array(name, state[name], path) for name in _MOMENTS}
-            leaves = fused if parameter.dtype in _FUSED_DTYPES else others
-            leaves.append((i, gradient, parameter, {**state, **moments}))
+            stored = {
+                name: as_array(name, state[name], path)
+                for name in (*MOMENTS, *EXTRAS)
+                if name in MOMENTS or name in state
+            }
+            leaves = fused if parameter.dtype in FUSED_DTYPES else others
+            leaves.append((i, gradient, parameter, {**state, **stored}))
         new: dict[int, tuple[mx.array, dict]] = {}
         for i, gradient, parameter, state in others:
             new[i] = (super().apply_single(gradient, parameter, state), state)
@@ -159,7 +168,8 @@ class _Fused(_StockOptimizer):
     ) -> tuple[list[mx.array], list[dict]]:
         beta1, beta2 = self.betas
         backend = backend_of()
-        new_parameters, new_m, new_v = _ext.adam_update(
+        extras = self._extras(parameters, states, name) if self._options.has_extras else []
+        new_parameters, new_m, new_v, new_extras = _ext.adam_update(
             parameters,
             gradients,
             [state["m"] for state in states],
@@ -177,8 +187,25 @@ class _Fused(_StockOptimizer):
             is_fused=backend.is_fused,
             stream=backend.place(None),
             name=name,
+            extras=extras,
         )
-        return new_parameters, [{"m": m, "v": v} for m, v in zip(new_m, new_v, strict=True)]
+        new = [{"m": m, "v": v} for m, v in zip(new_m, new_v, strict=True)]
+        for state, stored in zip(new, new_extras, strict=bool(new_extras)):
+            state |= {key: x for key, x in zip(EXTRAS, stored, strict=True) if x is not None}
+        return new_parameters, new
+
+    def _extras(
+        self, parameters: Sequence[mx.array], states: Sequence[dict], name: Callable[[int], str]
+    ) -> list[tuple[mx.array | None, ...]]:
+        """What states hold beside ``m`` and ``v``."""
+        for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
+            self._options.check_parameter(name(i), parameter)
+            if self._options.has_remainder(parameter) and "remainder" not in state:
+                raise ValueError(
+                    f"[{self._options.op}] state of {name(i)} must hold a remainder for master_weights but "
+                    "got none: call init(parameters) after a change of parameters' dtypes"
+                )
+        return [tuple(map(state.get, EXTRAS)) for state in states]
 
 
 class Adam(_Fused, _StockAdam):
@@ -186,7 +213,8 @@ class Adam(_Fused, _StockAdam):
 
     Arguments, defaults, state tree and methods are those of :class:`mlx.optimizers.Adam`; float32 results on the CPU
     are bit-identical to it. 16-bit parameters are updated in float32 arithmetic with one rounding at each store, and their
-    ``m`` and ``v`` are bfloat16.
+    ``m`` and ``v`` are bfloat16. Codes, scales and remainders stand beside ``m`` and ``v`` in the state; gradients and ``vmap``
+    of an update are not for them.
 
     Args:
         learning_rate (float or callable): The learning rate, or a schedule of the step.
@@ -194,12 +222,17 @@ class Adam(_Fused, _StockAdam):
         eps (float): Added to the denominator. Default: ``1e-8``.
         bias_correction (bool): Whether to divide ``m`` and ``v`` by what they lack in their first steps, having
             started from zero (Kingma & Ba 2015, section 3). Default: ``False``.
-        state_dtype (str or Dtype, optional): In which ``m`` and ``v`` are stored: ``"float32"`` or ``"bfloat16"``. Default:
-            float32 for float32 parameters, bfloat16 for 16-bit ones.
+        state_dtype (str or Dtype, optional): In which ``m`` and ``v`` are stored: ``"float32"``, ``"bfloat16"``, or ``"int8"``:
+            codes of 8 bits, with a scale for each 32 neighbours along the last axis. Parameters of less than 4096 elements,
+            or with a last axis below 32, have bfloat16 where int8 is asked for. Default: float32 for float32 parameters,
+            bfloat16 for 16-bit ones.
         stochastic_rounding (bool, optional): Which 16-bit values are rounded up or down at random, so that the mean is right:
             ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as well;
-            ``False``: none. Default: ``None``.
+            ``False``: none, which ``"int8"`` refuses: its codes are always rounded so. Default: ``None``.
         seed (int): Of that rounding. Equal seeds give equal results, on any device and after a resume. Default: ``0``.
+        master_weights (bool): Whether the state of a bfloat16 parameter holds the rest of its float32 value (``remainder``,
+            int16), so that training equals that of float32 parameters. The parameter is then the float32 value rounded to
+            nearest, ties away from zero. float32 parameters need none; float16 ones are refused. Default: ``False``.
 
     Raises:
         ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's
@@ -217,6 +250,7 @@ class Adam(_Fused, _StockAdam):
         state_dtype: str | mx.Dtype | None = None,
         stochastic_rounding: bool | None = None,
         seed: int = 0,
+        master_weights: bool = False,
     ) -> None:
         super().__init__(
             _learning_rate("Adam", learning_rate),
@@ -224,7 +258,10 @@ class Adam(_Fused, _StockAdam):
             as_number("Adam", "eps", eps),
             bias_correction,
         )
-        self._options = check_options("Adam", state_dtype, stochastic_rounding, seed)
+        self._options = check_options(
+            "Adam", state_dtype, stochastic_rounding, seed, master_weights
+        )
+        self._parameter_dtypes = {}
 
 
 class AdamW(_Fused, _StockAdamW):
@@ -237,12 +274,17 @@ class AdamW(_Fused, _StockAdamW):
         weight_decay (float): Decoupled weight decay (Loshchilov & Hutter 2019). Default: ``0.01``.
         bias_correction (bool): Whether to divide ``m`` and ``v`` by what they lack in their first steps, having
             started from zero (Kingma & Ba 2015, section 3). Default: ``False``.
-        state_dtype (str or Dtype, optional): In which ``m`` and ``v`` are stored: ``"float32"`` or ``"bfloat16"``. Default:
-            float32 for float32 parameters, bfloat16 for 16-bit ones.
+        state_dtype (str or Dtype, optional): In which ``m`` and ``v`` are stored: ``"float32"``, ``"bfloat16"``, or ``"int8"``:
+            codes of 8 bits, with a scale for each 32 neighbours along the last axis. Parameters of less than 4096 elements,
+            or with a last axis below 32, have bfloat16 where int8 is asked for. Default: float32 for float32 parameters,
+            bfloat16 for 16-bit ones.
         stochastic_rounding (bool, optional): Which 16-bit values are rounded up or down at random, so that the mean is right:
             ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as well;
-            ``False``: none. Default: ``None``.
+            ``False``: none, which ``"int8"`` refuses: its codes are always rounded so. Default: ``None``.
         seed (int): Of that rounding. Equal seeds give equal results, on any device and after a resume. Default: ``0``.
+        master_weights (bool): Whether the state of a bfloat16 parameter holds the rest of its float32 value (``remainder``,
+            int16), so that training equals that of float32 parameters. The parameter is then the float32 value rounded to
+            nearest, ties away from zero. float32 parameters need none; float16 ones are refused. Default: ``False``.
 
     Raises:
         ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's
@@ -261,6 +303,7 @@ class AdamW(_Fused, _StockAdamW):
         state_dtype: str | mx.Dtype | None = None,
         stochastic_rounding: bool | None = None,
         seed: int = 0,
+        master_weights: bool = False,
     ) -> None:
         super().__init__(
             _learning_rate("AdamW", learning_rate),
@@ -269,7 +312,10 @@ class AdamW(_Fused, _StockAdamW):
             as_number("AdamW", "weight_decay", weight_decay),
             bias_correction,
         )
-        self._options = check_options("AdamW", state_dtype, stochastic_rounding, seed)
+        self._options = check_options(
+            "AdamW", state_dtype, stochastic_rounding, seed, master_weights
+        )
+        self._parameter_dtypes = {}
 
 
 def _those_with(gradients: Any, parameters: Any) -> Any:

@@ -6,42 +6,83 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-_STATE_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+# What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
+FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
+
+_STATE_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int8": mx.int8}
 _LARGEST_SEED = 2**64 - 1
+
+# Smaller parameters keep bfloat16 moments where int8 is asked for: they save next to nothing, and short rows little more.
+_SMALLEST_CODED = 4096
+_SHORTEST_CODED_ROW = 32
 
 
 class Options(NamedTuple):
     """How state is stored and rounded."""
 
+    op: str  # the optimizer, for errors
     state_dtype: mx.Dtype | None
     stochastic_rounding: bool | None
     seed: int
+    master_weights: bool
 
-    def dtype_of_moments(self, parameter: mx.Dtype) -> mx.Dtype:
-        """In which ``m`` and ``v`` of a parameter of this dtype are stored."""
+    def dtype_of_moments(self, parameter: mx.array) -> mx.Dtype:
+        """In which ``m`` and ``v`` of this parameter are stored; int8 stands for codes, of which those of ``v`` are uint8."""
+        if self.state_dtype == mx.int8:
+            is_large = parameter.size >= _SMALLEST_CODED
+            return (
+                mx.int8 if is_large and parameter.shape[-1] >= _SHORTEST_CODED_ROW else mx.bfloat16
+            )
         if self.state_dtype is not None:
             return self.state_dtype
-        return mx.float32 if parameter == mx.float32 else mx.bfloat16
+        return mx.float32 if parameter.dtype == mx.float32 else mx.bfloat16
+
+    def has_remainder(self, parameter: mx.array) -> bool:
+        """Whether the state holds what rounding took away from this parameter."""
+        return self.master_weights and parameter.dtype == mx.bfloat16
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether a state may hold more than ``m`` and ``v``."""
+        return self.master_weights or self.state_dtype == mx.int8
+
+    def check_parameter(self, path: str, parameter: mx.array) -> None:
+        """Refuses a parameter that the options cannot serve."""
+        if self.master_weights and parameter.dtype == mx.float16:
+            raise ValueError(
+                f"[{self.op}] parameter of {path} must be bfloat16 or float32 for master_weights but got "
+                "float16, whose range is too small to be the upper half of a float32"
+            )
 
     @property
     def rounding(self) -> tuple[bool, bool, bool]:
-        """Whether 16-bit parameters, ``m`` and ``v`` are rounded stochastically."""
+        """Whether 16-bit parameters, ``m`` and ``v`` are rounded stochastically; codes of ``m`` go with ``v``."""
         of_all = self.stochastic_rounding is True
         return of_all, of_all, self.stochastic_rounding is not False
 
 
-def check_options(op: str, state_dtype: Any, stochastic_rounding: Any, seed: Any) -> Options:
+def check_options(
+    op: str, state_dtype: Any, stochastic_rounding: Any, seed: Any, master_weights: Any
+) -> Options:
     """The options, checked.
 
     Raises:
-        ValueError: For a value that is none of those to choose from.
+        ValueError: For a value that is none of those to choose from, or goes ill with another.
         TypeError: For one of another type.
     """
     if not (stochastic_rounding is None or isinstance(stochastic_rounding, bool)):
         raise TypeError(
             f"[{op}] stochastic_rounding must be None, True or False but got {stochastic_rounding!r}"
         )
-    return Options(_as_state_dtype(op, state_dtype), stochastic_rounding, as_seed(op, seed))
+    if not isinstance(master_weights, bool):
+        raise TypeError(f"[{op}] master_weights must be True or False but got {master_weights!r}")
+    dtype = _as_state_dtype(op, state_dtype)
+    if dtype == mx.int8 and stochastic_rounding is False:
+        raise ValueError(
+            f"[{op}] stochastic_rounding must be None or True with state_dtype='int8' but got False: "
+            "rounded to nearest, v would lose its small steps, and m would never fall to 0"
+        )
+    return Options(op, dtype, stochastic_rounding, as_seed(op, seed), master_weights)
 
 
 def as_seed(op: str, seed: Any) -> int:
@@ -63,5 +104,5 @@ def _as_state_dtype(op: str, x: Any) -> mx.Dtype | None:
         return _STATE_DTYPES[name]
     reason = ", since float16 cannot hold v: below 6e-8 it is 0" if name == "float16" else ""
     raise ValueError(
-        f"[{op}] state_dtype must be None, 'float32' or 'bfloat16' but got {name!r}{reason}"
+        f"[{op}] state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got {name!r}{reason}"
     )

@@ -18,10 +18,17 @@ import mlx.core as mx
 # As they are at import: a user may put this package's classes in their place, and the reference must not be ourselves.
 from mlx.optimizers import AdamW as _StockAdamW
 
-Dtypes = tuple[mx.Dtype, mx.Dtype, mx.Dtype]  # of a parameter, its gradient, and its m and v
+# Of a parameter, its gradient, its m (with int8, v is uint8), and of its remainder if there is one.
+Dtypes = tuple[mx.Dtype, ...]
 
-# Error allowed, relative to each element: a few roundings in float32, one in the 16-bit dtypes.
-TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 2**-8, mx.float16: 2**-10}
+# Error allowed, relative to each element: a few roundings in float32, one in the 16-bit dtypes, one code in those of 8 bits.
+TOLERANCE = {
+    mx.float32: 1e-5,
+    mx.bfloat16: 2**-8,
+    mx.float16: 2**-10,
+    mx.int8: 0.1,
+    mx.uint8: 0.04,
+}
 
 _BETAS = (0.9, 0.99)
 _SETTINGS = {"eps": 1e-6, "weight_decay": 0.1, "bias_correction": True}
@@ -38,6 +45,24 @@ class Tensor(NamedTuple):
     gradient: mx.array
     m: mx.array
     v: mx.array
+    remainder: mx.array | None = None
+    m_scale: mx.array | None = None
+    v_scale: mx.array | None = None
+
+    def values(self, extension: ModuleType) -> list[mx.array]:
+        """What parameter, m and v stand for, in float32."""
+        parameter, m, v = (x.astype(mx.float32) for x in (self.parameter, self.m, self.v))
+        if self.remainder is not None:
+            parameter = (parameter.view(mx.int32) + self.remainder).view(mx.float32)
+        if self.m_scale is not None:
+            m = extension.decode_moment(self.m, self.m_scale)
+            v = extension.decode_moment(self.v, self.v_scale)
+        return [parameter, m, v]
+
+    def tolerances(self) -> list[float]:
+        """What errors of those values are allowed."""
+        parameter = self.parameter.dtype if self.remainder is None else mx.float32
+        return [TOLERANCE[dtype] for dtype in (parameter, self.m.dtype, self.v.dtype)]
 
 
 class Case(NamedTuple):
@@ -51,10 +76,11 @@ class Case(NamedTuple):
 
 def names(dtypes: Dtypes) -> str:
     """As in ``float32``, or ``float32 with bfloat16 gradients and float32 moments``."""
-    parameter, gradient, state = (str(dtype).rpartition(".")[2] for dtype in dtypes)
-    if parameter == gradient == state:
+    parameter, gradient, state, *rest = (str(dtype).rpartition(".")[2] for dtype in dtypes)
+    if parameter == gradient == state and not rest:
         return parameter
-    return f"{parameter} with {gradient} gradients and {state} moments"
+    with_remainder = " and remainder" if rest else ""
+    return f"{parameter}{with_remainder} with {gradient} gradients and {state} moments"
 
 
 def run(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> str | None:
@@ -78,56 +104,56 @@ def errors(
         _streams[kind] = mx.new_thread_unsafe_stream(kind)
         extension.note_idle_stream()
     cases = [_alone, _group, _column_major, _strided, _strided_wide]
-    if any(dtype != mx.float32 for dtype in (dtypes[0], dtypes[2])):
+    if dtypes[2] != mx.float32 or (dtypes[0] != mx.float32 and len(dtypes) == 3):
         cases.append(_stochastic)
     for make in cases:
         with mx.stream(_streams[kind]):
-            error = _error_of(extension, case := make(dtypes))
+            error = _error_of(extension, case := make(extension, dtypes))
         yield case.kernel, error
 
 
 def _error_of(extension: ModuleType, case: Case) -> float:
     worst = 0.0
     for step in (_FIRST_STEP, _FIRST_STEP + 1):
-        expected = _stock_update(case.tensors, step)
+        expected = [_stock_update(extension, tensor, step) for tensor in case.tensors]
         case = case._replace(tensors=_update(extension, case, step))
-        mx.eval([[t.parameter, t.m, t.v] for t in case.tensors])
-        worst = max(worst, *map(_error, case.tensors, expected))
+        mx.eval(case.tensors)
+        for tensor, values in zip(case.tensors, expected, strict=True):
+            worst = max(worst, _error(extension, tensor, values))
     return worst / 2 if case.is_stochastic else worst
 
 
 def _update(extension: ModuleType, case: Case, step: int) -> list[Tensor]:
     """Lazily; nothing here holds the old tensors once their update is queued."""
-    lists = [list(column) for column in zip(*case.tensors, strict=True)]
-    new_parameters, new_m, new_v = extension.adam_update(
-        *lists, mx.array(_LEARNING_RATE), mx.array(step, mx.uint64),
+    parameters, gradients, m, v, *extras = map(list, zip(*case.tensors, strict=True))
+    has_extras = any(x is not None for column in extras for x in column)
+    new_parameters, new_m, new_v, new_extras = extension.adam_update(
+        parameters, gradients, m, v, mx.array(_LEARNING_RATE), mx.array(step, mx.uint64),
         beta1=_BETAS[0], beta2=_BETAS[1], **_SETTINGS,
-        rounding=(case.is_stochastic,) * 3,
+        rounding=(case.is_stochastic,) * 3, extras=list(zip(*extras)) if has_extras else [],
         is_fused=lambda *dtypes: True, wide_indices=case.wide_indices, name=str,
     )  # fmt: skip
-    return list(map(Tensor, new_parameters, lists[1], new_m, new_v))
+    new = zip(new_parameters, gradients, new_m, new_v, strict=True)
+    if not has_extras:
+        return [Tensor(*arrays) for arrays in new]
+    return [Tensor(*arrays, *more) for arrays, more in zip(new, new_extras, strict=True)]
 
 
-def _stock_update(tensors: list[Tensor], step: int) -> list[Tensor]:
-    """In float32, evaluated, and sharing no buffer with what it starts from."""
+def _stock_update(extension: ModuleType, tensor: Tensor, step: int) -> list[mx.array]:
+    """Parameter, m and v in float32, evaluated, and sharing no buffer with what they come from."""
     reference = _StockAdamW(_LEARNING_RATE, betas=list(_BETAS), **_SETTINGS)
     reference.state["step"] = mx.array(step, mx.uint64)
-    expected = []
-    for tensor in tensors:
-        p, g, m, v = (x.astype(mx.float32) for x in tensor)
-        state = {"m": m, "v": v}
-        expected.append(Tensor(reference.apply_single(g, p, state), g, state["m"], state["v"]))
-    mx.eval([[t.parameter, t.m, t.v] for t in expected])
+    parameter, m, v = tensor.values(extension)
+    state = {"m": m, "v": v}
+    new = reference.apply_single(tensor.gradient.astype(mx.float32), parameter, state)
+    expected = [new, state["m"], state["v"]]
+    mx.eval(expected)
     return expected
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
-    pairs = zip(actual, expected, strict=True)
-    quotients = [
-        mx.max(mx.abs(a.astype(mx.float32) - e) / mx.abs(e)) / TOLERANCE[a.dtype]
-        for a, e in pairs
-        if a is not actual.gradient
-    ]
+def _error(extension: ModuleType, actual: Tensor, expected: list[mx.array]) -> float:
+    triples = zip(actual.values(extension), expected, actual.tolerances(), strict=True)
+    quotients = [mx.max(mx.abs(a - e) / mx.abs(e)) / tolerance for a, e, tolerance in triples]
     worst = mx.max(mx.stack(quotients)).item()
     return worst if not math.isnan(worst) else math.inf
 
@@ -143,38 +169,58 @@ def _sample(dtype: mx.Dtype, *shape: int, positive: bool = False) -> mx.array:
     )
 
 
-def _tensor(dtypes: Dtypes, gradient: mx.array) -> Tensor:
+def _tensor(extension: ModuleType, dtypes: Dtypes, gradient: mx.array) -> Tensor:
     """With a parameter of the gradient's shape; m has the gradient's sign, lest their sum be near 0."""
     parameter = _sample(dtypes[0], *gradient.shape)
-    v = _sample(dtypes[2], *gradient.shape, positive=True)
-    tensor = Tensor(parameter, gradient, (gradient * v).astype(dtypes[2]), v)
+    v = _sample(mx.float32, *gradient.shape, positive=True)
+    m = gradient * v
+    remainder = m_scale = v_scale = None
+    if dtypes[2] == mx.int8:
+        m, m_scale = extension.encode_moment(m, False)
+        v, v_scale = extension.encode_moment(v, True)
+    else:
+        m, v = m.astype(dtypes[2]), v.astype(dtypes[2])
+    if len(dtypes) > 3:
+        remainder = (_sample(mx.float32, *gradient.shape) * 30000).astype(dtypes[3])
+    tensor = Tensor(parameter, gradient, m, v, remainder, m_scale, v_scale)
     mx.eval(tensor)
     return tensor
 
 
-def _alone(dtypes: Dtypes) -> Case:
+def _alone(extension: ModuleType, dtypes: Dtypes) -> Case:
     """More than one thread's share on a CPU, and more than tensors that share a node have."""
-    return Case("linear", [_tensor(dtypes, _sample(dtypes[1], 70001))])
+    return Case("linear", [_tensor(extension, dtypes, _sample(dtypes[1], 70001))])
 
 
-def _stochastic(dtypes: Dtypes) -> Case:
-    return _alone(dtypes)._replace(kernel="linear, stochastic", is_stochastic=True)
+def _stochastic(extension: ModuleType, dtypes: Dtypes) -> Case:
+    return _alone(extension, dtypes)._replace(kernel="linear, stochastic", is_stochastic=True)
 
 
-def _group(dtypes: Dtypes) -> Case:
+def _group(extension: ModuleType, dtypes: Dtypes) -> Case:
     """Small tensors in one node, one of which begins between two vectors."""
-    tensors = [_tensor(dtypes, _sample(dtypes[1], size)) for size in (37, 301, 1025)]
-    tensors.insert(1, Tensor(*(x[1:] for x in _tensor(dtypes, _sample(dtypes[1], 600)))))
+    tensors = [_tensor(extension, dtypes, _sample(dtypes[1], size)) for size in (37, 301, 1025)]
+    tensors.insert(1, _from_second_block(_tensor(extension, dtypes, _sample(dtypes[1], 600))))
     return Case("group", tensors)
 
 
-def _column_major(dtypes: Dtypes) -> Case:
-    return Case("column-major", [_tensor(dtypes, _sample(dtypes[1], 150, 170).T)])
+def _from_second_block(tensor: Tensor) -> Tensor:
+    """Without its first element, or where there are codes without what shares a scale with it."""
+    first = 1 if tensor.m_scale is None else 32
+    scales = (tensor.m_scale, tensor.v_scale)
+    parts = [
+        x if x is None else x[1:] if any(x is s for s in scales) else x[first:] for x in tensor
+    ]
+    mx.eval(parts)
+    return Tensor(*parts)
 
 
-def _strided(dtypes: Dtypes) -> Case:
-    return Case("strided", [_tensor(dtypes, _sample(dtypes[1], 130, 2 * 70)[:, ::2])])
+def _column_major(extension: ModuleType, dtypes: Dtypes) -> Case:
+    return Case("column-major", [_tensor(extension, dtypes, _sample(dtypes[1], 150, 170).T)])
 
 
-def _strided_wide(dtypes: Dtypes) -> Case:
-    return _strided(dtypes)._replace(kernel="strided, 64-bit", wide_indices=True)
+def _strided(extension: ModuleType, dtypes: Dtypes) -> Case:
+    return Case("strided", [_tensor(extension, dtypes, _sample(dtypes[1], 130, 2 * 70)[:, ::2])])
+
+
+def _strided_wide(extension: ModuleType, dtypes: Dtypes) -> Case:
+    return _strided(extension, dtypes)._replace(kernel="strided, 64-bit", wide_indices=True)
