@@ -130,7 +130,7 @@ def _update(extension: ModuleType, case: Case, step: int) -> list[Tensor]:
     new_parameters, new_m, new_v, new_extras = extension.adam_update(
         parameters, gradients, m, v, mx.array(_LEARNING_RATE), mx.array(step, mx.uint64),
         beta1=_BETAS[0], beta2=_BETAS[1], **_SETTINGS,
-        rounding=(case.is_stochastic,) * 3, extras=list(zip(*extras)) if has_extras else [],
+        rounding=(case.is_stochastic,) * 3, extras=list(zip(*extras, strict=True)) if has_extras else [],
         is_fused=lambda *dtypes: True, wide_indices=case.wide_indices, name=str,
     )  # fmt: skip
     new = zip(new_parameters, gradients, new_m, new_v, strict=True)
