@@ -20,14 +20,16 @@
 namespace fused_adam::cpu {
 namespace {
 
-// Elements that are loaded, updated and stored together: a block of the 8-bit formats, and few enough that a processor overlaps
-// one chunk's arithmetic with the next one's loads.
+// A chunk is `count` elements that are loaded, updated and stored together: kChunk, a block of the 8-bit formats, so few that a
+// processor overlaps one chunk's arithmetic with the next one's loads; or several blocks, where the steps from values to a
+// block's scale and on to codes are long, so that one block's steps overlap another's.
 constexpr std::size_t kChunk = kBlockElements;
 
 // The random bits of a chunk, if any rounding needs them.
+template <std::size_t count>
 struct ChunkRandom {
-  std::uint32_t of_state[kChunk];
-  std::uint32_t of_parameter[kChunk];
+  std::uint32_t of_state[count];
+  std::uint32_t of_parameter[count];
 };
 
 template <typename Value>
@@ -39,11 +41,19 @@ FUSED_ADAM_INLINE Value* as(char* bytes) {
   return reinterpret_cast<Value*>(bytes);
 }
 
-FUSED_ADAM_INLINE float load_scale(Source from, std::size_t at) {
-  return load_bfloat16(as<std::uint16_t>(from.extra)[at / kChunk]);
+// Codes by `load_one(code, scale)`, block by block.
+template <std::size_t count, typename Code, typename LoadOne>
+FUSED_ADAM_INLINE void load_codes(Source from, std::size_t at, float* buffer, LoadOne load_one) {
+  for (std::size_t block = 0; block < count; block += kChunk) {
+    auto codes = as<Code>(from.values) + at + block;
+    float scale = load_bfloat16(as<std::uint16_t>(from.extra)[(at + block) / kChunk]);
+    FUSED_ADAM_VECTORIZE
+    for (std::size_t i = 0; i < kChunk; ++i) buffer[block + i] = load_one(codes[i], scale);
+  }
 }
 
 // A chunk's values as float32: where they lie, or in the buffer. `at` is where the chunk begins within the run.
+template <std::size_t count>
 FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_t at,
                                           float* buffer) {
   switch (format) {
@@ -52,46 +62,40 @@ FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_
     case Format::bfloat16: {
       auto values = as<std::uint16_t>(from.values) + at;
       FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < kChunk; ++i) buffer[i] = load_bfloat16(values[i]);
+      for (std::size_t i = 0; i < count; ++i) buffer[i] = load_bfloat16(values[i]);
       return buffer;
     }
     case Format::float16:
-      half::to_float(as<std::uint16_t>(from.values) + at, kChunk, buffer);
+      half::to_float(as<std::uint16_t>(from.values) + at, count, buffer);
       return buffer;
     case Format::bfloat16_remainder: {
       auto values = as<std::uint16_t>(from.values) + at;
       auto remainders = as<std::int16_t>(from.extra) + at;
       FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < kChunk; ++i) buffer[i] = join(values[i], remainders[i]);
+      for (std::size_t i = 0; i < count; ++i) buffer[i] = join(values[i], remainders[i]);
       return buffer;
     }
-    case Format::int8: {
-      auto codes = as<std::int8_t>(from.values) + at;
-      float scale = load_scale(from, at);
-      FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < kChunk; ++i) buffer[i] = load_int8(codes[i], scale);
+    case Format::int8:
+      load_codes<count, std::int8_t>(from, at, buffer,
+                                     [](int code, float scale) { return load_int8(code, scale); });
       return buffer;
-    }
-    case Format::uint8: {
-      auto codes = as<std::uint8_t>(from.values) + at;
-      float scale = load_scale(from, at);
-      FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < kChunk; ++i) buffer[i] = load_uint8(codes[i], scale);
+    case Format::uint8:
+      load_codes<count, std::uint8_t>(
+          from, at, buffer, [](int code, float scale) { return load_uint8(code, scale); });
       return buffer;
-    }
   }
   return buffer;
 }
 
 // Stores 8 or 16 bits of each element. They are narrowed in a loop of their own: compilers that narrow within a longer loop do
 // much of it in narrow lanes, twice as slowly.
-template <typename Value, typename StoreOne>
+template <std::size_t count, typename Value, typename StoreOne>
 FUSED_ADAM_INLINE void store_each(Value* to, StoreOne store_one) {
-  alignas(64) std::uint32_t wide[kChunk];
+  alignas(64) std::uint32_t wide[count];
   FUSED_ADAM_VECTORIZE
-  for (std::size_t i = 0; i < kChunk; ++i) wide[i] = store_one(i);
+  for (std::size_t i = 0; i < count; ++i) wide[i] = store_one(i);
   FUSED_ADAM_VECTORIZE
-  for (std::size_t i = 0; i < kChunk; ++i) to[i] = Value(wide[i]);
+  for (std::size_t i = 0; i < count; ++i) to[i] = Value(wide[i]);
 }
 
 // Where a chunk's float32 results go, before store_chunk.
@@ -99,72 +103,102 @@ FUSED_ADAM_INLINE float* chunk_target(Target to, Format format, std::size_t at, 
   return format == Format::float32 ? as<float>(to.values) + at : buffer;
 }
 
+// In two loops, since compilers do not vectorise a maximum of what is chosen.
 FUSED_ADAM_INLINE std::uint32_t largest_magnitude(const float* x) {
+  alignas(64) std::uint32_t magnitudes[kChunk];
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < kChunk; ++i) magnitudes[i] = block_magnitude(x[i]);
   std::uint32_t largest = 0;
+  FUSED_ADAM_VECTORIZE
   for (std::size_t i = 0; i < kChunk; ++i) {
-    std::uint32_t magnitude = block_magnitude(x[i]);
-    largest = magnitude > largest ? magnitude : largest;
+    largest = magnitudes[i] > largest ? magnitudes[i] : largest;
   }
   return largest;
 }
 
-// Returns what values of the chunk that begins at `at` are multiplied by.
-FUSED_ADAM_INLINE float store_scale(BlockScale scale, Target to, std::size_t at) {
-  as<std::uint16_t>(to.extra)[at / kChunk] = std::uint16_t(scale.stored);
-  return scale.inverse;
+// Scales by `scale_of(largest magnitude)` of every block first, then codes by `store_one(i, inverse of the scale)`.
+template <std::size_t count, typename Code, typename ScaleOf, typename StoreOne>
+FUSED_ADAM_INLINE void store_codes(const float* x, Target to, std::size_t at, ScaleOf scale_of,
+                                   StoreOne store_one) {
+  float inverses[count / kChunk];
+  for (std::size_t block = 0; block < count / kChunk; ++block) {
+    BlockScale scale = scale_of(largest_magnitude(x + block * kChunk));
+    as<std::uint16_t>(to.extra)[at / kChunk + block] = std::uint16_t(scale.stored);
+    inverses[block] = scale.inverse;
+  }
+  for (std::size_t block = 0; block < count / kChunk; ++block) {
+    float inverse = inverses[block];
+    store_each<kChunk>(as<Code>(to.values) + at + block * kChunk,
+                       [=](std::size_t i) { return store_one(block * kChunk + i, inverse); });
+  }
 }
 
-// `random` has 16 bits at `shift` for each element, or is null: to nearest.
+// How a chunk's values are rounded: stochastically, if there are bits for its elements.
+struct ChunkRounding {
+  const std::uint32_t* random = nullptr;
+  unsigned shift = 0;
+  unsigned advance = 0;
+
+  FUSED_ADAM_INLINE Rounding operator[](std::size_t i) const {
+    return {true, random_half(random[i], shift, advance)};
+  }
+};
+
+template <std::size_t count>
 FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std::size_t at,
-                                   const std::uint32_t* random, int shift) {
-  auto at_random = [=](std::size_t i) { return Rounding{true, random[i] >> shift & 0xFFFFu}; };
+                                   ChunkRounding rounding) {
   const Rounding nearest{false, 0};
   switch (format) {
     case Format::float32:
       return;
     case Format::bfloat16: {
       auto values = as<std::uint16_t>(to.values) + at;
-      if (random) {
-        store_each(values, [=](std::size_t i) { return store_bfloat16(x[i], at_random(i)); });
+      if (rounding.random) {
+        store_each<count>(values, [=](std::size_t i) { return store_bfloat16(x[i], rounding[i]); });
       } else {
-        store_each(values, [=](std::size_t i) { return store_bfloat16(x[i], nearest); });
+        store_each<count>(values, [=](std::size_t i) { return store_bfloat16(x[i], nearest); });
       }
       return;
     }
     case Format::float16: {
       auto values = as<std::uint16_t>(to.values) + at;
-      if (random) {
-        store_each(values, [=](std::size_t i) { return store_float16(x[i], at_random(i)); });
+      if (rounding.random) {
+        store_each<count>(values, [=](std::size_t i) { return store_float16(x[i], rounding[i]); });
       } else {
-        half::from_float(x, kChunk, values);
+        half::from_float(x, count, values);
       }
       return;
     }
     case Format::bfloat16_remainder: {
-      store_each(as<std::uint16_t>(to.values) + at,
-                 [=](std::size_t i) { return split(x[i]).bfloat16; });
-      store_each(as<std::int16_t>(to.extra) + at,
-                 [=](std::size_t i) { return std::uint32_t(split(x[i]).remainder); });
+      auto values = as<std::uint16_t>(to.values) + at;
+      auto remainders = as<std::uint16_t>(to.extra) + at;
+      alignas(64) std::uint32_t uppers[count], lowers[count];
+      FUSED_ADAM_VECTORIZE
+      for (std::size_t i = 0; i < count; ++i) {
+        SplitFloat parts = split(x[i]);
+        uppers[i] = parts.bfloat16;
+        lowers[i] = parts.remainder;
+      }
+      FUSED_ADAM_VECTORIZE
+      for (std::size_t i = 0; i < count; ++i) values[i] = std::uint16_t(uppers[i]);
+      FUSED_ADAM_VECTORIZE
+      for (std::size_t i = 0; i < count; ++i) remainders[i] = std::uint16_t(lowers[i]);
       return;
     }
     case Format::int8: {
-      auto codes = as<std::int8_t>(to.values) + at;
-      float inverse = store_scale(scale_of_m(largest_magnitude(x)), to, at);
-      if (random) {
-        store_each(codes, [=](std::size_t i) { return store_int8(x[i], inverse, at_random(i)); });
-      } else {
-        store_each(codes, [=](std::size_t i) { return store_int8(x[i], inverse, nearest); });
-      }
+      store_codes<count, std::int8_t>(
+          x, to, at, [](std::uint32_t largest) { return scale_of_m(largest); },
+          [=](std::size_t i, float inverse) {
+            return store_int8(x[i], inverse, rounding.random ? rounding[i] : nearest);
+          });
       return;
     }
     case Format::uint8: {
-      auto codes = as<std::uint8_t>(to.values) + at;
-      float inverse = store_scale(scale_of_v(largest_magnitude(x)), to, at);
-      if (random) {
-        store_each(codes, [=](std::size_t i) { return store_uint8(x[i], inverse, at_random(i)); });
-      } else {
-        store_each(codes, [=](std::size_t i) { return store_uint8(x[i], inverse, nearest); });
-      }
+      store_codes<count, std::uint8_t>(
+          x, to, at, [](std::uint32_t largest) { return scale_of_v(largest); },
+          [=](std::size_t i, float inverse) {
+            return store_uint8(x[i], inverse, rounding.random ? rounding[i] : nearest);
+          });
       return;
     }
   }

@@ -18,56 +18,55 @@ struct AllIn {
   static constexpr Format parameter = format, gradient = format, m = format, v = format;
 };
 
-FUSED_ADAM_INLINE void fill_random(ChunkRandom& random, std::size_t first,
+template <std::size_t count>
+FUSED_ADAM_INLINE void fill_random(ChunkRandom<count>& random, std::size_t first,
                                    const StepRounding& rounding) {
   auto start = std::uint32_t(first);
+  TensorRandom of_tensor = rounding.random;
   if (rounding.m || rounding.v) {
     FUSED_ADAM_VECTORIZE
-    for (std::uint32_t i = 0; i < kChunk; ++i) {
-      random.of_state[i] = random_bits(rounding.random.of_state, start + i);
-    }
-    if (rounding.random.advance != 0) {
-      FUSED_ADAM_VECTORIZE
-      for (std::uint32_t i = 0; i < kChunk; ++i) {
-        random.of_state[i] = advanced(random.of_state[i], rounding.random.advance);
-      }
+    for (std::size_t i = 0; i < count; ++i) {
+      random.of_state[i] = random_bits(of_tensor.of_state, start + std::uint32_t(i));
     }
   }
   if (rounding.parameter) {
     FUSED_ADAM_VECTORIZE
-    for (std::uint32_t i = 0; i < kChunk; ++i) {
-      random.of_parameter[i] = more_random_bits(rounding.random.of_parameter, start + i);
+    for (std::size_t i = 0; i < count; ++i) {
+      random.of_parameter[i] = more_random_bits(of_tensor.of_parameter, start + std::uint32_t(i));
     }
   }
 }
 
-template <typename Rule, typename Formats>
+template <std::size_t count, typename Rule, typename Formats>
 FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std::size_t element,
                                     const Formats& formats, AdamScalars<float> scalars,
                                     AdamConstants constants, const StepRounding& rounding) {
-  alignas(64) float parameter_buffer[kChunk], gradient_buffer[kChunk], m_buffer[kChunk],
-      v_buffer[kChunk];
-  auto parameter = load_chunk(run.parameter, formats.parameter, at, parameter_buffer);
-  auto gradient = load_chunk(run.gradient, formats.gradient, at, gradient_buffer);
-  auto m = load_chunk(run.m, formats.m, at, m_buffer);
-  auto v = load_chunk(run.v, formats.v, at, v_buffer);
+  alignas(64) float parameter_buffer[count], gradient_buffer[count], m_buffer[count],
+      v_buffer[count];
+  auto parameter = load_chunk<count>(run.parameter, formats.parameter, at, parameter_buffer);
+  auto gradient = load_chunk<count>(run.gradient, formats.gradient, at, gradient_buffer);
+  auto m = load_chunk<count>(run.m, formats.m, at, m_buffer);
+  auto v = load_chunk<count>(run.v, formats.v, at, v_buffer);
   auto new_parameter = chunk_target(run.new_parameter, formats.parameter, at, parameter_buffer);
   auto new_m = chunk_target(run.new_m, formats.m, at, m_buffer);
   auto new_v = chunk_target(run.new_v, formats.v, at, v_buffer);
   FUSED_ADAM_VECTORIZE
-  for (std::size_t i = 0; i < kChunk; ++i) {
+  for (std::size_t i = 0; i < count; ++i) {
     AdamState<float> next =
         Rule::step(AdamState<float>{parameter[i], m[i], v[i]}, gradient[i], scalars, constants);
     new_parameter[i] = next.parameter;
     new_m[i] = next.m;
     new_v[i] = next.v;
   }
-  ChunkRandom random;
+  ChunkRandom<count> random;
   fill_random(random, element, rounding);
-  store_chunk(new_parameter, run.new_parameter, formats.parameter, at,
-              rounding.parameter ? random.of_parameter : nullptr, 0);
-  store_chunk(new_m, run.new_m, formats.m, at, rounding.m ? random.of_state : nullptr, 16);
-  store_chunk(new_v, run.new_v, formats.v, at, rounding.v ? random.of_state : nullptr, 0);
+  auto state_bits = [&](bool is_random, unsigned shift) {
+    return ChunkRounding{is_random ? random.of_state : nullptr, shift, rounding.random.advance};
+  };
+  store_chunk<count>(new_parameter, run.new_parameter, formats.parameter, at,
+                     {rounding.parameter ? random.of_parameter : nullptr});
+  store_chunk<count>(new_m, run.new_m, formats.m, at, state_bits(rounding.m, 16));
+  store_chunk<count>(new_v, run.new_v, formats.v, at, state_bits(rounding.v, 0));
 }
 
 template <typename Rule, typename Formats>
@@ -85,19 +84,22 @@ __attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::s
                         parameter.target(run.new_parameter, formats.parameter, at),
                         m.target(run.new_m, formats.m, at),
                         v.target(run.new_v, formats.v, at)};
-  update_chunk<Rule>(padded, 0, element, formats, scalars, constants, rounding);
+  update_chunk<kChunk, Rule>(padded, 0, element, formats, scalars, constants, rounding);
   parameter.store(run.new_parameter, formats.parameter, at, count);
   m.store(run.new_m, formats.m, at, count);
   v.store(run.new_v, formats.v, at, count);
 }
 
-template <typename Rule, typename Formats>
+template <std::size_t most, typename Rule, typename Formats>
 FUSED_ADAM_INLINE void update_as(const RunPointers& run, std::size_t first, std::size_t n,
                                  const Formats& formats, AdamScalars<float> scalars,
                                  AdamConstants constants, const StepRounding& rounding) {
   std::size_t at = 0;
+  for (; most > kChunk && at + most <= n; at += most) {
+    update_chunk<most, Rule>(run, at, first + at, formats, scalars, constants, rounding);
+  }
   for (; at + kChunk <= n; at += kChunk) {
-    update_chunk<Rule>(run, at, first + at, formats, scalars, constants, rounding);
+    update_chunk<kChunk, Rule>(run, at, first + at, formats, scalars, constants, rounding);
   }
   if (at < n) {
     update_short_chunk<Rule>(run, at, n - at, first + at, formats, scalars, constants, rounding);
@@ -112,23 +114,24 @@ void update(const RunPointers& run, std::size_t first, std::size_t n, const Tens
            formats.v == format;
   };
   if (all_are(Format::float32)) {
-    update_as<Rule>(run, first, n, AllIn<Format::float32>(), scalars, constants, StepRounding());
+    update_as<kChunk, Rule>(run, first, n, AllIn<Format::float32>(), scalars, constants,
+                            StepRounding());
   } else if (all_are(Format::bfloat16) && !rounding.parameter && !rounding.m) {
     StepRounding of_v{false, false, rounding.v, rounding.random};
     of_v.random.advance = 0;
-    update_as<Rule>(run, first, n, AllIn<Format::bfloat16>(), scalars, constants, of_v);
+    update_as<kChunk, Rule>(run, first, n, AllIn<Format::bfloat16>(), scalars, constants, of_v);
   } else {
-    update_as<Rule>(run, first, n, formats, scalars, constants, rounding);
+    update_as<4 * kChunk, Rule>(run, first, n, formats, scalars, constants, rounding);
   }
 }
 
 void convert(Source from, Format from_format, Target to, Format to_format, std::size_t n) {
   auto one = [=](Source source, Target target, std::size_t at) {
     alignas(64) float buffer[kChunk];
-    auto x = load_chunk(source, from_format, at, buffer);
+    auto x = load_chunk<kChunk>(source, from_format, at, buffer);
     auto y = chunk_target(target, to_format, at, buffer);
     if (x != y) __builtin_memmove(y, x, sizeof buffer);
-    store_chunk(y, target, to_format, at, nullptr, 0);
+    store_chunk<kChunk>(y, target, to_format, at, {});
   };
   std::size_t at = 0;
   for (; at + kChunk <= n; at += kChunk) one(from, to, at);

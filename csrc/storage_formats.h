@@ -74,6 +74,11 @@ ADAM_FUNCTION unsigned advanced(unsigned bits, unsigned advance) {
   return ((bits & 0xFFFF0000u) + (advance << 16)) | ((bits + advance) & 0xFFFFu);
 }
 
+// One half of them, moved on: shift 0 for v, 16 for m.
+ADAM_FUNCTION unsigned random_half(unsigned bits, unsigned shift, unsigned advance) {
+  return ((bits >> shift) + advance) & 0xFFFFu;
+}
+
 // How a store rounds: with 16 random bits, or to nearest.
 struct Rounding {
   bool is_stochastic;
@@ -124,16 +129,16 @@ ADAM_FUNCTION unsigned store_float16(float x, Rounding rounding) {
 
 struct SplitFloat {
   unsigned bfloat16;
-  int remainder;
+  unsigned remainder;  // the lower 16 bits count
 };
 
-// To nearest; ties go away from zero, since a remainder has 2^16 values and ties to even would need one more.
+// To nearest; ties go away from zero, since a remainder has 2^16 values and ties to even would need one more. So it is what the
+// lower half of the bits is as a signed number.
 ADAM_FUNCTION SplitFloat split(float x) {
   unsigned u = bits_of(x);
-  unsigned upper = (u + 0x8000u) >> 16;
   bool is_special = (u & 0x7F800000u) == 0x7F800000u;
-  unsigned special = x != x ? 0x7FC0u : u >> 16;
-  return {is_special ? special : upper, is_special ? 0 : int(u - (upper << 16))};
+  unsigned upper = is_special ? u : u + 0x8000u;
+  return {x != x ? 0x7FC0u : upper >> 16, is_special ? 0u : u};
 }
 
 // A bfloat16 that was changed since is met by an old remainder: the result then lies within half a unit in its last place,
@@ -158,12 +163,10 @@ struct BlockScale {
   float inverse;
 };
 
-// The bits of a magnitude, for the search of a block's largest: integers order as floats do. NaN is left out, and infinity
-// counts as the largest float.
+// The bits of a magnitude, for the search of a block's largest: integers order as floats do. NaN is left out.
 ADAM_FUNCTION unsigned block_magnitude(float x) {
   unsigned u = bits_of(x) & 0x7FFFFFFFu;
-  u = u > 0x7F800000u ? 0u : u;
-  return u > 0x7F7FFFFFu ? 0x7F7FFFFFu : u;
+  return u > 0x7F800000u ? 0u : u;
 }
 
 // The least power of two that is not below x.
@@ -173,57 +176,50 @@ ADAM_FUNCTION BlockScale scale_above(float x) {
   return {exponent << 7, float_of((254u - exponent) << 23)};
 }
 
-// From the bits of a block's largest magnitude: such that the largest level, 127^4 or 262^4, reaches it.
-ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) {
-  return scale_above(float_of(largest) * (1.0f / 260144641.0f));
+// The fourth power of x, but straight between powers of 16: a float's bits, read as an integer, are its logarithm but straight
+// between powers of two, so four times the bits are those of the power. From 8 on it is straight between integers too.
+ADAM_FUNCTION float bent_power(float x) { return float_of(4u * bits_of(x) - 0xBE800000u); }
+ADAM_FUNCTION float bent_root(float y) { return float_of((bits_of(y) >> 2) + 0x2FA00000u); }
+
+// From the bits of a block's largest magnitude: such that the largest level reaches it. Infinity counts as the largest float.
+ADAM_FUNCTION BlockScale scale_for(unsigned largest, float largest_level) {
+  largest = largest > 0x7F7FFFFFu ? 0x7F7FFFFFu : largest;
+  return scale_above(float_of(largest) * (1.0f / largest_level));
 }
-ADAM_FUNCTION BlockScale scale_of_v(unsigned largest) {
-  return scale_above(float_of(largest) * (1.0f / 4711998736.0f));
+ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) { return scale_for(largest, 327151616.0f); }
+ADAM_FUNCTION BlockScale scale_of_v(unsigned largest) { return scale_for(largest, 4697620480.0f); }
+
+// The integer below or above a root from 8 to 512: the upper one with the probability that makes the mean of the powers right,
+// since the power is straight between them. Infinity and NaN have large roots.
+ADAM_FUNCTION int one_of_two(float root, float largest, Rounding rounding) {
+  unsigned random = rounding.is_stochastic ? rounding.random : 0x8000u;
+  float sum = root + float(int(random >> 1)) * (1.0f / 32768.0f);
+  return int(sum < largest + 0.5f ? sum : largest + 0.5f);
 }
 
-ADAM_FUNCTION float fourth_power(int n) {
-  float square = float(n * n);
-  return square * square;
-}
-
-// n or n + 1, between whose fourth powers y lies: the upper one with the probability that makes the mean right.
-ADAM_FUNCTION int one_of_two(float y, int n, Rounding rounding) {
-  float lower = fourth_power(n);
-  float gap = fourth_power(n + 1) - lower;
-  float part =
-      (float(int(rounding.is_stochastic ? rounding.random : 0x7FFFu)) + 0.5f) * (1.0f / 65536.0f);
-  float threshold = part * gap;
-  return y - lower > threshold ? n + 1 : n;
-}
-
-// m = sign(code) * code^4 * scale. NaN becomes the last level but one.
+// m = sign(code) * (P(|code| + 8) - P(8)) * scale, with P the power above.
 ADAM_FUNCTION int store_int8(float x, float inverse, Rounding rounding) {
-  using adam_math::sqrt;
   float y = float_of(bits_of(x) & 0x7FFFFFFFu) * inverse;
-  float root = sqrt(sqrt(y));
-  root = root < 126.0f ? root : 126.0f;
-  int code = one_of_two(y, int(root), rounding);
+  int code = one_of_two(bent_root(y + 4096.0f), 135.0f, rounding) - 8;
   return x < 0.0f ? -code : code;
 }
 
 ADAM_FUNCTION float load_int8(int code, float scale) {
-  float level = fourth_power(code);
+  float level = bent_power(float((code < 0 ? -code : code) + 8)) - 4096.0f;
   return (code < 0 ? -level : level) * scale;
 }
 
-// v = (code + 7)^4 * scale, and 0 for code 0, which only 0 becomes. NaN becomes the last level but one.
+// v = P(code + 7) * scale, and 0 for code 0, which only 0 becomes.
 ADAM_FUNCTION int store_uint8(float x, float inverse, Rounding rounding) {
-  using adam_math::sqrt;
-  float y = x * inverse;
-  float root = sqrt(sqrt(y));
-  root = root < 261.0f ? root : 261.0f;
+  float root = bent_root(x * inverse);
   root = root > 8.0f ? root : 8.0f;
-  int n = one_of_two(y, int(root), rounding);
-  return x == 0.0f ? 0 : n - 7;
+  int code = one_of_two(root, 262.0f, rounding) - 7;
+  return x == 0.0f ? 0 : code;
 }
 
 ADAM_FUNCTION float load_uint8(int code, float scale) {
-  return (code == 0 ? 0.0f : fourth_power(code + 7)) * scale;
+  float level = bent_power(float(code + 7));
+  return (code == 0 ? 0.0f : level) * scale;
 }
 
 }  // namespace fused_adam

@@ -26,9 +26,14 @@ class Options(NamedTuple):
     seed: int
     master_weights: bool
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether ``m`` and ``v`` of large parameters are codes of 8 bits."""
+        return self.state_dtype is not None and self.state_dtype == mx.int8
+
     def dtype_of_moments(self, parameter: mx.array) -> mx.Dtype:
         """In which ``m`` and ``v`` of this parameter are stored; int8 stands for codes, of which those of ``v`` are uint8."""
-        if self.state_dtype == mx.int8:
+        if self.has_codes:
             is_large = parameter.size >= _SMALLEST_CODED
             return (
                 mx.int8 if is_large and parameter.shape[-1] >= _SHORTEST_CODED_ROW else mx.bfloat16
@@ -44,7 +49,7 @@ class Options(NamedTuple):
     @property
     def has_extras(self) -> bool:
         """Whether a state may hold more than ``m`` and ``v``."""
-        return self.master_weights or self.state_dtype == mx.int8
+        return self.master_weights or self.has_codes
 
     def check_parameter(self, path: str, parameter: mx.array) -> None:
         """Refuses a parameter that the options cannot serve."""
@@ -77,12 +82,13 @@ def check_options(
     if not isinstance(master_weights, bool):
         raise TypeError(f"[{op}] master_weights must be True or False but got {master_weights!r}")
     dtype = _as_state_dtype(op, state_dtype)
-    if dtype == mx.int8 and stochastic_rounding is False:
+    options = Options(op, dtype, stochastic_rounding, as_seed(op, seed), master_weights)
+    if options.has_codes and stochastic_rounding is False:
         raise ValueError(
             f"[{op}] stochastic_rounding must be None or True with state_dtype='int8' but got False: "
             "rounded to nearest, v would lose its small steps, and m would never fall to 0"
         )
-    return Options(op, dtype, stochastic_rounding, as_seed(op, seed), master_weights)
+    return options
 
 
 def as_seed(op: str, seed: Any) -> int:
