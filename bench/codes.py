@@ -18,6 +18,16 @@ def power(exponent: int, codes: int, shift: int = 0) -> np.ndarray:
     return np.append(0, (shift + k) ** exponent).astype(np.float32)
 
 
+def bent(codes: int, shift: int, from_zero: bool) -> np.ndarray:
+    """0 and the power of codes + shift whose float32 bits are four times theirs: the fourth, straight between powers of 16.
+
+    With ``from_zero``, less the power of the shift.
+    """
+    k = np.arange(codes + 1, dtype=np.float32) + np.float32(shift)
+    levels = (4 * k.view(np.uint32) - np.uint32(0xBE800000)).view(np.float32)
+    return levels - levels[0] if from_zero else np.append(np.float32(0), levels[1:])
+
+
 def floating(mantissa_bits: int, codes: int) -> np.ndarray:
     """0, and a float's values from 1 downwards, as many as there are codes; no subnormals."""
     k = np.arange(codes) - (codes - 1)
@@ -36,6 +46,7 @@ V_LEVELS = {
     "cube": power(3, 255),
     "4th power": power(4, 255),
     "shifted 4th power": power(4, 255, shift=7),
+    "bent 4th power": bent(255, 7, from_zero=False),
     "8th power": power(8, 255),
     "float e5m3": floating(3, 255),
     "float e4m4": floating(4, 255),
@@ -45,6 +56,7 @@ M_LEVELS = {
     "square": power(2, 127),
     "cube": power(3, 127),
     "4th power": power(4, 127),
+    "bent 4th power": bent(127, 8, from_zero=True),
     "softsign": softsign(127),
     "float e4m3": floating(3, 127),
     "float e3m4": floating(4, 127),

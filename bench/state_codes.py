@@ -35,8 +35,8 @@ DOCS = ROOT / "docs" / "state-codes.md"
 EXACT = Storage("float32")
 BF16 = Storage("bfloat16")
 BF16_RANDOM = Storage("bfloat16", "random")
-M = Storage("4th power", "even")
-V = Storage("shifted 4th power", "even")
+M = Storage("bent 4th power", "even")
+V = Storage("bent 4th power", "even")
 
 
 class Pair(NamedTuple):
@@ -60,6 +60,7 @@ PAIRS = [
     Pair(M_NEAREST, replace(M, rounding="nearest"), V),
     Pair("… both nearest", replace(M, rounding="nearest"), replace(V, rounding="nearest")),
     Pair("… with bf16 scales", replace(M, scale="bf16"), replace(V, scale="bf16")),
+    Pair("… not bent", replace(M, levels="4th power"), replace(V, levels="shifted 4th power")),
     Pair("… with m square", replace(M, levels="square"), V),
     Pair("… with v not shifted", M, replace(V, levels="4th power")),
     Pair("… with v 8th power", M, replace(V, levels="8th power")),

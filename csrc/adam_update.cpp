@@ -180,11 +180,12 @@ std::vector<std::vector<size_t>> group(const AdamTensors& tensors, size_t tensor
   return groups;
 }
 
-// Those of the flags that concern results of these formats.
+// Those of the flags that concern results of these formats. Codes of m go with those of v: rounded to nearest they would stick
+// at a low level.
 AdamRounding within(AdamRounding rounding, const TensorFormats& formats) {
   rounding.parameter =
       rounding.parameter && formats.parameter != Format::float32 && !formats.has_remainder();
-  rounding.m = rounding.m && formats.m != Format::float32;
+  rounding.m = formats.has_codes() ? rounding.v : rounding.m && formats.m != Format::float32;
   rounding.v = rounding.v && formats.v != Format::float32;
   return rounding;
 }

@@ -181,9 +181,10 @@ ADAM_FUNCTION BlockScale scale_above(float x) {
 ADAM_FUNCTION float bent_power(float x) { return float_of(4u * bits_of(x) - 0xBE800000u); }
 ADAM_FUNCTION float bent_root(float y) { return float_of((bits_of(y) >> 2) + 0x2FA00000u); }
 
-// From the bits of a block's largest magnitude: such that the largest level reaches it. Infinity counts as the largest float.
+// From the bits of a block's largest magnitude: such that the largest level reaches it. Above 2^127 it might pass the largest
+// float, so more counts as that.
 ADAM_FUNCTION BlockScale scale_for(unsigned largest, float largest_level) {
-  largest = largest > 0x7F7FFFFFu ? 0x7F7FFFFFu : largest;
+  largest = largest > 0x7F000000u ? 0x7F000000u : largest;
   return scale_above(float_of(largest) * (1.0f / largest_level));
 }
 ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) { return scale_for(largest, 327151616.0f); }

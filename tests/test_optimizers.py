@@ -65,6 +65,7 @@ def test_subclass_with_the_same_signature(name):
         "state_dtype": None,
         "stochastic_rounding": None,
         "seed": 0,
+        "master_weights": False,
     }
 
 
@@ -394,11 +395,17 @@ def test_the_operation_refuses_what_does_not_fit(change, message):
         ),
         (
             {"state_dtype": "int4"},
-            "state_dtype must be None, 'float32' or 'bfloat16' but got 'int4'",
+            "state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got 'int4'",
         ),
         ({"state_dtype": 16}, "state_dtype must be a string or a dtype but got 16"),
         ({"stochastic_rounding": "yes"}, "stochastic_rounding must be None, True or False but got"),
         ({"stochastic_rounding": 1}, "stochastic_rounding must be None, True or False but got 1"),
+        (
+            {"state_dtype": "int8", "stochastic_rounding": False},
+            "stochastic_rounding must be None or True with state_dtype='int8' but got False",
+        ),
+        ({"master_weights": None}, "master_weights must be True or False but got None"),
+        ({"master_weights": "yes"}, "master_weights must be True or False but got 'yes'"),
         ({"seed": -1}, r"seed must be from 0 to 2\*\*64 - 1 but got -1"),
         ({"seed": 1.5}, "seed must be an integer but got 1.5"),
         ({"betas": [0.9]}, r"betas must be two numbers but got \[0.9\]"),

@@ -258,7 +258,7 @@ def test_a_state_of_another_dtype_is_converted(dtype, asked):
     optimizer.state = other.state
     before = {name: other.state["a"]["w"][name] for name in ("m", "v")}
     optimizer.init(parameters)
-    wanted = optimizer._options.dtype_of_moments(dtype)
+    wanted = optimizer._options.dtype_of_moments(parameters["a"]["w"])
     for name, x in before.items():
         found = optimizer.state["a"]["w"][name]
         assert found.dtype == wanted

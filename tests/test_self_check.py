@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mlx_fused_adam as fused
-from mlx_fused_adam import _backends, _operation, _optimizers, _self_check
+from mlx_fused_adam import _backends, _operation, _optimizers, _self_check, _storage
 
 pytestmark = pytest.mark.usefixtures("device", "unchecked")
 
@@ -43,12 +43,13 @@ class Faulty:
         if not any(answers):
             return results
         step = args[5].item() if len(args) > 5 and args[5] is not None else 0
-        return self._fault(results, step, kwargs.get("wide_indices", False))
+        *arrays, extras = results
+        return *self._fault(arrays, step, kwargs.get("wide_indices", False)), extras
 
 
 def install(monkeypatch, extension, fault):
     faulty = Faulty(extension, fault)
-    for module in (_backends, _operation, _optimizers):
+    for module in (_backends, _operation, _optimizers, _storage):
         monkeypatch.setattr(module, "_ext", faulty)
 
 

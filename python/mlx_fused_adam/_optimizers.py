@@ -50,6 +50,7 @@ class _Fused(_StockOptimizer):
         Raises:
             ValueError: If part of a state or a parameter does not fit, naming its path; no state is changed then.
         """
+        was_initialized = self._initialized
         super().init(parameters)
         states: list[tuple[dict, dict]] = []
 
@@ -57,7 +58,11 @@ class _Fused(_StockOptimizer):
             new = adopted(path or "the parameter", parameter, state, self._options)
             states.append((state, new))
 
-        tree_map_with_path(take_over, parameters, self._state)
+        try:
+            tree_map_with_path(take_over, parameters, self._state)
+        except BaseException:
+            self._initialized = was_initialized
+            raise
         for state, new in states:
             state.clear()
             state.update(new)
