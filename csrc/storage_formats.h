@@ -69,12 +69,7 @@ ADAM_FUNCTION TensorRandom tensor_random(unsigned seed_low, unsigned seed_high, 
   return {fresh, rounding_key(seed_low, seed_high, 0u, tensor), step * 0x9E37u};
 }
 
-// As random_bits has them, each half moved on.
-ADAM_FUNCTION unsigned advanced(unsigned bits, unsigned advance) {
-  return ((bits & 0xFFFF0000u) + (advance << 16)) | ((bits + advance) & 0xFFFFu);
-}
-
-// One half of them, moved on: shift 0 for v, 16 for m.
+// One half of random_bits, moved on: shift 0 for v, 16 for m.
 ADAM_FUNCTION unsigned random_half(unsigned bits, unsigned shift, unsigned advance) {
   return ((bits >> shift) + advance) & 0xFFFFu;
 }

@@ -60,12 +60,23 @@ def measure_step(step, count=3) -> int:
     return most
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+OPTIONS = [
+    (mx.float32, {}),
+    (mx.bfloat16, {}),
+    (mx.float32, {"state_dtype": "int8"}),
+    (mx.float32, {"state_dtype": "bfloat16"}),
+    (mx.bfloat16, {"stochastic_rounding": True}),
+    (mx.bfloat16, {"master_weights": True}),
+    (mx.bfloat16, {"state_dtype": "int8", "master_weights": True}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options"), OPTIONS, ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_step_allocates_nothing_that_grows(parameters_of, compiled, dtype):
+def test_a_step_allocates_nothing_that_grows(parameters_of, compiled, dtype, options):
     parameters = parameters_of(dtype)
     gradients = column_major_gradients(parameters)
-    optimizer = fused.AdamW(1e-3, bias_correction=True)
+    optimizer = fused.AdamW(1e-3, bias_correction=True, **options)
     optimizer.init(parameters)
     state = [parameters, optimizer.state]
     mx.eval(state, gradients)

@@ -44,6 +44,7 @@ class Faulty:
             return results
         step = args[5].item() if len(args) > 5 and args[5] is not None else 0
         *arrays, extras = results
+        extras = getattr(self._fault, "of_extras", lambda x: x)(extras)
         return *self._fault(arrays, step, kwargs.get("wide_indices", False)), extras
 
 
@@ -107,7 +108,9 @@ def test_the_kernel_passes(backend_name):
 
 
 @pytest.mark.parametrize("dtypes", [
-    (mx.float32, mx.bfloat16, mx.float32), (mx.bfloat16,) * 3, (mx.float16, mx.float16, mx.bfloat16)
+    (mx.float32, mx.bfloat16, mx.float32), (mx.bfloat16,) * 3, (mx.float16, mx.float16, mx.bfloat16),
+    (mx.float32, mx.float32, mx.int8), (mx.bfloat16, mx.bfloat16, mx.int8),
+    (mx.bfloat16, mx.bfloat16, mx.bfloat16, mx.int16), (mx.bfloat16, mx.float32, mx.int8, mx.int16),
 ], ids=_self_check.names)  # fmt: skip
 def test_kernels_pass_in_16_bits(extension, dtypes):
     assert _self_check.run(extension, mx.default_device().type, dtypes) is None
@@ -158,6 +161,69 @@ def test_only_the_dtypes_that_fail_fall_back(extension, backend_name, monkeypatc
     assert half["half"].dtype == optimizer.state["half"]["v"].dtype == mx.bfloat16
     # 0.9, to bfloat16's nearest: the update of 16-bit tensors is float32 arithmetic without a kernel too.
     np.testing.assert_allclose(np.array(half["half"].astype(mx.float32)), 0.6836, atol=2e-3)
+
+
+def spoil(index):
+    """Of the extras: what stands at `index` is lost."""
+
+    def fault(results, step, wide):
+        return results
+
+    def spoilt(extras):
+        return [
+            [x * 0 if i == index and x is not None else x for i, x in enumerate(e)] for e in extras
+        ]
+
+    fault.of_extras = spoilt
+    return fault
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["remainder", "m_scale", "v_scale"])
+def test_a_kernel_that_stores_scales_or_remainders_wrongly_fails(extension, monkeypatch, index):
+    dtypes = (mx.bfloat16, mx.bfloat16, mx.int8, mx.int16)
+    faulty = Faulty(extension, spoil(index))
+    assert "kernel is off by" in _self_check.run(faulty, mx.default_device().type, dtypes)
+
+
+OPTIONS = [{"state_dtype": "int8"}, {"master_weights": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
+    """As on a GPU whose kernel for it fails; the stand-in is a back end of another name."""
+    parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
+    gradients = {"w": mx.full((64, 64), 0.25, mx.bfloat16)}
+    expected = fused.AdamW(0.1, **options).apply_gradients(gradients, parameters)
+    gpu = _backends.Backend("metal", None, mx.gpu)
+    gpu.place = lambda asked: asked
+    monkeypatch.setattr(_optimizers, "backend_of", lambda: gpu)
+    find = _backends.Backend._find
+    monkeypatch.setattr(
+        _self_check, "run", lambda ext, kind, dtypes: "it is broken" if kind == mx.gpu else None
+    )
+    monkeypatch.setattr(_backends.Backend, "_find", find)
+    optimizer = fused.AdamW(0.1, **options)
+    with pytest.warns(
+        RuntimeWarning, match="leaves updates of bfloat16 .* to the CPU: it is broken"
+    ):
+        new = optimizer.apply_gradients(gradients, parameters)
+    assert mx.array_equal(new["w"], expected["w"])
+    gpu.verdicts[(mx.float32,) * 3] = None
+    assert gpu.description.startswith("metal (but the CPU for bfloat16 ")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_stock_cannot_store_is_an_error_where_stock_is_forced(monkeypatch, options):
+    forced = _backends.Backend(None, "MLX_FUSED_ADAM_BACKEND=stock", mx.cpu, is_forced=True)
+    monkeypatch.setattr(_optimizers, "backend_of", lambda: forced)
+    parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
+    optimizer = fused.AdamW(0.1, **options)
+    with pytest.raises(
+        RuntimeError, match="must have a kernel, since stock operations cannot store"
+    ):
+        optimizer.apply_gradients(parameters, parameters)
+    assert optimizer.step.item() == 0
+    assert fused.AdamW(0.1).apply_gradients(parameters, parameters)["w"].dtype == mx.bfloat16
 
 
 def test_classes_put_in_the_place_of_stocks_are_not_the_reference(monkeypatch):

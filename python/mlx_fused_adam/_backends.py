@@ -74,15 +74,22 @@ class Backend:
 
     @property
     def description(self) -> str:
-        """``"cpu"``, ``"metal"``, ``"metal (but stock for …: <reason>)"`` or ``"stock (<reason>)"``."""
+        """``"cpu"``, ``"metal"``, ``"metal (but stock for …: <reason>)"`` or ``"stock (<reason>)"``.
+
+        What stock cannot store is left to the CPU: ``"metal (but the CPU for …: <reason>)"``.
+        """
         self.check()
         failed = {dtypes: reason for dtypes, reason in self.verdicts.items() if reason}
         if self.name is None or (failed and len(failed) == len(self.verdicts)):
             return f"stock ({self.reason or next(iter(failed.values()))})"
-        if failed:
-            named = ", ".join(_self_check.names(dtypes) for dtypes in failed)
-            return f"{self.name} (but stock for {named}: {next(iter(failed.values()))})"
-        return self.name
+        if not failed:
+            return self.name
+        parts = []
+        for to, is_to_cpu in (("stock", False), ("the CPU", True)):
+            named = [_self_check.names(d) for d in failed if needs_kernel(d) == is_to_cpu]
+            if named:
+                parts.append(f"{to} for {', '.join(named)}")
+        return f"{self.name} (but {' and '.join(parts)}: {next(iter(failed.values()))})"
 
     def _verdict(self, dtypes: Dtypes) -> str | None:
         if dtypes not in self.verdicts:
