@@ -269,8 +269,8 @@ inline void update_run(
 // ---- Codes ----
 //
 // Four threads that follow each other in a simdgroup have a block of a row, a run each. What they share goes through shuffles,
-// in which all four must take part: those beyond the end of a row with nothing, so no thread may leave early. The scales are
-// read and written by the first alone: in place, another's read could come after the write.
+// in which all four must take part: those beyond the end of a row with nothing, so none of them may leave early. The scales
+// are read and written by the first alone: in place, another's read could come after the write.
 
 template <typename T>
 inline void load_codes(const device T* from, uint count, bool whole, thread T* codes) {
@@ -504,7 +504,7 @@ inline void update_in_tile(
     const threadgroup G* gradient,
     uint pitch,
     int64_t at,
-    int64_t first_block,
+    int64_t row_block,
     uint column,
     uint columns,
     bool vectors,
@@ -520,7 +520,7 @@ inline void update_in_tile(
   update_codes<Rule>(
       t,
       at,
-      first_block + column / kBlockElements,
+      row_block + column / kBlockElements,
       column % kBlockElements == 0,
       uint(at),
       count,
@@ -764,19 +764,17 @@ template <typename Rule, typename P, typename G, typename S>
       tensor_rounding(args.rounding, args.number, step, Format<S>::has_codes);
   constexpr uint pitch = sizeof(tile[0]) / sizeof(G);
   uint column = first_column + start;
-  for (uint k = first_line; k < side; k += lines_at_once) {
-    bool is_inside = first_row + k < args.rows;
-    if (!is_inside && !Format<S>::has_codes) {
-      break;
-    }
+  for (uint k = first_line; k < side && first_row + k < args.rows; k += lines_at_once) {
+    int64_t at = matrix + (first_row + k) * row_stride + column;
+    int64_t row_block = first_block + (first_row + k) * row_blocks;
     update_in_tile<Rule>(
         tensor,
         &tile[start][k],
         pitch,
-        matrix + (first_row + k) * row_stride + column,
-        first_block + (first_row + k) * row_blocks,
+        at,
+        row_block,
         column,
-        is_inside ? args.columns : 0u,
+        args.columns,
         args.vectors != 0,
         step_scalars,
         args.constants,
