@@ -109,8 +109,8 @@ struct BoundTensor {
     auto whole_runs = [&](int64_t stride) { return stride % run() == 0; };
     bool strides_fit = row() == size() || whole_runs(row());
     if (layout.kind == LayoutKind::tiled) {
-      strides_fit = strides_fit && whole_runs(layout.row_stride) &&
-                    whole_runs(layout.gradient_column_stride);
+      strides_fit =
+          strides_fit && whole_runs(layout.row_stride) && whole_runs(layout.gradient_column_stride);
       for (auto& strides : layout.strides) {
         strides_fit = strides_fit && std::all_of(strides.begin(), strides.end(), whole_runs);
       }
@@ -394,8 +394,8 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   std::vector<BoundTensor> row_major, tiled, general;
   for (size_t i = 0; i < outputs.size() / outputs_per_tensor(); ++i) {
     auto in = &inputs[common_inputs() + i * inputs_per_tensor()];
-    BoundTensor t{in, &outputs[i * outputs_per_tensor()], formats_, {},
-                  rounding_.any() ? numbers_[i] : 0};
+    BoundTensor t{
+        in, &outputs[i * outputs_per_tensor()], formats_, {}, rounding_.any() ? numbers_[i] : 0};
     if (t.size() == 0) continue;
     t.layout = layout_of_rows(t);
     auto kind = t.layout.kind;

@@ -180,7 +180,7 @@ template <typename G, typename S, typename Index>
 inline void store_parameter(TensorPointers<BfloatRemainder, G, S> t, Index at, float value) {
   SplitFloat parts = split(value);
   t.new_parameter[at] = ushort(parts.bfloat16);
-  t.extra.new_remainder[at] = short(parts.remainder);
+  t.extra.new_remainder[at] = as_type<short>(ushort(parts.remainder));
 }
 
 // A run of parameters.
@@ -212,7 +212,7 @@ inline void store_parameters(
   for (uint k = 0; k < N; ++k) {
     SplitFloat parts = split(values[k]);
     upper[k] = ushort(parts.bfloat16);
-    remainder[k] = short(parts.remainder);
+    remainder[k] = as_type<short>(ushort(parts.remainder));
   }
   store_run<N>(t.new_parameter + at, upper);
   store_run<N>(t.extra.new_remainder + at, remainder);

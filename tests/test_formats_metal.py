@@ -16,6 +16,8 @@ if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
 from stored_tensors import (
+    DTYPES,
+    PARTS,
     assert_same_bits,
     bits,
     extension_of_the_cpu,
@@ -24,6 +26,9 @@ from stored_tensors import (
     steps,
     update,
 )
+
+import mlx_fused_adam as fused
+from mlx_fused_adam import _backends, _operation, _optimizers, _self_check, _storage
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
@@ -163,6 +168,47 @@ def test_special_values(extensions, formats):
     for layout in ("linear", "column-major", "strided"):
         expected = steps(cpu, [tensor], layout)[0]
         assert_same_bits(steps(emulated, [tensor], layout)[0], expected)
+
+
+@pytest.mark.parametrize("formats", FORMATS + MIXED, ids=named)
+def test_the_self_check_passes(extensions, formats):
+    parameter, gradient, state = formats
+    dtypes = (DTYPES.get(parameter, mx.bfloat16), DTYPES[gradient], DTYPES.get(state, mx.int8))
+    if parameter == "master":
+        dtypes = (*dtypes, mx.int16)
+    assert _self_check.run(extensions[1], mx.cpu, dtypes) is None
+
+
+@pytest.mark.parametrize("stochastic", [None, True])
+def test_optimizer(extensions, monkeypatch, stochastic):
+    """From its first step on, on parameters that have codes, remainders, both or neither."""
+    cpu, emulated = extensions
+    start = {
+        "linear": make(cpu, (64, 100), ("master", "bfloat16", "float32")),
+        "embedding": make(cpu, (70, 64), ("bfloat16", "bfloat16", "float32"), 1),
+        "norm": make(cpu, (64,), ("bfloat16", "bfloat16", "float32"), 2),
+        "head": make(cpu, (4097,), ("float32", "float32", "float32"), 3),
+    }
+    parameters = {name: tensor["parameter"] for name, tensor in start.items()}
+    gradients = {name: tensor["gradient"] for name, tensor in start.items()}
+    gradients["linear"] = lay_out(gradients["linear"], "column-major")
+    results = []
+    for extension, name in ((cpu, "cpu"), (emulated, "metal (emulated)")):
+        for module in (_backends, _operation, _optimizers, _storage):
+            monkeypatch.setattr(module, "_ext", extension)
+        monkeypatch.setattr(_backends, "_known", {})
+        optimizer = fused.AdamW(
+            1e-2, state_dtype="int8", stochastic_rounding=stochastic, master_weights=True, seed=7
+        )
+        new = parameters
+        for _ in range(3):
+            new = optimizer.apply_gradients(gradients, new)
+            mx.eval(new, optimizer.state)
+        assert optimizer.backend == name
+        results.append({path: {"parameter": new[path]} | optimizer.state[path] for path in start})
+    assert set(results[0]["linear"]) == {"parameter", *PARTS[2:]}
+    for path, expected in results[0].items():
+        assert_same_bits(results[1][path], expected, f"{path}: ")
 
 
 def test_an_update_is_in_place_and_spares_what_is_held(extensions):

@@ -377,7 +377,7 @@ PLANTED_IN_FORMATS = {
         ("gradient", "linear"),
         "(row_length + kBlockElements - 1) / kBlockElements",
         "row_length / kBlockElements",
-        "no thread writes|data race|differs",
+        "ends at|no thread writes|data race|differs",
     ),
     "tail one too long": (
         CODES,
@@ -495,7 +495,7 @@ PLANTED_IN_FORMATS = {
         MASTER,
         (64, 96),
         ("gradient", "strided"),
-        "t.extra.new_remainder[at] = short(parts.remainder);",
+        "t.extra.new_remainder[at] = as_type<short>(ushort(parts.remainder));",
         "",
         "no thread writes|differs",
     ),
@@ -772,6 +772,52 @@ def test_rounding_of_tensors_of_more_than_2_32_elements(emulator, update, plant,
         plant(*COUNTED_ANEW[layout])
         wrong = last_elements(emulator, update, layout, **how)[2]
         assert not np.array_equal(wrong.astype(np.float64), expected)
+
+
+# Shapes of codes, the gradient's stride, how many of the last elements the last dispatch has in these of its threadgroups: a
+# dispatch takes 16386 such rows, so two and one row for a third, or the last of four that halving makes; or a part of a row.
+LARGE_ROWS = {
+    "rows": ((2 * 16386 + 1, 2**16 - 8), 1, 2**16 - 8, (0, 32)),
+    "one row": ((2**30 + 70,), 1, 70, (0, 1)),
+    "long rows": ((2, 2**30 + 70), 1, 70, (0, 1)),
+    "strided rows": ((2 * 16386 + 1, 2**16 - 8), 2, 2**16 - 8, (32 * 8193, 32 * 8194)),
+    "reversed row": ((2**30 + 70,), -1, 38, (2**18, 2**18 + 1)),
+}
+
+
+@pytest.mark.usefixtures("no_memory_limit")
+@pytest.mark.parametrize("name", LARGE_ROWS)
+def test_codes_of_more_than_one_dispatch(cpu_extension, emulated_extension, emulator, name):
+    """Their last elements, from zeros: values, and the scales that the last dispatch writes at its place."""
+    shape, stride, end, threadgroups = LARGE_ROWS[name]
+    dtypes = {"parameter": mx.float16, "gradient": mx.float16, "m": mx.int8, "v": mx.uint8}
+    tensor = {part: emulator.sparse_zeros(shape, dtype) for part, dtype in dtypes.items()}
+    scales = (*shape[:-1], -(-shape[-1] // 32))
+    for part in ("m_scale", "v_scale"):
+        tensor[part] = emulator.sparse_zeros(scales, mx.bfloat16)
+    values = np.zeros(end, np.float16)
+    values[-TAIL:] = np.arange(1, TAIL + 1)[:end]
+    in_memory = (*shape[:-1], shape[-1] * abs(stride))
+    tensor["gradient"] = emulator.sparse_zeros(in_memory, mx.float16)
+    np.array(tensor["gradient"], copy=False).reshape(-1)[::stride][-end:] = values
+    tensor["gradient"] = tensor["gradient"][..., ::stride]
+    small = {part: mx.zeros(end, dtype) for part, dtype in dtypes.items()}
+    small |= {f"{x}_scale": mx.zeros(-(-end // 32), mx.bfloat16) for x in "mv"}
+    expected = stored_tensors.update(
+        cpu_extension, [small | {"gradient": mx.array(values)}], rounding="none"
+    )[0]
+    emulator.run_only_threadgroups(*threadgroups)
+    try:
+        found = stored_tensors.update(emulated_extension, [tensor], rounding="none")[0]
+        mx.eval(found)
+    finally:
+        emulator.run_all_threadgroups()
+    for part in ("parameter", "m", "v", "m_scale", "v_scale"):
+        want = stored_tensors.bits(expected[part])
+        kind = {1: mx.uint8, 2: mx.uint16}[want.itemsize]
+        last = np.array(found[part].view(kind), copy=False).reshape(-1)[-want.size :]
+        np.testing.assert_array_equal(last, want, part)
+        assert want.any()
 
 
 FAR_APART = 2**26
