@@ -91,15 +91,15 @@ inline ElementRounding element_rounding(TensorRounding tensor, uint element) {
   uint of_state = 0u;
   uint of_parameter = 0u;
   if ((tensor.flags & (kRoundM | kRoundV)) != 0u) {
-    of_state = advanced(random_bits(tensor.random.of_state, element), tensor.random.advance);
+    of_state = random_bits(tensor.random.of_state, element);
   }
   if ((tensor.flags & kRoundParameter) != 0u) {
     of_parameter = more_random_bits(tensor.random.of_parameter, element);
   }
   return {
       {(tensor.flags & kRoundParameter) != 0u, of_parameter & 0xFFFFu},
-      {(tensor.flags & kRoundM) != 0u, of_state >> 16},
-      {(tensor.flags & kRoundV) != 0u, of_state & 0xFFFFu}};
+      {(tensor.flags & kRoundM) != 0u, random_half(of_state, 16u, tensor.random.advance)},
+      {(tensor.flags & kRoundV) != 0u, random_half(of_state, 0u, tensor.random.advance)}};
 }
 
 // A result as it is stored, or as float32 where storing it takes more than one array.

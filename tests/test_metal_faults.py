@@ -254,7 +254,12 @@ PLANTED_IN_ROUNDING = {
     ),
     "one draw for all steps": ("linear", ALL, "step[0], number", "0u, number"),
     "half the seed": ("linear", ALL, "args.seed_low, args.seed_high", "args.seed_low, 0u"),
-    "the bits of v for m": ("linear", ALL, "of_state >> 16}", "of_state & 0xFFFFu}"),
+    "the bits of v for m": (
+        "linear",
+        ALL,
+        "random_half(of_state, 16u,",
+        "random_half(of_state, 0u,",
+    ),
     "m with v": ("linear", (False, False, True), "flags & kRoundM", "flags & kRoundV"),
     "v with m": ("linear", (False, True, False), "flags & kRoundV", "flags & kRoundM"),
     "parameter with m": (
