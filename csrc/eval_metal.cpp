@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <sstream>
@@ -17,6 +18,7 @@
 #include "layout.h"
 #include "mlx/backend/metal/device.h"
 #include "storage.h"
+#include "storage_formats.h"
 
 namespace fused_adam {
 
@@ -30,8 +32,23 @@ constexpr int64_t kLargestDispatch = int64_t{1} << 30;
 // Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
 constexpr TileSides kSmallestTile{16, 16};
 
-// By Format.
-constexpr const char* kMetalTypes[kFormatCount] = {"float", "bfloat", "half"};
+// What the shader calls a format; codes of m and v go by one name.
+const char* metal_type(Format format) {
+  switch (format) {
+    case Format::float32:
+      return "float";
+    case Format::bfloat16:
+      return "bfloat";
+    case Format::float16:
+      return "half";
+    case Format::bfloat16_remainder:
+      return "BfloatRemainder";
+    case Format::int8:
+    case Format::uint8:
+      return "Codes";
+  }
+  throw std::logic_error("[AdamUpdate] format has no name in the shader");
+}
 
 enum Kernel { kLinear, kGroup, kTiled, kGeneral32, kGeneral64, kKernels };
 constexpr const char* kKernelNames[] = {"adam_linear", "adam_group", "adam_tiled",
@@ -39,44 +56,70 @@ constexpr const char* kKernelNames[] = {"adam_linear", "adam_group", "adam_tiled
 
 using Axes = std::vector<int64_t>;
 
-// Where a dispatch begins in each array, in elements.
+// Where a dispatch begins, in elements: in the values of each input, in what is row-major, and in scales.
 struct Starts {
-  int64_t in[AdamUpdate::kInputsPerTensor];
+  int64_t in[AdamUpdate::kFirstExtraInput];
   int64_t out;
-
-  static Starts all(int64_t start) { return {{start, start, start, start}, start}; }
+  int64_t scale;
 };
 
 struct BoundTensor {
-  const mx::array* in;  // parameter, gradient, m, v
-  mx::array* out;       // parameter, m, v
+  const mx::array* in;  // parameter, gradient, m, v and extras
+  mx::array* out;       // parameter, m, v and extras
+  TensorFormats formats;
   Layout layout;
   uint32_t number;
 
   const mx::array& parameter() const { return in[0]; }
-  const mx::array& gradient() const { return in[1]; }
-  const mx::array& m() const { return in[2]; }
   int64_t size() const { return int64_t(parameter().size()); }
+  size_t extras() const { return extra_count(formats); }
+
+  // Elements after which blocks of codes begin anew: a row, unless its blocks are all whole or there are none.
+  int64_t row() const {
+    if (!formats.has_codes()) return size();
+    int64_t length = parameter().shape(-1);
+    return length % kBlockElements == 0 ? size() : length;
+  }
 
   // Elements that a thread updates.
   int64_t run() const {
-    return kRunBytes /
-           int64_t(std::min({parameter().itemsize(), gradient().itemsize(), m().itemsize()}));
+    bool is_short = formats.parameter == Format::float32 && formats.gradient == Format::float32 &&
+                    formats.m == Format::float32;
+    return is_short ? kShortRun : kLongRun;
   }
+
+  // Threads for so many rows of so many elements.
+  int64_t threads(int64_t rows, int64_t columns) const {
+    if (!formats.has_codes()) return divide_up(rows * columns, run());
+    return rows * int64_t(divide_up(columns, kBlockElements)) * kBlockThreads;
+  }
+
+  // Where the scale of the block lies that begins with a row-major element.
+  int64_t scale(int64_t element) const {
+    if (!formats.has_codes()) return 0;
+    return element / row() * int64_t(divide_up(row(), kBlockElements)) +
+           element % row() / kBlockElements;
+  }
+
+  Starts at(int64_t start) const { return {{start, start, start, start}, start, scale(start)}; }
 
   // Whether kRunBytes may be loaded and stored at once wherever a run begins.
   bool vectors() const {
     auto aligned = [](const mx::array& x) { return x.offset() % kRunBytes == 0; };
     auto whole_runs = [&](int64_t stride) { return stride % run() == 0; };
-    bool strides_fit = true;
+    bool strides_fit = row() == size() || whole_runs(row());
     if (layout.kind == LayoutKind::tiled) {
-      strides_fit = whole_runs(layout.row_stride) && whole_runs(layout.gradient_column_stride);
+      strides_fit =
+          strides_fit && whole_runs(layout.row_stride) && whole_runs(layout.gradient_column_stride);
       for (auto& strides : layout.strides) {
         strides_fit = strides_fit && std::all_of(strides.begin(), strides.end(), whole_runs);
       }
     }
-    return strides_fit && std::all_of(in, in + AdamUpdate::kInputsPerTensor, aligned) &&
-           std::all_of(out, out + AdamUpdate::kOutputsPerTensor, aligned);
+    // Scales are read one by one.
+    size_t remainders = formats.has_remainder();
+    return strides_fit &&
+           std::all_of(in, in + AdamUpdate::kFirstExtraInput + remainders, aligned) &&
+           std::all_of(out, out + AdamUpdate::kFirstExtraOutput + remainders, aligned);
   }
 
   bool needs_64_bits() const {
@@ -93,16 +136,15 @@ struct BoundTensor {
   }
 };
 
-// The kernels of one node, all of whose tensors share their dtypes and so one compiled library.
+// The kernels of one node, all of whose tensors share their formats and so one compiled library.
 class Kernels {
  public:
-  Kernels(mx::Stream stream, const char* rule, const BoundTensor& any)
-      : device_(mx::metal::device(stream.device)) {
-    std::ostringstream variant;
-    variant << rule;
-    for (auto& x : {any.parameter(), any.gradient(), any.m()})
-      variant << ", " << kMetalTypes[int(format_of(x.dtype()))];
-    variant_ = variant.str();
+  Kernels(mx::Stream stream, const char* rule, const TensorFormats& formats)
+      : device_(mx::metal::device(stream.device)), has_extras_(extra_count(formats) > 0) {
+    variant_ = rule;
+    for (auto format : {formats.parameter, formats.gradient, formats.m}) {
+      variant_ += std::string(", ") + metal_type(format);
+    }
   }
 
   // Compiles what is not compiled yet; `use` may follow.
@@ -132,7 +174,7 @@ class Kernels {
            << instance << ") " << instance << ";\n";
     };
     instantiate(kLinear, "adam_linear", "");
-    instantiate(kGroup, "adam_group", "");
+    if (!has_extras_) instantiate(kGroup, "adam_group", "");
     instantiate(kTiled, "adam_tiled", "");
     instantiate(kGeneral32, "adam_general", ", int");
     instantiate(kGeneral64, "adam_general", ", int64_t");
@@ -140,9 +182,22 @@ class Kernels {
   }
 
   mx::metal::Device& device_;
+  bool has_extras_;
   std::string variant_;
   MTL::ComputePipelineState* pipelines_[kKernels] = {};
 };
+
+// As layout_of has it; but rows of a single code, whose axis it would drop, keep all axes.
+Layout layout_of_rows(const BoundTensor& t) {
+  auto layout = layout_of(t.in[0], t.in[1], t.in[2], t.in[3], kSmallestTile, t.row() == t.size());
+  if (layout.kind == LayoutKind::linear || t.row() > 1) return layout;
+  layout = {LayoutKind::general};
+  layout.shape.assign(t.parameter().shape().begin(), t.parameter().shape().end());
+  for (size_t i = 0; i < std::size(layout.strides); ++i) {
+    layout.strides[i].assign(t.in[i].strides().begin(), t.in[i].strides().end());
+  }
+  return layout;
+}
 
 // Encodes the dispatches of one node.
 class Encoding {
@@ -160,14 +215,21 @@ class Encoding {
         step_(step ? *step : scalars) {}
 
   void linear(const BoundTensor& t) {
-    for (int64_t start = 0; start < t.size(); start += kLargestDispatch) {
-      int64_t size = std::min(kLargestDispatch, t.size() - start);
+    int64_t piece = 0;
+    for (int64_t start = 0; start < t.size(); start += piece) {
+      int64_t row = t.row(), left = t.size() - start;
+      // Whole rows, or of one that is too long a part.
+      int64_t rows = kLargestDispatch / std::max(row, t.threads(1, row));
+      int64_t columns = std::min(row - start % row, kLargestDispatch);
+      piece = rows > 0 ? std::min(rows * row, left) : columns;
       use(kLinear);
-      encoder_.set_bytes(LinearArgs{constants_, scalar_count(), rounding_, t.number,
-                                    unsigned(start), unsigned(size), t.vectors()},
-                         kArgs);
-      bind(t, kFirstTensor, Starts::all(start));
-      dispatch_threads(divide_up(size, t.run()));
+      encoder_.set_bytes(
+          LinearArgs{constants_, scalar_count(), rounding_, t.number, unsigned(start),
+                     unsigned(piece), unsigned(std::min(row, piece)), t.vectors()},
+          kArgs);
+      bind(t, kFirstTensor, t.at(start));
+      bind_extras(t, t.at(start));
+      dispatch_threads(rows > 0 ? t.threads(piece / row, row) : t.threads(1, piece));
     }
   }
 
@@ -184,7 +246,7 @@ class Encoding {
       args.vectors[i] = t.vectors();
       threads += divide_up(args.sizes[i], t.run());
       args.thread_ends[i] = unsigned(threads);
-      bind(t, int(kFirstTensor + i * kBuffersPerTensor), Starts::all(0));
+      bind(t, int(kFirstTensor + i * kBuffersPerTensor), t.at(0));
     }
     encoder_.set_bytes(args, kArgs);
     dispatch_threads(threads);
@@ -197,12 +259,20 @@ class Encoding {
     auto gradient_strides = layout.strides[1];
     parameter_strides.push_back(layout.row_stride);
     gradient_strides.push_back(layout.gradient_column_stride);
+    if (t.formats.has_codes()) {
+      // Then those in blocks: rows of so many columns follow each other in memory.
+      int64_t blocks = divide_up(layout.columns, kBlockElements);
+      for (size_t i = 0; i <= layout.shape.size(); ++i) {
+        parameter_strides.push_back(parameter_strides[i] / layout.columns * blocks);
+      }
+    }
     use(kTiled);
     encoder_.set_bytes(
         TiledArgs{constants_, scalar_count(), rounding_, t.number, unsigned(layout.rows),
                   unsigned(layout.columns), unsigned(layout.shape.size()), t.vectors()},
         kArgs);
-    bind(t, kFirstTensor, Starts::all(0));
+    bind(t, kFirstTensor, t.at(0));
+    bind_extras(t, t.at(0));
     encoder_.set_vector_bytes(layout.shape, kShape);
     encoder_.set_vector_bytes(parameter_strides, kParameterStrides);
     encoder_.set_vector_bytes(gradient_strides, kGradientStrides);
@@ -218,24 +288,29 @@ class Encoding {
       padded.layout.shape.insert(padded.layout.shape.begin(), 1);
       for (auto& strides : padded.layout.strides) strides.insert(strides.begin(), 0);
     }
-    general(padded, kernel, padded.layout.shape, Starts::all(0));
+    general(padded, kernel, padded.layout.shape, t.at(0));
   }
 
  private:
   // Halves the outermost axis until the number of elements fits a dispatch.
   void general(const BoundTensor& t, Kernel kernel, Axes shape, Starts starts) {
     int64_t size = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+    int64_t columns = shape.back(), rows = size / columns;
+    bool has_codes = t.formats.has_codes();
+    int64_t x = has_codes ? t.threads(1, columns) : columns;
     auto& strides = t.layout.strides;
-    if (size > kLargestDispatch) {
+    if (rows * std::max(x, columns) > kLargestDispatch) {
       size_t axis =
           std::find_if(shape.begin(), shape.end(), [](auto n) { return n > 1; }) - shape.begin();
       int64_t length = shape[axis], half = length / 2;
+      if (has_codes && axis + 1 == shape.size()) half -= half % kBlockElements;
       shape[axis] = half;
       general(t, kernel, shape, starts);
-      for (size_t i = 0; i < AdamUpdate::kInputsPerTensor; ++i) {
+      for (size_t i = 0; i < AdamUpdate::kFirstExtraInput; ++i) {
         starts.in[i] += half * strides[i][axis];
       }
       starts.out += size / length * half;
+      starts.scale = t.scale(starts.out);
       shape[axis] = length - half;
       return general(t, kernel, shape, starts);
     }
@@ -244,10 +319,11 @@ class Encoding {
                                    unsigned(starts.out), unsigned(shape.size())},
                        kArgs);
     bind(t, kFirstTensor, starts);
+    bind_extras(t, starts);
     encoder_.set_vector_bytes(shape, kShape);
     int strides_index = kParameterStrides;
     for (auto& axes : strides) encoder_.set_vector_bytes(axes, strides_index++);
-    int64_t x = shape.back(), y = *(shape.end() - 2), z = size / (x * y);
+    int64_t y = *(shape.end() - 2), z = rows / y;
     int64_t group_x = std::min<int64_t>(x, kThreads);
     int64_t group_y = std::min(y, kThreads / group_x);
     int64_t group_z = std::min(z, kThreads / (group_x * group_y));
@@ -262,13 +338,40 @@ class Encoding {
     encoder_.set_input_array(step_, kStep);
   }
 
-  void bind(const BoundTensor& t, int index, Starts starts) {
-    for (size_t i = 0; i < AdamUpdate::kInputsPerTensor; ++i) {
-      encoder_.set_input_array(t.in[i], index++, starts.in[i] * int64_t(t.in[i].itemsize()));
+  void bind(const BoundTensor& t, int index, const Starts& starts) {
+    for (size_t i = 0; i < AdamUpdate::kFirstExtraInput; ++i) {
+      read(t.in[i], index++, starts.in[i]);
     }
-    for (size_t i = 0; i < AdamUpdate::kOutputsPerTensor; ++i) {
-      encoder_.set_output_array(t.out[i], index++, starts.out * int64_t(t.out[i].itemsize()));
+    for (size_t i = 0; i < AdamUpdate::kFirstExtraOutput; ++i) {
+      write(t.out[i], index++, starts.out);
     }
+  }
+
+  // Every buffer of a kernel must be bound: those that the formats have no use for, to the scalars.
+  void bind_extras(const BoundTensor& t, const Starts& starts) {
+    auto in = t.in + AdamUpdate::kFirstExtraInput;
+    auto out = t.out + AdamUpdate::kFirstExtraOutput;
+    if (t.formats.has_remainder()) {
+      read(*in++, kRemainder, starts.out);
+      write(*out++, kNewRemainder, starts.out);
+    } else {
+      for (int unused : {kRemainder, kNewRemainder}) read(scalars_, unused, 0);
+    }
+    if (t.formats.has_codes()) {
+      read(in[0], kMScale, starts.scale);
+      read(in[1], kVScale, starts.scale);
+      write(out[0], kNewMScale, starts.scale);
+      write(out[1], kNewVScale, starts.scale);
+    } else {
+      for (int unused : {kMScale, kVScale, kNewMScale, kNewVScale}) read(scalars_, unused, 0);
+    }
+  }
+
+  void read(const mx::array& x, int index, int64_t start) {
+    encoder_.set_input_array(x, index, start * int64_t(x.itemsize()));
+  }
+  void write(mx::array& x, int index, int64_t start) {
+    encoder_.set_output_array(x, index, start * int64_t(x.itemsize()));
   }
 
   void dispatch_threads(int64_t count) {
@@ -287,13 +390,14 @@ class Encoding {
 }  // namespace
 
 void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  check_layouts(inputs);
   std::vector<BoundTensor> row_major, tiled, general;
-  for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
-    auto in = &inputs[common_inputs() + i * kInputsPerTensor];
-    BoundTensor t{in, &outputs[i * kOutputsPerTensor],
-                  layout_of(in[0], in[1], in[2], in[3], kSmallestTile),
-                  rounding_.any() ? numbers_[i] : 0};
+  for (size_t i = 0; i < outputs.size() / outputs_per_tensor(); ++i) {
+    auto in = &inputs[common_inputs() + i * inputs_per_tensor()];
+    BoundTensor t{
+        in, &outputs[i * outputs_per_tensor()], formats_, {}, rounding_.any() ? numbers_[i] : 0};
     if (t.size() == 0) continue;
+    t.layout = layout_of_rows(t);
     auto kind = t.layout.kind;
     auto& list = kind == LayoutKind::linear  ? row_major
                  : kind == LayoutKind::tiled ? tiled
@@ -303,23 +407,26 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   auto general_kernel = [&](const BoundTensor& t) {
     return wide_indices_ || t.needs_64_bits() ? kGeneral64 : kGeneral32;
   };
+  bool is_group = row_major.size() > 1 && extra_count(formats_) == 0;
 
   // Every kernel before any buffer changes hands: a GPU that lacks one leaves parameters and state as they were.
-  Kernels kernels(stream(), rule_ == UpdateRule::adam ? "AdamRule" : "TrafficRule",
-                  BoundTensor{&inputs[common_inputs()], &outputs[0], {}, 0});
-  if (!row_major.empty()) kernels.fetch(row_major.size() == 1 ? kLinear : kGroup);
+  Kernels kernels(stream(), rule_ == UpdateRule::adam ? "AdamRule" : "TrafficRule", formats_);
+  if (!row_major.empty()) kernels.fetch(is_group ? kGroup : kLinear);
   if (!tiled.empty()) kernels.fetch(kTiled);
   for (auto& t : general) kernels.fetch(general_kernel(t));
 
   SoleInputs sole_inputs(inputs, outputs);
-  for (size_t i = 0; i < outputs.size() / kOutputsPerTensor; ++i) {
-    allocate_outputs(&inputs[common_inputs() + i * kInputsPerTensor],
-                     &outputs[i * kOutputsPerTensor]);
+  for (size_t i = 0; i < outputs.size() / outputs_per_tensor(); ++i) {
+    allocate_outputs(&inputs[common_inputs() + i * inputs_per_tensor()],
+                     &outputs[i * outputs_per_tensor()], extra_count(formats_));
   }
   Encoding encoding(stream(), kernels, constants_, rounding_, inputs[0],
                     rounding_.any() ? &inputs[1] : nullptr);
-  if (row_major.size() == 1) encoding.linear(row_major[0]);
-  if (row_major.size() > 1) encoding.group(row_major);
+  if (is_group) {
+    encoding.group(row_major);
+  } else {
+    for (auto& t : row_major) encoding.linear(t);
+  }
   for (auto& t : tiled) encoding.tiled(t);
   for (auto& t : general) encoding.general(t, general_kernel(t));
   sole_inputs.commit();

@@ -25,6 +25,13 @@ enum AdamBuffer {
   kGradientStrides = 11,
   kMStrides = 12,
   kVStrides = 13,
+  // What some formats have beside the values; read only where the formats have it:
+  kRemainder = 14,
+  kMScale = 15,
+  kVScale = 16,
+  kNewRemainder = 17,
+  kNewMScale = 18,
+  kNewVScale = 19,
   // The last that Metal has; read only where something is rounded stochastically.
   kStep = 30,
 };
@@ -33,9 +40,13 @@ enum AdamLimits {
   kBuffersPerTensor = 7,
   kGroupTensors = 4,  // 2 + 4 * 7 buffers and kStep: Metal's 31
   kThreads = 256,     // of a threadgroup, in every kernel
-  // A thread of the other kernels than adam_general updates a run of elements: kRunBytes of the smallest dtype among the
-  // tensor's, so 4 or 8. Memory is loaded and stored kRunBytes at a time where alignment allows.
+  // A thread of the other kernels than adam_general updates a run of elements: kShortRun where all the tensor's arrays are
+  // float32, else kLongRun. Memory is loaded and stored kRunBytes at a time, codes half as much, where alignment allows.
   kRunBytes = 16,
+  kShortRun = 4,
+  kLongRun = 8,
+  // A block of codes has this many runs, of neighbouring threads: so in every kernel, adam_general too.
+  kBlockThreads = 4,
   kTileRuns = 8,  // along a side of the tile that adam_tiled transposes: a cache line of 128 bytes
 };
 
@@ -56,7 +67,8 @@ struct LinearArgs {
   unsigned int number;         // of the tensor
   unsigned int first_element;  // of the tensor that the dispatch updates, in row-major order
   unsigned int size;
-  unsigned int vectors;  // whether every run begins at a multiple of kRunBytes in every buffer
+  unsigned int row_length;  // of codes, whose blocks begin anew with each row
+  unsigned int vectors;     // whether every run begins at a multiple of kRunBytes in every buffer
 };
 
 struct GroupArgs {

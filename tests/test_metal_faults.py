@@ -15,6 +15,8 @@ if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
 import rounding_reference
+import stored_tensors
+from stored_tensors import lay_out
 
 from emulator import hostile
 from mlx_fused_adam import _ext
@@ -33,6 +35,11 @@ def update(emulated_extension):
     return functools.partial(run_update, emulated_extension)
 
 
+@pytest.fixture(scope="module")
+def cpu_extension(emulated_extension):
+    return stored_tensors.extension_of_the_cpu(emulated_extension)
+
+
 def run_updates(extension, *lists: list[mx.array], **rounding) -> list[list[mx.array]]:
     settings = {
         "beta1": 0.9,
@@ -41,7 +48,7 @@ def run_updates(extension, *lists: list[mx.array], **rounding) -> list[list[mx.a
         "weight_decay": 0.0,
         "bias_correction": False,
     }
-    return extension.adam_update(
+    *results, _ = extension.adam_update(
         *lists,
         mx.array(0.1),
         mx.array(STEP) if rounding else None,
@@ -50,6 +57,7 @@ def run_updates(extension, *lists: list[mx.array], **rounding) -> list[list[mx.a
         **settings,
         **rounding,
     )
+    return results
 
 
 def run_update(extension, *tensor: mx.array, **rounding) -> list[mx.array]:
@@ -60,29 +68,6 @@ def assert_same_bits(actual: list[mx.array], expected: list[mx.array]) -> None:
     for name, x, y in zip("wmv", actual, expected, strict=True):
         kind = mx.uint32 if x.dtype == mx.float32 else mx.uint16
         np.testing.assert_array_equal(np.array(x.view(kind)), np.array(y.view(kind)), name)
-
-
-def lay_out(x: mx.array, layout: str) -> mx.array:
-    """The same values, lying otherwise in memory."""
-    if layout == "column-major":
-        return mx.contiguous(x.swapaxes(-1, -2)).swapaxes(-1, -2)
-    if layout == "column-major, padded":  # by 8, which leaves columns aligned
-        rows = x.shape[-2]
-        padded = mx.pad(x.swapaxes(-1, -2), [(0, 0)] * (x.ndim - 1) + [(0, -rows % 8)])
-        return padded[..., :rows].swapaxes(-1, -2)
-    if layout == "column-major, other batches":
-        return mx.contiguous(x.transpose(1, 0, 3, 2)).transpose(1, 0, 3, 2)
-    if layout == "strided":
-        for axis in range(x.ndim):
-            x = mx.repeat(x, 2, axis=axis)
-        return x[tuple(slice(None, None, 2) for _ in x.shape)]
-    if layout == "reversed":
-        back = tuple(slice(None, None, -1) for _ in x.shape)
-        return mx.contiguous(x[back])[back]
-    if layout == "between vectors":
-        return mx.concatenate([mx.zeros(1, x.dtype), x.reshape(-1)])[1:].reshape(x.shape)
-    assert layout == "linear"
-    return x
 
 
 def tensors(shape: tuple[int, ...], layout: str = "linear", dtype=mx.float32) -> list[mx.array]:
@@ -105,8 +90,8 @@ SHAPES = {
 PLANTED = {
     "buffers swapped": (
         "linear",
-        "device S* m [[buffer(kM)]]",
-        "device S* m [[buffer(kV)]]",
+        "device typename Format<S>::m* m [[buffer(kM)]]",
+        "device typename Format<S>::m* m [[buffer(kV)]]",
         "differs",
     ),
     "tail one too long": ("linear", "min(size, start + length)", "start + length", "ends at"),
@@ -166,8 +151,8 @@ PLANTED = {
     ),
     "last elements of a line forgotten": (
         "column-major",
-        "i < length && column + i < args.columns",
-        "i < length && column + length <= args.columns",
+        "i < length && column + i < columns",
+        "i < length && column + length <= columns",
         "no thread writes|differs",
     ),
     "vectors past the end of a column": (
@@ -269,7 +254,12 @@ PLANTED_IN_ROUNDING = {
     ),
     "one draw for all steps": ("linear", ALL, "step[0], number", "0u, number"),
     "half the seed": ("linear", ALL, "args.seed_low, args.seed_high", "args.seed_low, 0u"),
-    "the bits of v for m": ("linear", ALL, "of_state >> 16}", "of_state & 0xFFFFu}"),
+    "the bits of v for m": (
+        "linear",
+        ALL,
+        "random_half(of_state, 16u,",
+        "random_half(of_state, 0u,",
+    ),
     "m with v": ("linear", (False, False, True), "flags & kRoundM", "flags & kRoundV"),
     "v with m": ("linear", (False, True, False), "flags & kRoundV", "flags & kRoundM"),
     "parameter with m": (
@@ -300,6 +290,266 @@ def test_a_fault_planted_in_the_rounding_is_seen(emulated_extension, plant, name
     mx.eval(wrong)
     pairs = zip(sum(wrong, []), sum(expected, []), strict=True)
     assert not all(bool(mx.array_equal(x, y)) for x, y in pairs)
+
+
+CODES = ("bfloat16", "bfloat16", "int8")
+MASTER = ("master", "bfloat16", "bfloat16")
+# Formats, shape, which array lies how; the text replaced, the replacement, and what must be seen of it.
+PLANTED_IN_FORMATS = {
+    "a shuffle left out": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "x = max(x, simd_shuffle_xor(x, 1));",
+        "",
+        "differs",
+    ),
+    "a shuffle with another block": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "max(x, simd_shuffle_xor(x, 2))",
+        "max(x, simd_shuffle_xor(x, 4))",
+        "differs",
+    ),
+    "scales not handed on": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "x |= simd_shuffle_xor(x, 2);",
+        "",
+        "differs",
+    ),
+    "a thread beyond its row's end that leaves": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "  bool has_scales =",
+        "  if (count == 0u) return;\n  bool has_scales =",
+        "differs",
+    ),
+    "scales written by all threads of a block": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "if (has_scales) {\n    t.extra",
+        "if (count > 0u) {\n    t.extra",
+        "data race",
+    ),
+    "scales read by all threads of a block": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "if (has_scales) {\n    scales",
+        "if (count > 0u) {\n    scales",
+        "data race",
+    ),
+    "scale of the block before": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "t.extra.new_m_scale[block]",
+        "t.extra.new_m_scale[block > 0 ? block - 1 : 0]",
+        "data race|no thread writes|differs",
+    ),
+    "scale of v for m": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "load_int8(m_codes[k], old_m_scale)",
+        "load_int8(m_codes[k], old_v_scale)",
+        "differs",
+    ),
+    "rows not told apart": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "uint row = thread_of_tensor / row_threads;",
+        "uint row = 0u;",
+        "no thread writes|ends at|differs",
+    ),
+    "row length off by one": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "row * row_length + column",
+        "row * (row_length + 1) + column",
+        "ends at|no thread writes|differs",
+    ),
+    "row without its last block": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "(row_length + kBlockElements - 1) / kBlockElements",
+        "row_length / kBlockElements",
+        "ends at|no thread writes|data race|differs",
+    ),
+    "tail one too long": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "min(uint(kLongRun), columns - column)",
+        "min(uint(kLongRun), columns - column + 1)",
+        "ends at|data race",
+    ),
+    "tail one too short": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "min(uint(kLongRun), columns - column)",
+        "min(uint(kLongRun), columns - column - 1)",
+        "no thread writes|differs",
+    ),
+    "codes past the end of a row": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "codes[k] = k < count ? from[k] : T(0);",
+        "codes[k] = from[k];",
+        "ends at|data race",
+    ),
+    "half of the codes of a vector": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "T(words[k / 4] >>",
+        "T(words[0] >>",
+        "differs",
+    ),
+    "codes that do not go on from step to step": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "tensor.random.advance)",
+        "0u)",
+        "differs",
+    ),
+    "codes with the draws of floats": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "number, step, Format<S>::has_codes",
+        "number, step, false",
+        "differs",
+    ),
+    "one draw for a run of codes": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "element + k);\n    parameter[k] = float(stored(parameter[k]",
+        "element);\n    parameter[k] = float(stored(parameter[k]",
+        "differs",
+    ),
+    "one block for all columns of a tile": (
+        CODES,
+        (70, 96),
+        ("gradient", "column-major"),
+        "row_block + column / kBlockElements",
+        "row_block",
+        "data race|no thread writes|differs",
+    ),
+    "blocks of a tile's rows": (
+        CODES,
+        (70, 96),
+        ("gradient", "column-major"),
+        "parameter_strides[2 * args.axes + 1]",
+        "1",
+        "data race|no thread writes|differs",
+    ),
+    "blocks of a batch": (
+        CODES,
+        (3, 40, 70),
+        ("gradient", "column-major"),
+        "first_block += i * parameter_strides[args.axes + 1 + axis];",
+        "",
+        "data race|no thread writes|differs",
+    ),
+    "blocks of general rows": (
+        CODES,
+        (13, 70),
+        ("gradient", "strided"),
+        "place.row * row_blocks",
+        "place.row",
+        "data race|no thread writes|differs",
+    ),
+    "stride of the gradient": (
+        CODES,
+        (13, 70),
+        ("gradient", "strided"),
+        "Index(k) * place.gradient_stride",
+        "Index(k)",
+        "differs",
+    ),
+    "stride of the parameter": (
+        CODES,
+        (13, 70),
+        ("parameter", "strided"),
+        "Index(k) * place.parameter_stride",
+        "Index(k)",
+        "differs",
+    ),
+    "remainders of a run not stored": (
+        MASTER,
+        (64, 96),
+        ("gradient", "linear"),
+        "store_run<N>(t.extra.new_remainder + at, remainder);",
+        "",
+        "no thread writes|differs",
+    ),
+    "remainder not stored": (
+        MASTER,
+        (64, 96),
+        ("gradient", "strided"),
+        "t.extra.new_remainder[at] = as_type<short>(ushort(parts.remainder));",
+        "",
+        "no thread writes|differs",
+    ),
+    "remainders of a run not read": (
+        MASTER,
+        (64, 96),
+        ("gradient", "linear"),
+        "join(upper[k], remainder[k])",
+        "join(upper[k], 0)",
+        "differs",
+    ),
+    "remainder not read": (
+        MASTER,
+        (64, 96),
+        ("gradient", "strided"),
+        "t.extra.remainder[extra_at]",
+        "0",
+        "differs",
+    ),
+    "remainder where the parameter lies": (
+        MASTER,
+        (64, 96),
+        ("parameter", "strided"),
+        "remainder + at, m_scale",
+        "remainder + parameter_at, m_scale",
+        "ends at|differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_FORMATS)
+def test_a_fault_planted_in_a_format_is_seen(cpu_extension, emulated_extension, plant, name):
+    formats, shape, (which, layout), text, replacement, problem = PLANTED_IN_FORMATS[name]
+    tensor = stored_tensors.make(cpu_extension, shape, formats)
+    expected = stored_tensors.steps(cpu_extension, [tensor], layout, of=which)[0]
+
+    def run() -> dict[str, mx.array]:
+        return stored_tensors.steps(emulated_extension, [tensor], layout, of=which)[0]
+
+    stored_tensors.assert_same_bits(run(), expected)
+    plant(text, replacement)
+    try:
+        wrong = run()
+        pairs = [(stored_tensors.bits(wrong[x]), stored_tensors.bits(expected[x])) for x in wrong]
+        seen = "" if all(np.array_equal(x, y) for x, y in pairs) else "differs"
+    except RuntimeError as error:
+        assert "does not compile" not in str(error)
+        seen = str(error)
+    assert re.search(problem, seen), f"{name}: {seen or 'not seen'}"
 
 
 ARRAYS = ("w", "g", "m", "v")
@@ -527,6 +777,52 @@ def test_rounding_of_tensors_of_more_than_2_32_elements(emulator, update, plant,
         plant(*COUNTED_ANEW[layout])
         wrong = last_elements(emulator, update, layout, **how)[2]
         assert not np.array_equal(wrong.astype(np.float64), expected)
+
+
+# Shapes of codes, the gradient's stride, how many of the last elements the last dispatch has in these of its threadgroups: a
+# dispatch takes 16386 such rows, so two and one row for a third, or the last of four that halving makes; or a part of a row.
+LARGE_ROWS = {
+    "rows": ((2 * 16386 + 1, 2**16 - 8), 1, 2**16 - 8, (0, 32)),
+    "one row": ((2**30 + 70,), 1, 70, (0, 1)),
+    "long rows": ((2, 2**30 + 70), 1, 70, (0, 1)),
+    "strided rows": ((2 * 16386 + 1, 2**16 - 8), 2, 2**16 - 8, (32 * 8193, 32 * 8194)),
+    "reversed row": ((2**30 + 70,), -1, 38, (2**18, 2**18 + 1)),
+}
+
+
+@pytest.mark.usefixtures("no_memory_limit")
+@pytest.mark.parametrize("name", LARGE_ROWS)
+def test_codes_of_more_than_one_dispatch(cpu_extension, emulated_extension, emulator, name):
+    """Their last elements, from zeros: values, and the scales that the last dispatch writes at its place."""
+    shape, stride, end, threadgroups = LARGE_ROWS[name]
+    dtypes = {"parameter": mx.float16, "gradient": mx.float16, "m": mx.int8, "v": mx.uint8}
+    tensor = {part: emulator.sparse_zeros(shape, dtype) for part, dtype in dtypes.items()}
+    scales = (*shape[:-1], -(-shape[-1] // 32))
+    for part in ("m_scale", "v_scale"):
+        tensor[part] = emulator.sparse_zeros(scales, mx.bfloat16)
+    values = np.zeros(end, np.float16)
+    values[-TAIL:] = np.arange(1, TAIL + 1)[:end]
+    in_memory = (*shape[:-1], shape[-1] * abs(stride))
+    tensor["gradient"] = emulator.sparse_zeros(in_memory, mx.float16)
+    np.array(tensor["gradient"], copy=False).reshape(-1)[::stride][-end:] = values
+    tensor["gradient"] = tensor["gradient"][..., ::stride]
+    small = {part: mx.zeros(end, dtype) for part, dtype in dtypes.items()}
+    small |= {f"{x}_scale": mx.zeros(-(-end // 32), mx.bfloat16) for x in "mv"}
+    expected = stored_tensors.update(
+        cpu_extension, [small | {"gradient": mx.array(values)}], rounding="none"
+    )[0]
+    emulator.run_only_threadgroups(*threadgroups)
+    try:
+        found = stored_tensors.update(emulated_extension, [tensor], rounding="none")[0]
+        mx.eval(found)
+    finally:
+        emulator.run_all_threadgroups()
+    for part in ("parameter", "m", "v", "m_scale", "v_scale"):
+        want = stored_tensors.bits(expected[part])
+        kind = {1: mx.uint8, 2: mx.uint16}[want.itemsize]
+        last = np.array(found[part].view(kind), copy=False).reshape(-1)[-want.size :]
+        np.testing.assert_array_equal(last, want, part)
+        assert want.any()
 
 
 FAR_APART = 2**26

@@ -52,13 +52,13 @@ FAULTS = {
         "no matching function for call to 'load_scalars'",
     ),
     "unqualified pointer in a struct": (
-        "device P* new_parameter;",
-        "P* new_parameter;",
+        "device typename Format<P>::parameter* new_parameter;",
+        "typename Format<P>::parameter* new_parameter;",
         "initialization of 'TensorPointers",
     ),
     "unqualified kernel parameter": (
-        "device S* new_m [[buffer(kNewM)]]",
-        "S* new_m [[buffer(kNewM)]]",
+        "device typename Format<S>::m* new_m [[buffer(kNewM)]]",
+        "typename Format<S>::m* new_m [[buffer(kNewM)]]",
         "initialization of 'TensorPointers|no matching function",
     ),
     "constant for device": (
@@ -72,8 +72,8 @@ FAULTS = {
         "cannot initialize a variable of type 'device int64_t const",
     ),
     "const lost": (
-        "const device P* parameter;",
-        "device P* parameter;",
+        "const device typename Format<P>::parameter* parameter;",
+        "device typename Format<P>::parameter* parameter;",
         "initialization of 'TensorPointers",
     ),
     "write to an input": (

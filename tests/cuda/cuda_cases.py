@@ -38,7 +38,10 @@ PLAIN = {
     "number": 0,
     "numbers": [0] * SHARED["kGroupTensors"],
     "first_element": 0,
+    "row_length": 0,
 }
+# Read only by formats that are not among these cases.
+EXTRAS = ("kRemainder", "kMScale", "kVScale", "kNewRemainder", "kNewMScale", "kNewVScale")
 
 
 def to_bits(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -112,6 +115,8 @@ class Update:
             (SHARED["kScalars"], scalars, "input"),
             (SHARED["kStep"], np.ones(1, np.uint32), "input"),
         ]
+        if kernel != "adam_group":
+            self.buffers += [(SHARED[name], np.zeros(1, np.uint32), "input") for name in EXTRAS]
         self.scalars = scalars
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
 

@@ -16,6 +16,9 @@ INCLUDE_DIRS = [ROOT / "metal", ROOT / "csrc"]
 TYPES = ("float", "bfloat", "half")
 RULES = ("AdamRule", "TrafficRule")
 INDICES = ("int", "int64_t")
+# Formats with extras, which adam_group does not have: of parameters and of m and v.
+OTHER_PARAMETERS = ("BfloatRemainder",)
+OTHER_STATES = ("Codes",)
 
 
 def kernels(source: str) -> dict[str, list[str]]:
@@ -28,9 +31,11 @@ def instantiations(
     source: str, types: tuple[str, ...] = TYPES, rules: tuple[str, ...] = RULES
 ) -> str:
     """One line a kernel and combination of types; host names such as adam_linear<AdamRule, float, half, float>."""
-    choices = {"Rule": rules, "P": types, "G": types, "S": types, "Index": INDICES}
     lines = []
     for name, parameters in kernels(source).items():
+        others = ((), ()) if name == "adam_group" else (OTHER_PARAMETERS, OTHER_STATES)
+        of_parameter, of_state = ((*types, *other) for other in others)
+        choices = {"Rule": rules, "P": of_parameter, "G": types, "S": of_state, "Index": INDICES}
         for arguments in itertools.product(*(choices[p] for p in parameters)):
             kernel = f"{name}<{', '.join(arguments)}>"
             lines.append(

@@ -38,8 +38,15 @@ struct Lanes {
 
   Lanes(const T& mine, int line) : mask(emulator_simd_exchange(&mine, sizeof(T), value, line)) {}
   bool active(uint32_t lane) const { return lane < emulator::kSimdWidth && mask >> lane & 1; }
-  // What an inactive lane would give is undefined on Metal; here the caller's own value.
-  T at(uint32_t lane) const { return active(lane) ? value[lane] : value[self]; }
+  // Beyond the simdgroup, the caller's own value. What an inactive lane would give is undefined on Metal; here, nothing that a
+  // kernel could have use for.
+  T at(uint32_t lane) const {
+    if (lane >= emulator::kSimdWidth) return value[self];
+    if (active(lane)) return value[lane];
+    T undefined;
+    __builtin_memset(&undefined, 0xA5, sizeof(T));
+    return undefined;
+  }
   template <typename Op>
   T reduce(uint32_t first, uint32_t last, T start, Op op) const {
     for (uint32_t i = first; i < last; ++i) {

@@ -54,6 +54,8 @@ T simd_sum(T);
 template <typename T>
 T simd_max(T);
 template <typename T>
+T simd_shuffle_xor(T, ushort);
+template <typename T>
 bool isfinite(T);
 template <typename To, typename From>
 To as_type(From from) {
