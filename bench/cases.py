@@ -1,7 +1,7 @@
 """The benchmark's cases: which tensors, in which dtype and layout. compare.py runs one.
 
 buffers: one tensor of every size; models, lora: published models' parameters; many: hundreds of
-small tensors; step: whole training steps.
+small tensors; step: whole training steps; memory: the peak memory of one of a published model, not timed.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from . import shapes
+from . import options, shapes
 from .problem import Problem
 from .shapes import ParameterShape
 from .training import LanguageTask, LinearTask, Task
 
+TINY_LLAMA = shapes.SMOLLM_135M._replace(vocabulary=512, dims=64, feed_forward=128, layers=2)
+OPTIONS_FROM = 1_000_000  # elements of a buffer
 SIDES = [(25, 40), (250, 400), (1000, 1000), (2048, 2048), (4096, 4096)]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+OPTIONS_OF = {"float32": options.OF_FLOAT32, "bfloat16": options.OF_BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Case:
     tensors: list[ParameterShape] = field(repr=False)
     # A whole training step instead of an update.
     task: Task | None = field(default=None, repr=False)
+    options: tuple[str, ...] = ()  # of ours, that take part besides
+    is_timed: bool = True  # or else its memory is all that counts
 
     @property
     def size(self) -> int:
@@ -47,23 +52,28 @@ def buffers(quick: bool) -> Iterator[Case]:
     for dtype in ["float32", "bfloat16"] if quick else DTYPES:
         for column_major in (False, True):
             for rows, columns in SIDES[:2] if quick else SIDES:
+                is_large = rows * columns >= (SIDES[1][0] * SIDES[1][1] if quick else OPTIONS_FROM)
                 yield Case(
                     "buffers",
                     f"{rows}×{columns}",
                     dtype,
                     "column-major" if column_major else "row-major",
                     [ParameterShape("weight", (rows, columns), column_major)],
+                    options=OPTIONS_OF.get(dtype, ()) if is_large else (),
                 )
 
 
 def models(quick: bool) -> Iterator[Case]:
+    """Qwen2.5 without options: with all their states it would not fit into 24 GB."""
+    fp32, bf16 = options.OF_FLOAT32, options.ALL_OF_BFLOAT16
+    gpt2, smollm = shapes.gpt2, lambda: shapes.llama(shapes.SMOLLM_135M)
     if quick:
-        tiny = shapes.SMOLLM_135M._replace(vocabulary=512, dims=64, feed_forward=128, layers=2)
-        yield Case("models", "tiny Llama", "bfloat16", "autograd", shapes.llama(tiny))
+        tiny = shapes.llama(TINY_LLAMA)
+        yield Case("models", "tiny Llama", "bfloat16", "autograd", tiny, options=bf16)
         return
-    yield Case("models", "GPT-2 124M", "float32", "autograd", shapes.gpt2())
-    yield Case("models", "SmolLM-135M", "float32", "autograd", shapes.llama(shapes.SMOLLM_135M))
-    yield Case("models", "SmolLM-135M", "bfloat16", "autograd", shapes.llama(shapes.SMOLLM_135M))
+    yield Case("models", "GPT-2 124M", "float32", "autograd", gpt2(), options=fp32)
+    yield Case("models", "SmolLM-135M", "float32", "autograd", smollm(), options=fp32)
+    yield Case("models", "SmolLM-135M", "bfloat16", "autograd", smollm(), options=bf16)
     yield Case("models", "Qwen2.5-0.5B", "bfloat16", "autograd", shapes.llama(shapes.QWEN2_5_500M))
 
 
@@ -98,10 +108,28 @@ def step(quick: bool) -> Iterator[Case]:
         yield Case("step", name, "float32", "autograd", task.shapes(), task)
 
 
+def memory(quick: bool) -> Iterator[Case]:
+    name, sizes = ("tiny Llama", TINY_LLAMA) if quick else ("SmolLM-135M", shapes.SMOLLM_135M)
+    for dtype in ["bfloat16"] if quick else ["bfloat16", "float32"]:
+        task = LanguageTask(sizes, 1, 32, dtype)
+        tensors = shapes.llama(sizes)
+        yield Case(
+            "memory",
+            f"{name}, 32 tokens",
+            dtype,
+            "autograd",
+            tensors,
+            task,
+            OPTIONS_OF[dtype],
+            is_timed=False,
+        )
+
+
 SUITES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "buffers": buffers,
     "models": models,
     "lora": lora,
     "many": many,
     "step": step,
+    "memory": memory,
 }

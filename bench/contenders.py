@@ -6,17 +6,21 @@ copies of the same values.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as stock
 import numpy as np
+from mlx.utils import tree_map
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _ext
 
+from . import stored
 from .names import OURS, OURS_COMPILED, PROBE, PROBE_16_BIT, STOCK, STOCK_COMPILED, TORCH
+from .options import OPTIONS
 from .problem import BETAS, SETTINGS, START, Problem, Values, adam_step
 from .reference import to_numpy
 from .shapes import ParameterShape
@@ -27,12 +31,15 @@ except ImportError:
     torch = None
 
 
-# Those of MLX: the class, and whether the step is compiled.
-MLX_CONTENDERS: dict[str, tuple[type[stock.Adam], bool]] = {
+# Those of MLX: what makes the optimizer, and whether the step is compiled.
+MLX_CONTENDERS: dict[str, tuple[Callable[..., stock.Adam], bool]] = {
     OURS: (fused.Adam, False),
     OURS_COMPILED: (fused.Adam, True),
     STOCK: (stock.Adam, False),
     STOCK_COMPILED: (stock.Adam, True),
+}
+OPTION_CONTENDERS: dict[str, tuple[Callable[..., stock.Adam], bool]] = {
+    name: (partial(fused.Adam, **options), False) for name, options in OPTIONS.items()
 }
 
 
@@ -69,6 +76,10 @@ class MlxAdam:
         parameters = self.problem.parameters
         parameters.update(self.optimizer.apply_gradients(gradients, parameters))
 
+    @property
+    def stored_bytes(self) -> int:
+        return stored.bytes_of(self.problem.parameters, self.state)
+
     def step(self) -> None:
         self.apply(self.problem.gradients)
         mx.eval(self.captured)
@@ -88,6 +99,48 @@ class MlxAdam:
         return adam_step(before, step)
 
 
+class OptionAdam(MlxAdam):
+    """Ours with options. It has a state of its own, made from the problem's; the parameters are those of all.
+
+    What others do to the parameters meanwhile leaves a remainder that is not theirs, as loaded weights would.
+    """
+
+    def __init__(
+        self, name: str, problem: Problem, bias_correction: bool, eager: "OptionAdam | None" = None
+    ):
+        self.problem = problem
+        self.tensors = problem.tensors
+        self.optimizer = OPTION_CONTENDERS[name][0](
+            SETTINGS.learning_rate, BETAS, SETTINGS.eps, bias_correction=bias_correction
+        )
+        # Copies: an array that is held elsewhere could not be updated in place.
+        self.optimizer.state = eager.state if eager else tree_map(lambda x: x + 0, problem.state)
+        self.optimizer.init(problem.parameters)
+        self.state = self.optimizer.state
+        options = OPTIONS[name]
+        has_remainder = options.get("master_weights") and problem.dtype == mx.bfloat16
+        self.dtype = mx.float32 if has_remainder else problem.dtype  # of what is checked
+        self.state_dtype = getattr(mx, options.get("state_dtype", "bfloat16"))
+        self.captured = [problem.parameters, self.state]
+        mx.eval(self.captured)
+        self.apply = self._apply
+        if eager:
+            self.apply = mx.compile(self._apply, inputs=self.captured, outputs=self.captured)
+        else:
+            self.make_compiled = lambda: OptionAdam(name, problem, bias_correction, self)
+
+    def sample(self, path: str, indices: np.ndarray) -> Values:
+        state = self.state[path]
+        parameter = take(self.problem.parameters[path], indices)
+        if "remainder" in state:
+            parameter = stored.joined(parameter, take(state["remainder"], indices))
+        return {
+            "parameter": parameter,
+            "gradient": take(self.problem.gradients[path], indices),
+            **stored.moments(state, indices, take),
+        }
+
+
 class TorchAdam:
     """torch.optim.Adam(fused=True). It always corrects the bias, which costs no traffic.
 
@@ -97,6 +150,7 @@ class TorchAdam:
 
     def __init__(self, problem: Problem, device: str):
         self.tensors = problem.tensors
+        self.stored_bytes = 3 * problem.size * problem.dtype.size
         self.dtype = self.state_dtype = problem.dtype
         self.device = device
         self.parameters = {}
@@ -158,6 +212,7 @@ class TrafficProbe:
     def __init__(self, problem: Problem, dtype: mx.Dtype):
         self.dtype = self.state_dtype = dtype
         size = problem.size * problem.dtype.size // dtype.size
+        self.stored_bytes = 3 * size * dtype.size
         self.tensors = [ParameterShape("all", (size,))]
         self.gradient = mx.full((size,), 0.5, dtype)
         self.state = [mx.zeros((size,), dtype) for _ in range(3)]
@@ -188,13 +243,15 @@ def torch_device(device: str) -> str | None:
 
 
 def make_contenders(
-    problem: Problem, device: str, bias_correction: bool
+    problem: Problem, device: str, bias_correction: bool, options: Iterable[str] = ()
 ) -> dict[str, Callable[[], Any]]:
-    """Name to a function that makes the contender, so that one may fail without the others."""
+    """Name to a function that makes the contender, so that one may fail without the others; `options` of ours besides."""
     makers: dict[str, Callable[[], Any]] = {
         name: lambda kind=kind, compiled=compiled: MlxAdam(kind, problem, compiled, bias_correction)
         for name, (kind, compiled) in MLX_CONTENDERS.items()
     }
+    for name in options:
+        makers[name] = lambda name=name: OptionAdam(name, problem, bias_correction)
     if where := torch_device(device):
         makers[TORCH] = lambda: TorchAdam(problem, where)
     makers[PROBE] = lambda: TrafficProbe(problem, mx.float32)

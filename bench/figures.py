@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .names import FORWARD_BACKWARD, OURS, OURS_COMPILED, PROBE, STOCK, STOCK_COMPILED, TORCH
+from .options import OPTIONS
 
 Case = dict[str, Any]
 Measure = Callable[[Case], float | None]
@@ -42,6 +43,11 @@ PEAK_OVER_STOCK = ratio(OURS, STOCK, "peak_bytes")
 PEAK_OVER_STOCK_COMPILED = ratio(OURS_COMPILED, STOCK_COMPILED, "peak_bytes")
 
 
+def of_probe(contender: str) -> Measure:
+    """The contender's bytes per second, of its own traffic, over the probe's."""
+    return ratio(contender, PROBE, "GB_per_s")
+
+
 def update_share(case: Case, contender: str) -> float | None:
     """The part of a compiled training step that is not forward and backward."""
     rest = ratio(FORWARD_BACKWARD, contender)(case)
@@ -52,6 +58,34 @@ def extra_bytes(case: Case) -> float | None:
     """What a step of ours allocates at its peak, per parameter; the worse of eager and compiled."""
     both = [figure(case, name, "peak_extra_bytes_per_parameter") for name in (OURS, OURS_COMPILED)]
     return max((x for x in both if x is not None), default=None)
+
+
+def options_of(case: Case) -> list[str]:
+    """Those of ours with options that took part."""
+    return [name for name in case["contenders"] if name in OPTIONS]
+
+
+def extra_bytes_of_options(case: Case) -> float | None:
+    """What a step allocates at its peak, in all; the worst of the options, eager and compiled."""
+    key = "peak_extra_bytes_per_parameter"
+    all_of_them = [figure(case, name, key) for name in options_of(case)]
+    most = max((x for x in all_of_them if x is not None), default=None)
+    return None if most is None else most * case["parameters"]
+
+
+def over_float32(contender: str, cases: list[Case]) -> Measure:
+    """How many times as fast the contender is as our plain step of as many float32 parameters."""
+
+    def of(case: Case) -> float | None:
+        alike = ("suite", "case", "gradient_layout")
+        twin = next(
+            (x for x in cases if x["dtype"] == "float32" and all(x[k] == case[k] for k in alike)),
+            None,
+        )
+        mine, its = seconds(case, contender), twin and seconds(twin, OURS)
+        return its / mine if mine and its else None
+
+    return of
 
 
 def fewest_samples(case: Case) -> int | None:

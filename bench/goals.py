@@ -12,13 +12,18 @@ from .figures import (
     Case,
     Measure,
     extra_bytes,
+    extra_bytes_of_options,
+    of_probe,
+    over_float32,
     over_row_major,
     ratio,
 )
 from .names import OURS, PROBE_16_BIT
+from .options import INT8_STATE, MASTER
 
 LARGE = 4_000_000  # elements from which a buffer outgrows the caches
 NOTHING = 0.01  # bytes per parameter; a step's scalars are a few bytes in all
+FEW_BYTES = 512  # in all
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,15 @@ def goals(cases: Iterable[Case]) -> list[Goal]:
         of_16_bit_probe = ratio(PROBE_16_BIT, OURS)
         add(f"of the 16-bit probe's speed, buffers ≥ 4M, {layout}", half, of_16_bit_probe, 0.85)
 
+    among = [c for c in buffers if c in large and c["gradient_layout"] == "row-major"]
+    fp32 = [case for case in among if case["dtype"] == "float32"]
+    bf16 = [case for case in among if case["dtype"] == "bfloat16"]
+    of_master, int8_speed = of_probe(MASTER), ratio(OURS, INT8_STATE)
+    add("of the probe's speed, master weights, buffers ≥ 4M, row-major", bf16, of_master, 0.85)
+    add("int8 state, times the fp32 step's speed, fp32 ≥ 4M, row-major", fp32, int8_speed, 1.0)
+    against_fp32 = over_float32(INT8_STATE, among)
+    add("int8 state, times the fp32 step's speed, bf16 ≥ 4M, row-major", bf16, against_fp32, 1.0)
+
     add("times torch's speed, every update", updates, TIMES_TORCH, 1.0)
     add("times torch's speed, many", many, TIMES_TORCH, 1.5)
 
@@ -84,4 +98,6 @@ def goals(cases: Iterable[Case]) -> list[Goal]:
     )
     name = "peak extra bytes per parameter, eager and compiled"
     add(name, large, extra_bytes, NOTHING, at_most=True)
+    name = "peak extra bytes in all, every option, eager and compiled"
+    add(name, updates, extra_bytes_of_options, FEW_BYTES, at_most=True)
     return found

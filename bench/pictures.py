@@ -1,4 +1,4 @@
-"""Pictures of a run: the small one of real models for the README, and all updates' memory traffic."""
+"""Pictures of a run: real models' updates and whole steps' memory for the README, and all updates' memory traffic."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,7 @@ COLOURS = {
     STOCK_COMPILED: "#555555",
     PROBE: "#000000",
 }
+OPTION_COLOUR = "#009e73"
 IN_SMALL_PICTURE = (OURS, STOCK, STOCK_COMPILED, TORCH)
 
 
@@ -78,6 +79,37 @@ def _draw_groups(
             label = None
     axes.set_yticks(range(len(cases)), [f"{case['case']}\n{case['dtype']}" for case in cases])
     axes.set_ylim(len(cases) - 0.5, -0.5)
+
+
+def save_memory(path: Path, results: Results) -> None:
+    """Peak memory of whole training steps, a bar for each contender. Nothing is drawn if the run has none."""
+    cases = results["memory"]
+    if not cases:
+        return
+    rows = max(len(case["contenders"]) for case in cases)
+    size = (5.5 * len(cases), 1.2 + 0.32 * rows)
+    picture, all_axes = plt.subplots(1, len(cases), figsize=size, layout="constrained", squeeze=False)
+    for axes, case in zip(all_axes[0], cases, strict=True):
+        # Stock first, then ours, then the options.
+        order = [STOCK_COMPILED, STOCK, OURS_COMPILED, OURS]
+        names = [*order, *(name for name in case["contenders"] if name not in order)]
+        for y, name in enumerate(names):
+            peak, stored = (figure(case, name, k) for k in ("peak_bytes", "stored_bytes"))
+            if peak is None or stored is None:
+                continue
+            colour = COLOURS.get(name, OPTION_COLOUR)
+            axes.barh(y, peak / 1e9, 0.75, color=colour, alpha=0.45)
+            axes.barh(y, stored / 1e9, 0.75, color=colour)
+            axes.text(peak / 1e9, y, f" {bytes_text(peak)}", va="center", fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(f"{case['case']}, {case['dtype']}", fontsize=10)
+        axes.set_xlabel("GB; full colour: parameters + state", fontsize=9)
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture.suptitle("peak memory of a whole training step", fontsize=11)
+    picture.savefig(path, dpi=110)
+    plt.close(picture)
 
 
 def save_traffic(path: Path, results: Results) -> None:

@@ -5,10 +5,18 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .figures import OF_PROBE, Case, ratio, update_share
+from .figures import Case, of_probe, ratio, update_share
 from .goals import goals
 from .names import OURS, OURS_COMPILED
-from .saved import SUMMARY_COLUMNS, bytes_text, number, seconds_text, summary_row
+from .saved import (
+    MEMORY_COLUMNS,
+    SUMMARY_COLUMNS,
+    bytes_text,
+    memory_rows,
+    number,
+    seconds_text,
+    summary_row,
+)
 
 
 def _cell(values: dict[str, Any], key: str, form: str) -> str:
@@ -21,14 +29,14 @@ def case_table(case: Case) -> Table:
     table = Table(title=escape(case["title"]), title_justify="left", title_style="bold")
     table.add_column("contender")
     columns = ["median", "middle half", "samples", "time / ours", "peak memory", "error/allowed"]
-    columns += ["update's share"] if is_training else ["GB/s", "of probe", "extra B/param"]
+    of_update = ["GB/s", "of probe", "stored B/param", "extra B/param"]
+    columns += ["update's share"] if is_training else of_update
     for column in columns:
         table.add_column(column, justify="right")
     for name, values in case["contenders"].items():
         if "refused" in values:
             table.add_row(name, f"[bold red]refused: {escape(values['refused'])}")
             continue
-        of_probe = OF_PROBE(case | {"contenders": case["contenders"] | {OURS: values}})
         row = [
             name,
             seconds_text(values["median_s"]),
@@ -43,9 +51,20 @@ def case_table(case: Case) -> Table:
             row.append("–" if share is None or "compiled" not in name else f"{share:.1%}")
         else:
             row.append(_cell(values, "GB_per_s", ".1f"))
-            row.append(number(of_probe))
+            row.append(number(of_probe(name)(case)))
+            row.append(_cell(values, "stored_bytes_per_parameter", ".2f"))
             row.append(_cell(values, "peak_extra_bytes_per_parameter", ".2f"))
         table.add_row(*row, style="bold" if name in (OURS, OURS_COMPILED) else "")
+    return table
+
+
+def memory_table(case: Case) -> Table:
+    """Of a training step whose memory alone was measured."""
+    table = Table(title=escape(case["title"]), title_justify="left", title_style="bold")
+    for i, column in enumerate(MEMORY_COLUMNS[2:]):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in memory_rows(case):
+        table.add_row(*row[2:])
     return table
 
 

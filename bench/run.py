@@ -70,7 +70,8 @@ def run(cases: list[Case], options: argparse.Namespace, console: Console) -> lis
             result = run_case(
                 case, options.device, options.bias_correction, options.seconds, options.rounds, show
             )
-            console.print(report.case_table(result))
+            make_table = report.case_table if case.is_timed else report.memory_table
+            console.print(make_table(result))
             results.append(result)
     return results
 
@@ -91,6 +92,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="save all figures")
     add("--plot", type=Path, metavar="FILE", help="save a picture of all updates (.png, .svg)")
     add("--models-plot", type=Path, metavar="FILE", help="save a small picture of the real models")
+    add("--memory-plot", type=Path, metavar="FILE", help="save a picture of steps' peak memory")
     add("--markdown", type=Path, metavar="FILE", help="save the tables as Markdown")
     add("--case", default="", metavar="TEXT", help="only cases whose title contains TEXT")
     add(
@@ -124,10 +126,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         options.markdown = RESULTS / f"{options.device}.md"
         options.plot = RESULTS / f"{options.device}.png"
         options.models_plot = RESULTS / f"{options.device}-models.png"
-    for path in (options.plot, options.models_plot):
+        of_device = "" if options.device == "cpu" else f"{options.device}-"
+        options.memory_plot = RESULTS / f"{of_device}memory.png"
+    plots = (options.plot, options.models_plot, options.memory_plot)
+    for path in plots:
         if path and path.suffix not in PICTURES:
             parser.error(f"{path} must end in one of {', '.join(PICTURES)}")
-    for path in (options.json, options.plot, options.models_plot, options.markdown):
+    for path in (options.json, *plots, options.markdown):
         if path and not path.parent.is_dir():
             parser.error(f"there is no folder {path.parent}")
     options.is_whole = not (
@@ -194,6 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not found:
         print("run.py: no case was run", file=sys.stderr)
         return 2
+    timed = [case for case in found if case["suite"] != "memory"]
     refused = [
         (r["title"], name) for r in found for name, x in r["contenders"].items() if "refused" in x
     ]
@@ -211,14 +217,16 @@ def main(arguments: list[str] | None = None) -> int:
             "cores_busy_with_others": None if others is None else round(others, 2),
             "not_publishable": reasons,
         },
-        "cases": found,
-        "goals": [goal.as_dict() for goal in goals(found)],
+        "cases": timed,
+        "memory": [case for case in found if case not in timed],
+        "goals": [goal.as_dict() for goal in goals(timed)],
     }
 
-    console.print(report.summary_table(found))
-    console.print(saved.LEGEND)
-    if not options.quick:
-        console.print(report.goals_table(found))
+    if timed:
+        console.print(report.summary_table(timed))
+        console.print(saved.LEGEND)
+    if timed and not options.quick:
+        console.print(report.goals_table(timed))
     for title, name in refused:
         print(f"run.py: refused {name} in {title}", file=sys.stderr)
     if options.publish and reasons:
@@ -230,6 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
         pictures.save_traffic(options.plot, results)
     if options.models_plot:
         pictures.save_models(options.models_plot, results)
+    if options.memory_plot:
+        pictures.save_memory(options.memory_plot, results)
     if options.markdown:
         saved.save_markdown(options.markdown, results)
     if options.publish and options.device == "cpu":

@@ -14,13 +14,18 @@ from .figures import (
     extra_bytes,
     fewest_samples,
     figure,
+    of_probe,
+    options_of,
+    ratio,
     seconds,
     update_share,
 )
 from .goals import goals
 from .names import OURS, OURS_COMPILED, STOCK, STOCK_COMPILED
+from .options import OPTIONS, as_code
 
-Results = dict[str, Any]  # the content of the JSON file: machine, settings, cases, goals
+# The content of the JSON file: machine, settings, cases, memory (the cases that are not timed), goals.
+Results = dict[str, Any]
 
 SUMMARY_COLUMNS = [
     "case", "dtype", "gradients", "ours", "ours compiled", "× stock", "× stock compiled", "× torch",
@@ -119,6 +124,61 @@ def training_table(cases: list[Case]) -> str:
     return table(TRAINING_COLUMNS, rows, left=2)
 
 
+OPTION_COLUMNS = [
+    "case", "dtype", "gradients", "option", "stored B/param", "time", "× plain", "GB/s", "of probe", "extra B/param",
+]  # fmt: skip
+OPTION_LEGEND = """\
+Stored B/param: parameters and state. × plain: the time of ours without options over the option's. GB/s: of the option's own
+traffic; of probe: that over the probe's."""
+
+
+def option_rows(case: Case) -> list[list[str]]:
+    """Ours without options, then a line for each option that took part; none where none did."""
+    names = options_of(case)
+    rows = []
+    for name in [OURS, *names] if names else []:
+        extra = figure(case, name, "peak_extra_bytes_per_parameter")
+        rows.append(
+            [
+                f"{case['suite']}: {case['case']}",
+                case["dtype"],
+                case["gradient_layout"],
+                f"`{as_code(OPTIONS[name])}`" if name in OPTIONS else "none",
+                number(figure(case, name, "stored_bytes_per_parameter")),
+                seconds_text(seconds(case, name)),
+                number(ratio(OURS, name)(case)),
+                number(figure(case, name, "GB_per_s")),
+                number(of_probe(name)(case)),
+                number(extra),
+            ]
+        )
+    return rows
+
+
+MEMORY_COLUMNS = [
+    "whole step", "dtype", "optimizer", "peak", "of it parameters + state", "B/param", "of stock's peak",
+]  # fmt: skip
+
+
+def memory_rows(case: Case) -> list[list[str]]:
+    """A line for each contender; of stock's peak: eager stock's, for what is compiled compiled stock's."""
+    rows = []
+    for name in case["contenders"]:
+        theirs = STOCK_COMPILED if name in (OURS_COMPILED, STOCK_COMPILED) else STOCK
+        rows.append(
+            [
+                case["case"],
+                case["dtype"],
+                name,
+                bytes_text(figure(case, name, "peak_bytes")),
+                bytes_text(figure(case, name, "stored_bytes")),
+                number(figure(case, name, "stored_bytes_per_parameter")),
+                percent(ratio(name, theirs, "peak_bytes")(case)),
+            ]
+        )
+    return rows
+
+
 def goals_table(cases: list[Case]) -> str:
     signs = {">=": "≥", "<=": "≤"}
     rows = [
@@ -169,7 +229,10 @@ def save_markdown(path: Path, results: Results) -> None:
         origin(results),
         table(SUMMARY_COLUMNS, map(summary_row, updates), left=3),
         LEGEND,
+        table(OPTION_COLUMNS, [row for case in updates for row in option_rows(case)], left=4),
+        OPTION_LEGEND,
         training_table(cases),
+        table(MEMORY_COLUMNS, [row for case in results["memory"] for row in memory_rows(case)], 3),
         goals_table(cases),
     ]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

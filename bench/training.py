@@ -23,6 +23,8 @@ from .shapes import LlamaSizes, ParameterShape
 class Task(ABC):
     """A model and one batch, the same each time they are made; small enough to hand to a process."""
 
+    dtype: str  # of parameters
+
     @abstractmethod
     def model(self) -> nn.Module:
         """The model, its parameters not yet evaluated."""
@@ -37,6 +39,7 @@ class Task(ABC):
     def fresh_model(self) -> nn.Module:
         mx.random.seed(0)
         model = self.model()
+        model.set_dtype(getattr(mx, self.dtype))
         mx.eval(model.parameters())
         return model
 
@@ -63,6 +66,7 @@ class LanguageTask(Task):
     sizes: LlamaSizes
     sequences: int
     length: int
+    dtype: str = "float32"
 
     def model(self) -> nn.Module:
         return Llama(self.sizes)
@@ -83,6 +87,7 @@ class LinearTask(Task):
     layers: int
     dims: int
     rows: int
+    dtype: str = "float32"
 
     def model(self) -> nn.Module:
         layers = [nn.Linear(self.dims, self.dims) for _ in range(self.layers)]
@@ -113,13 +118,13 @@ class TrainingStep:
     def __init__(
         self,
         task: Task,
-        kind: type[stock.Adam] | None,
+        kind: Callable[..., stock.Adam] | None,
         compiled: bool,
         problem: Problem | None = None,
     ):
         self.task = task
         self.batch = task.batch()
-        self.tensors = problem.tensors if problem else task.shapes()
+        self.tensors = problem.tensors if problem else []  # those that are checked
         self.model = task.fresh_model()
         self.value_and_grad = nn.value_and_grad(self.model, task.loss)
         self.optimizer = kind and kind(SETTINGS.learning_rate, BETAS, SETTINGS.eps)
@@ -148,6 +153,13 @@ class TrainingStep:
             return loss, gradients
         self.optimizer.update(self.model, gradients)
         return loss
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of parameters and state, without the optimizer's few numbers."""
+        numbers = ("step", "learning_rate")
+        state = [(k, x) for k, x in tree_flatten(self.optimizer.state) if k not in numbers]
+        return sum(x.nbytes for _, x in [*tree_flatten(self.model.parameters()), *state])
 
     def step(self) -> None:
         mx.eval(self.run(self.batch), self.captured)
