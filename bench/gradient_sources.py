@@ -3,9 +3,7 @@
 Each is an array (steps, blocks, 32) of float32: 32 neighbours along a parameter's last axis share a scale.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,11 +11,11 @@ import mlx.optimizers as stock
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .example import Corpus, Transformer, mean_loss, read_text
 from .llama import Llama
 from .shapes import LlamaSizes
 
 BLOCK = 32
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL_LLAMA = LlamaSizes(2048, 128, 352, 2, 4, 4, 32)
 
 
@@ -104,11 +102,6 @@ def recorded(steps: int, blocks: int) -> dict[str, np.ndarray]:
 
 def example_model(steps: int, blocks: int) -> np.ndarray:
     """Recorded while the transformer of examples/train.py learns Python's documentation."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
-    from text_data import Corpus, read_text
-    from transformer import Transformer, mean_loss
-
     mx.random.seed(0)
     corpus = Corpus(read_text(None), 64)
     model = Transformer(len(corpus.characters), 64, 96, 4, 2)

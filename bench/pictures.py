@@ -88,7 +88,9 @@ def save_memory(path: Path, results: Results) -> None:
         return
     rows = max(len(case["contenders"]) for case in cases)
     size = (5.5 * len(cases), 1.2 + 0.32 * rows)
-    picture, all_axes = plt.subplots(1, len(cases), figsize=size, layout="constrained", squeeze=False)
+    picture, all_axes = plt.subplots(
+        1, len(cases), figsize=size, layout="constrained", squeeze=False
+    )
     for axes, case in zip(all_axes[0], cases, strict=True):
         # Stock first, then ours, then the options.
         order = [STOCK_COMPILED, STOCK, OURS_COMPILED, OURS]

@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 
 from .codes import M_LEVELS, V_LEVELS
-from .gradient_sources import BLOCK
 
 Take = Callable[[mx.array, np.ndarray], np.ndarray]
 
 M_OF_CODE = M_LEVELS["4th power"].astype(np.float64)
+BLOCK = 32  # neighbours along the last axis that share a scale
 V_OF_CODE = V_LEVELS["shifted 4th power"].astype(np.float64)
 
 

@@ -36,7 +36,7 @@ class Transformer(nn.Module):
     def __call__(self, tokens: mx.array) -> mx.array:
         length = tokens.shape[1]
         x = self.token(tokens) + self.position(mx.arange(length))
-        mask = nn.MultiHeadAttention.create_additive_causal_mask(length)
+        mask = nn.MultiHeadAttention.create_additive_causal_mask(length, x.dtype)
         for block in self.blocks:
             x = block(x, mask)
         return self.head(self.norm(x))
