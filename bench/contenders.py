@@ -7,7 +7,9 @@ copies of the same values.
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import mlx.core as mx
@@ -21,15 +23,11 @@ from mlx_fused_adam import _ext
 from . import stored
 from .names import OURS, OURS_COMPILED, PROBE, PROBE_16_BIT, STOCK, STOCK_COMPILED, TORCH
 from .options import OPTIONS
-from .problem import BETAS, SETTINGS, START, Problem, Values, adam_step
+from .problem import BETAS, SETTINGS, Problem, Values, adam_step
 from .reference import to_numpy
 from .shapes import ParameterShape
 
-try:
-    import torch
-except ImportError:
-    torch = None
-
+HAS_TORCH = find_spec("torch") is not None  # imported where it takes part: that takes seconds
 
 # Those of MLX: what makes the optimizer, and whether the step is compiled.
 MLX_CONTENDERS: dict[str, tuple[Callable[..., stock.Adam], bool]] = {
@@ -49,12 +47,21 @@ def take(x: mx.array, indices: np.ndarray) -> np.ndarray:
     return to_numpy(x[tuple(mx.array(place.astype(np.uint32)) for place in places)])
 
 
+@cache
+def _let_check_itself(kind: Callable[..., stock.Adam], dtype: mx.Dtype) -> None:
+    """A step of two small tensors: the package checks a kernel before its first use, in memory that is not the step's."""
+    tensors = {"weight": mx.zeros((128, 32), dtype), "bias": mx.zeros((32,), dtype)}
+    optimizer = kind(1e-3)
+    mx.eval(optimizer.apply_gradients(tensors, tensors), optimizer.state)
+
+
 class MlxAdam:
     """An mlx.optimizers.Adam, or ours, applied through apply_gradients."""
 
     def __init__(
         self, kind: type[stock.Adam], problem: Problem, compiled: bool, bias_correction: bool
     ):
+        _let_check_itself(kind, problem.dtype)
         self.problem = problem
         self.tensors = problem.tensors
         self.dtype = problem.dtype
@@ -110,7 +117,9 @@ class OptionAdam(MlxAdam):
     ):
         self.problem = problem
         self.tensors = problem.tensors
-        self.optimizer = OPTION_CONTENDERS[name][0](
+        kind, _ = OPTION_CONTENDERS[name]
+        _let_check_itself(kind, problem.dtype)
+        self.optimizer = kind(
             SETTINGS.learning_rate, BETAS, SETTINGS.eps, bias_correction=bias_correction
         )
         # Copies: an array that is held elsewhere could not be updated in place.
@@ -139,65 +148,6 @@ class OptionAdam(MlxAdam):
             "gradient": take(self.problem.gradients[path], indices),
             **stored.moments(state, indices, take),
         }
-
-
-class TorchAdam:
-    """torch.optim.Adam(fused=True). It always corrects the bias, which costs no traffic.
-
-    Its gradients are row-major, as torch's autograd makes them. (Given a column-major one, torch
-    2.13 on the CPU reads it in memory order: the step is wrong, and slower.)
-    """
-
-    def __init__(self, problem: Problem, device: str):
-        self.tensors = problem.tensors
-        self.stored_bytes = 3 * problem.size * problem.dtype.size
-        self.dtype = self.state_dtype = problem.dtype
-        self.device = device
-        self.parameters = {}
-        for path, parameter in problem.parameters.items():
-            tensor = torch.nn.Parameter(self._copy(parameter))
-            tensor.grad = self._copy(problem.gradients[path])
-            self.parameters[path] = tensor
-        self.optimizer = torch.optim.Adam(
-            self.parameters.values(), SETTINGS.learning_rate, BETAS, SETTINGS.eps, fused=True
-        )
-        for path, tensor in self.parameters.items():
-            self.optimizer.state[tensor] = {
-                "step": torch.full((), float(START), device=device),
-                "exp_avg": self._copy(problem.state[path]["m"]),
-                "exp_avg_sq": self._copy(problem.state[path]["v"]),
-            }
-        self.steps = START
-
-    def _copy(self, x: mx.array) -> Any:
-        if x.dtype == mx.bfloat16:  # NumPy has no bfloat16: hand over the bits
-            bits = np.array(mx.contiguous(x).view(mx.uint16))
-            return torch.from_numpy(bits).view(torch.bfloat16).to(self.device)
-        return torch.from_numpy(np.array(x, order="C")).to(self.device)
-
-    def step(self) -> None:
-        self.optimizer.step()
-        self.steps += 1
-        if self.device == "mps":
-            torch.mps.synchronize()
-
-    def sample(self, path: str, indices: np.ndarray) -> Values:
-        parameter = self.parameters[path]
-        state = self.optimizer.state[parameter]
-        where = torch.from_numpy(indices).to(self.device)
-        tensors = {
-            "parameter": parameter.detach(),
-            "gradient": parameter.grad,
-            "m": state["exp_avg"],
-            "v": state["exp_avg_sq"],
-        }
-        return {
-            name: x.flatten()[where].float().cpu().numpy().astype(np.float64)
-            for name, x in tensors.items()
-        }
-
-    def expect(self, before: Values) -> Values:
-        return adam_step(before, self.steps + 1)
 
 
 class TrafficProbe:
@@ -235,10 +185,12 @@ class TrafficProbe:
 
 def torch_device(device: str) -> str | None:
     """Where torch runs the same work, or None if it is absent or has no such device."""
-    if torch is None:
+    if not HAS_TORCH:
         return None
     if device == "cpu":
         return "cpu"
+    import torch
+
     return "mps" if torch.backends.mps.is_available() else None
 
 
@@ -253,6 +205,8 @@ def make_contenders(
     for name in options:
         makers[name] = lambda name=name: OptionAdam(name, problem, bias_correction)
     if where := torch_device(device):
+        from .torch_adam import TorchAdam
+
         makers[TORCH] = lambda: TorchAdam(problem, where)
     makers[PROBE] = lambda: TrafficProbe(problem, mx.float32)
     if problem.dtype.size == 2 and len(problem.tensors) == 1:
@@ -265,5 +219,5 @@ def versions() -> dict[str, str]:
         "python": sys.version.split()[0],
         "mlx": mx.__version__,
         "mlx-fused-adam": fused.__version__,
-        **({"torch": torch.__version__} if torch else {}),
+        **({"torch": version("torch")} if HAS_TORCH else {}),
     }

@@ -1,8 +1,8 @@
 """Writes the figures in README.md from a published run: `python bench/readme.py [--check]`.
 
 What stands between `<!-- bench:NAME -->` and `<!-- end -->` is made by the function of that name here from
-bench/results/cpu.json, tables and sentences alike, so no figure is typed by hand. `--check` writes nothing and fails if the
-two disagree.
+bench/results/cpu.json and precision.json, tables and sentences alike, so no figure is typed by hand. `--check` writes nothing
+and fails if README differs.
 """
 
 import argparse
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(ROOT)  # run as a script: the package `bench` stands there, not its modules
 
-from bench import saved  # noqa: E402
+from bench import precision_figures, saved  # noqa: E402
 from bench.figures import (  # noqa: E402
     OF_PROBE,
     PEAK_OVER_STOCK,
@@ -28,12 +28,17 @@ from bench.figures import (  # noqa: E402
     extra_bytes,
     figure,
     over_row_major,
+    ratio,
 )
-from bench.names import OURS_COMPILED, STOCK_COMPILED  # noqa: E402
+from bench.names import OURS, OURS_COMPILED, STOCK, STOCK_COMPILED  # noqa: E402
+from bench.options import INT8_STATE, OPTIONS, as_code  # noqa: E402
 from bench.saved import Results, bytes_text, number, percent  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results" / "cpu.json"
+PRECISION = RESULTS.with_name("precision.json")
+NOT_YET = "Not measured yet."
+MODEL_OF_OPTIONS = "SmolLM-135M"  # whose updates give the options' times
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = saved.SUMMARY_COLUMNS.index("× torch") + 1  # of the summary, that README shows
 LARGE = 1_000_000  # elements from which one tensor's update is memory traffic and little else
@@ -82,16 +87,68 @@ def span(values: list[float], form: Callable[[float], str] = number) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def load_results() -> Results:
+    """Of the published runs; without the one of precision.py where it is not there."""
+    precision = saved.load_json(PRECISION) if PRECISION.exists() else None
+    return saved.load_json(RESULTS) | {"precision": precision}
+
+
 def memory(results: Results) -> str:
-    """The case that gains most memory, and the language model that gains most."""
-    found = measured(training_steps(results), PEAK_OVER_STOCK_COMPILED)
-    parts = []
-    for ratio, case in (found[0], next(x for x in found if "Llama" in x[1]["case"])):
-        ours, stock = (figure(case, name, "peak_bytes") for name in (OURS_COMPILED, STOCK_COMPILED))
-        parts.append(
-            f"{case['case']}: {bytes_text(ours)} instead of {bytes_text(stock)}, **{percent(1 - ratio)} less**"
+    """The whole steps whose memory was measured, with and without the option that needs least; and their picture."""
+    cases = results.get("memory")
+    if not cases:
+        return NOT_YET
+    lines = []
+    for case in cases:
+
+        def peak(name: str, case: Case = case) -> str:
+            return bytes_text(figure(case, name, "peak_bytes"))
+
+        less = percent(1 - PEAK_OVER_STOCK_COMPILED(case))
+        with_codes = percent(1 - ratio(INT8_STATE, STOCK_COMPILED, "peak_bytes")(case))
+        lines.append(
+            f"- {case['case']}, {case['dtype']}: stock {peak(STOCK_COMPILED)} compiled, {peak(STOCK)} eager; "
+            f"ours {peak(OURS_COMPILED)} compiled, **{less} less**, and {peak(OURS)} eager; with "
+            f"`{as_code(OPTIONS[INT8_STATE])}` {peak(INT8_STATE)}, **{with_codes} less** than compiled stock"
         )
-    return "; ".join(parts) + "."
+    picture = (
+        "![Peak memory of a whole training step, stock, ours and options](bench/results/memory.png)"
+    )
+    return "\n".join([*lines, "", picture])
+
+
+def options(results: Results) -> str:
+    """What each option costs in memory, loss and time."""
+    precision = results.get("precision")
+    if not precision:
+        return NOT_YET
+    rows = [
+        [
+            run["dtype"],
+            precision_figures.options_text(run),
+            number(precision_figures.stored_bytes(run)),
+            precision_figures.signed_percent(precision_figures.over_reference(precision, run)),
+            number(time_over_plain(results, run)),
+        ]
+        for run in precision["runs"]
+        if not run["seed"]
+    ]
+    noise = precision_figures.plain_percent(precision_figures.noise(precision))
+    columns = ["parameters", "optimizer", "B/param", "loss against float32", "time, × ours"]
+    note = (
+        f"Other seeds move the float32 loss by up to {noise}. Trained: the example's model, {precision['settings']['steps']} "
+        f"steps. Time: updates of {MODEL_OF_OPTIONS}, over ours without options and with parameters of the same dtype. "
+        "[Losses and picture](bench/results/precision.md)."
+    )
+    return f"{saved.table(columns, rows, left=2)}\n\n{note}"
+
+
+def time_over_plain(results: Results, run: Case) -> float | None:
+    """An update's time with the run's optimizer over ours without options; None where it was not timed."""
+    for case in updates(results):
+        if case["case"] == MODEL_OF_OPTIONS and case["dtype"] == run["dtype"]:
+            return ratio(run["contender"], OURS)(case)
+    return None
 
 
 def memory_range(results: Results) -> str:
@@ -195,6 +252,7 @@ def falls_short(results: Results) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "memory": memory,
     "memory-range": memory_range,
+    "options": options,
     "update-memory": update_memory,
     "training": training,
     "training-words": training_words,
@@ -225,12 +283,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     old = README.read_text(encoding="utf-8")
-    new = render(old, saved.load_json(RESULTS))
+    new = render(old, load_results())
     if options.check:
         if new != old:
-            print(
-                "readme.py: README.md differs from bench/results/cpu.json; run python bench/readme.py"
-            )
+            print("readme.py: README.md differs from bench/results; run python bench/readme.py")
         return int(new != old)
     README.write_text(new, encoding="utf-8")
     return 0

@@ -33,7 +33,7 @@ if __name__ in ("__main__", "__mp_main__") and not __package__:
 from bench import machine, pictures, readme, report, saved  # noqa: E402
 from bench.cases import SUITES, Case  # noqa: E402
 from bench.compare import memory_needed, run_case  # noqa: E402
-from bench.contenders import torch  # noqa: E402
+from bench.contenders import HAS_TORCH  # noqa: E402
 from bench.goals import goals  # noqa: E402
 
 MEMORY_SHARE = 0.8  # of the machine's, that a case may need
@@ -163,7 +163,7 @@ def why_not_publishable(
         reasons.append("not all cases were run as they are by default")
     if options.seconds != SECONDS:
         reasons.append(f"{options.seconds:g} s were spent on a case instead of {SECONDS:g}")
-    if torch is None:
+    if not HAS_TORCH:
         reasons.append("torch is not installed")
     return reasons
 

@@ -27,7 +27,12 @@ from bench import (  # noqa: E402
     goals,
     machine,
     memory,
+    options,
+    precision,
+    precision_figures,
+    precision_runs,
     problem,
+    readme,
     run,
     saved,
     shapes,
@@ -51,7 +56,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     command = [sys.executable, ROOT / "bench" / "run.py", "--quick", "--device", "cpu"]
     files = ["--json", "run.json", "--plot", "run.png", "--markdown", "run.md"]
-    files += ["--models-plot", "models.png"]
+    files += ["--models-plot", "models.png", "--memory-plot", "memory.png"]
     done = subprocess.run([*command, *files], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
@@ -79,15 +84,14 @@ def test_json_names_the_command_and_why_its_figures_are_not_to_be_quoted(quick_r
     assert reasons in (quick_run / "run.md").read_text()
 
 
-@pytest.mark.parametrize("suite", cases.SUITES)
+@pytest.mark.parametrize("suite", [name for name in cases.SUITES if name != "memory"])
 def test_every_case_of_a_suite_has_all_figures(quick_run: Path, suite: str) -> None:
-    found = [
-        c for c in json.loads((quick_run / "run.json").read_text())["cases"] if c["suite"] == suite
-    ]
-    assert len(found) == len(list(cases.SUITES[suite](True)))
-    for case in found:
+    found = [c for c in saved.load_json(quick_run / "run.json")["cases"] if c["suite"] == suite]
+    asked = list(cases.SUITES[suite](True))
+    assert [case["title"] for case in found] == [case.title for case in asked]
+    for case, wanted in zip(found, asked, strict=True):
         whole = case["is_training_step"]
-        expected = WHOLE_STEPS if whole else UPDATES
+        expected = (WHOLE_STEPS if whole else UPDATES) | set(wanted.options)
         if suite == "buffers" and case["dtype"] != "float32":
             expected = expected | {"16-bit probe"}
         assert set(case["contenders"]) == expected, case["title"]
@@ -98,14 +102,59 @@ def test_every_case_of_a_suite_has_all_figures(quick_run: Path, suite: str) -> N
             if name != "forward + backward":
                 assert figures["error_over_tolerance"] <= 1, where
             size = 4 if case["dtype"] == "float32" else 2
+            stored = figures.get("stored_bytes_per_parameter")
             if not whole:
-                speed = 7 * size * case["parameters"] / figures["median_s"] / 1e9
-                assert figures["GB_per_s"] == pytest.approx(speed), where
+                traffic = case["parameters"] * (size + 2 * stored)
+                assert figures["GB_per_s"] == pytest.approx(traffic / figures["median_s"] / 1e9)
+                if name not in options.OPTIONS:
+                    assert stored == 3 * size, where
             if name not in ("torch fused", "forward + backward"):
-                assert figures["peak_bytes"] > 4 * size * case["parameters"], where
+                least = size + (stored or 3 * size)
+                assert figures["peak_bytes"] >= least * case["parameters"], where
+            if name in ("ours", "ours, compiled", *options.OPTIONS) and not whole:
+                extra = figures["peak_extra_bytes_per_parameter"] * case["parameters"]
+                assert extra <= goals.FEW_BYTES, where
             assert ("peak_extra_bytes_per_parameter" in figures) == (
                 not whole and name != "torch fused"
             ), where
+
+
+def test_options_take_the_bytes_that_they_promise(quick_run: Path) -> None:
+    expected = {
+        "float32": {options.BF16_STATE: 8.0, options.INT8_STATE: 6.13},
+        "bfloat16": {options.MASTER: 8.0, options.INT8_STATE: 4.13, options.MASTER_INT8: 6.13},
+    }
+    at = "buffers: 250×400 · 100,000 × {} · row-major gradients"
+    found = {case["title"]: case for case in saved.load_json(quick_run / "run.json")["cases"]}
+    for dtype, of_options in expected.items():
+        case = found[at.format(dtype)]
+        for name, stored in of_options.items():
+            measured = case["contenders"][name]["stored_bytes_per_parameter"]
+            assert measured == pytest.approx(stored, abs=0.005), name
+        rows = saved.option_rows(case)
+        assert [row[3] for row in rows][0] == "none" and len(rows) == 1 + len(of_options)
+
+
+def test_memory_of_whole_steps_is_measured_for_each_option(quick_run: Path) -> None:
+    (case,) = saved.load_json(quick_run / "run.json")["memory"]
+    found = case["contenders"]
+    assert set(found) == {*contenders.MLX_CONTENDERS, *options.OF_BFLOAT16}
+    for name, figures in found.items():
+        assert figures["peak_bytes"] > figures["stored_bytes"] > 0, name
+    count = case["parameters"]
+    for name, stored in (
+        ("stock", 6),
+        ("ours", 6),
+        (options.MASTER, 8),
+        (options.INT8_STATE, 4.13),
+    ):
+        assert found[name]["stored_bytes"] == pytest.approx(stored * count, rel=0.01), name
+    peaks = {name: figures["peak_bytes"] for name, figures in found.items()}
+    assert peaks["ours, compiled"] < peaks["stock, compiled"]
+    assert peaks[options.INT8_STATE] < peaks["ours"] < peaks[options.MASTER]
+    markdown = (quick_run / "run.md").read_text()
+    for row in saved.memory_rows(case):
+        assert " | ".join(row) in markdown
 
 
 def test_the_summary_divides_like_by_like(quick_run: Path) -> None:
@@ -127,7 +176,7 @@ def test_the_summary_divides_like_by_like(quick_run: Path) -> None:
 
 
 def test_tables_plot_and_markdown_are_saved(quick_run: Path) -> None:
-    for name in ("run.png", "models.png"):
+    for name in ("run.png", "models.png", "memory.png"):
         assert (quick_run / name).read_bytes().startswith(b"\x89PNG")
     markdown = (quick_run / "run.md").read_text()
     printed = (quick_run / "stdout").read_text()
@@ -181,6 +230,52 @@ def test_a_wrong_step_is_refused(broken_step, dtype: mx.Dtype, monkeypatch) -> N
         problem.check_step(contender, lambda step: step())
 
 
+def keep_remainder(self: contenders.OptionAdam) -> None:
+    self.apply(self.problem.gradients)
+    self.state["weight"]["remainder"] = mx.zeros_like(self.state["weight"]["remainder"])
+
+
+def shift_codes(self: contenders.OptionAdam) -> None:
+    self.apply(self.problem.gradients)
+    self.state["weight"]["v"] = self.state["weight"]["v"] - 6
+
+
+def halve_a_scale(self: contenders.OptionAdam) -> None:
+    self.apply(self.problem.gradients)
+    scale = self.state["weight"]["m_scale"]
+    self.state["weight"]["m_scale"] = mx.concatenate([scale[:-1], scale[-1:] / 2])
+
+
+@pytest.mark.parametrize("broken_step", [keep_remainder, shift_codes, halve_a_scale, do_nothing])
+def test_a_wrong_step_of_an_option_is_refused(broken_step, monkeypatch) -> None:
+    tensors = problem.Problem.random([shapes.ParameterShape("weight", (64, 80))], mx.bfloat16)
+    contender = contenders.OptionAdam(options.MASTER_INT8, tensors, bias_correction=False)
+    for step in (contender, contender.make_compiled()):
+        assert problem.check_step(step, lambda step: step()) <= 1
+    monkeypatch.setattr(contenders.OptionAdam, "step", broken_step)
+    with pytest.raises(problem.Incorrect, match="is off by"):
+        problem.check_step(contender, lambda step: step())
+
+
+def test_an_option_whose_compiled_step_is_wrong_is_refused() -> None:
+    tensors = problem.Problem.random(MATRIX, mx.bfloat16)
+
+    def make() -> contenders.OptionAdam:
+        contender = contenders.OptionAdam(options.MASTER, tensors, bias_correction=False)
+        make_right = contender.make_compiled
+
+        def make_wrong() -> contenders.OptionAdam:
+            compiled = make_right()
+            compiled.step = lambda: None
+            return compiled
+
+        contender.make_compiled = make_wrong
+        return contender
+
+    figures, _, contender = compare._checked(make)
+    assert contender is None and "is off by" in figures["refused"]
+
+
 @pytest.mark.parametrize("broken_step", [do_nothing, give_nan])
 def test_a_refused_contender_is_not_timed_and_fails_the_run(
     broken_step, monkeypatch, capsys
@@ -216,12 +311,34 @@ def test_every_contender_passes_the_check_again_and_again(
 ) -> None:
     """In one set of arrays, so none may leave the next one's in another dtype."""
     tensors = problem.Problem.random(MATRIX, dtype)
-    for name, make in contenders.make_contenders(tensors, "cpu", bias_correction).items():
+    asked = cases.OPTIONS_OF.get(str(dtype).removeprefix("mlx.core."), ())
+    for name, make in contenders.make_contenders(tensors, "cpu", bias_correction, asked).items():
         contender = make()
         for _ in range(3):
             assert problem.check_step(contender, lambda step: step()) <= 1, name
         if name.startswith("stock"):
             assert {tensors.state["weight"][k].dtype for k in "mv"} == {dtype}, name
+
+
+def test_goals_of_options() -> None:
+    fp32 = case("2048×2048", "row-major", ours=1.0)
+    fp32["contenders"][options.INT8_STATE] = {
+        "median_s": 1.1,
+        "peak_extra_bytes_per_parameter": 20 / (4096 * 4096),
+    }
+    bf16 = case("2048×2048", "row-major", ours=0.5) | {"dtype": "bfloat16", "title": "16 bits"}
+    for name, speed, seconds in (("probe", 10.0, 0.5), (options.MASTER, 9.0, 0.7)):
+        bf16["contenders"][name] = {"GB_per_s": speed, "median_s": seconds}
+    bf16["contenders"][options.INT8_STATE] = {"median_s": 0.8}
+    found = {goal.name: goal for goal in goals.goals([fp32, bf16])}
+    for start, measured, is_met in (
+        ("of the probe's speed, master weights", 0.9, True),
+        ("int8 state, times the fp32 step's speed, fp32", 1 / 1.1, False),
+        ("int8 state, times the fp32 step's speed, bf16", 1 / 0.8, True),
+        ("peak extra bytes in all, every option", 20, True),
+    ):
+        (goal,) = [goal for name, goal in found.items() if name.startswith(start)]
+        assert (goal.measured, goal.met) == (pytest.approx(measured), is_met), start
 
 
 def test_contenders_take_turns_in_changing_order() -> None:
@@ -336,7 +453,7 @@ def test_a_loaded_machine_is_refused_before_anything_is_run(monkeypatch, capsys)
 
 
 def test_what_makes_a_run_unfit_to_quote(monkeypatch) -> None:
-    monkeypatch.setattr(run, "torch", object())
+    monkeypatch.setattr(run, "HAS_TORCH", True)
     idle, busy = machine.BUSY / 2, machine.BUSY * 2
     assert run.why_not_publishable(options_of(), idle, idle) == []
     assert run.why_not_publishable(options_of("--publish"), idle, None) == []
@@ -351,7 +468,7 @@ def test_what_makes_a_run_unfit_to_quote(monkeypatch) -> None:
     ):
         found = run.why_not_publishable(options_of(*arguments), load, others)
         assert len(found) == 1, (arguments, load, others, found)
-    monkeypatch.setattr(run, "torch", None)
+    monkeypatch.setattr(run, "HAS_TORCH", False)
     assert run.why_not_publishable(options_of(), idle, idle) == ["torch is not installed"]
 
 
@@ -373,12 +490,113 @@ def test_peak_memory_is_of_the_step_alone() -> None:
     task = LinearTask(4, 128, 1)
     parameters = sum(shape.size for shape in task.shapes())
     peaks = {
-        name: memory.peak_bytes_of_step(task, name, "cpu") for name in contenders.MLX_CONTENDERS
+        name: memory.memory_of_step(task, name, "cpu").peak for name in contenders.MLX_CONTENDERS
     }
     for name, peak in peaks.items():
         assert 16 * parameters < peak < 40 * parameters, name
     assert peaks["ours, compiled"] < 0.8 * peaks["stock, compiled"]
     del held
+
+
+@pytest.fixture(scope="module")
+def quick_precision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what one quick run of precision.py saved."""
+    folder = tmp_path_factory.mktemp("precision")
+    command = [sys.executable, ROOT / "bench" / "precision.py", "--quick", "--device", "cpu"]
+    files = ["--json", "precision.json", "--plot", "precision.png", "--markdown", "precision.md"]
+    done = subprocess.run([*command, *files], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_precision_trains_with_every_option(quick_precision: Path) -> None:
+    found = saved.load_json(quick_precision / "precision.json")
+    runs = {x["name"]: x for x in found["runs"]}
+    assert list(runs) == [setting.name for setting in precision_runs.SETTINGS]
+    used = {x["contender"] for x in found["runs"]}
+    assert used == {"ours", "stock", *options.OPTIONS}
+    for name, x in runs.items():
+        assert 0 < x["final_loss"] < 6 and len(x["loss_of_pieces"]) == 1, name
+        assert x["parameter_bytes_per_parameter"] == (4 if x["dtype"] == "float32" else 2), name
+    for name, state in (
+        ("float32: ours", 8),
+        ("float32: ours, bfloat16 state", 4),
+        ("bfloat16: stock", 4),
+        ("bfloat16: ours", 4),
+        ("bfloat16: ours, master weights", 6),
+        ("bfloat16: ours, master weights + float32 state", 10),
+    ):
+        assert runs[name]["state_bytes_per_parameter"] == state, name
+    for name, x in runs.items():
+        if "int8" in name:
+            whole = 5 if "master" in name else 3  # some of the tiny model's tensors are coded
+            assert x["state_bytes_per_parameter"] < whole + 0.5, name
+    reference = runs["float32: ours"]
+    assert precision_figures.over_reference(found, reference) == 0
+    assert precision_figures.noise(found) > 0
+    assert "not all steps" in "; ".join(found["settings"]["not_publishable"])
+
+
+def test_precision_saves_table_and_picture_and_readme_can_show_them(quick_precision: Path) -> None:
+    assert (quick_precision / "precision.png").read_bytes().startswith(b"\x89PNG")
+    found = saved.load_json(quick_precision / "precision.json")
+    markdown = (quick_precision / "precision.md").read_text()
+    assert "Provisional, not to be quoted" in markdown
+    for row in precision.rows(found):
+        assert "| " + " | ".join(row) + " |" in markdown
+    results = saved.load_json(readme.RESULTS) | {"precision": found}
+    table = readme.BLOCKS["options"](results)
+    for x in found["runs"]:
+        shown = f"| {x['dtype']} | {precision_figures.options_text(x)} |"
+        assert (shown in table) == (not x["seed"] or x["contender"] == "ours"), x["name"]
+    assert readme.BLOCKS["options"](results | {"precision": None}) == readme.NOT_YET
+
+
+def test_readme_shows_the_memory_of_whole_steps(quick_run: Path) -> None:
+    found = saved.load_json(quick_run / "run.json")
+    text = readme.BLOCKS["memory"](found)
+    figures = found["memory"][0]["contenders"]
+    for name in (*contenders.MLX_CONTENDERS, options.INT8_STATE):
+        assert saved.bytes_text(figures[name]["peak_bytes"]) in text, name
+    assert "](bench/results/memory.png)" in text
+    assert readme.BLOCKS["memory"](found | {"memory": []}) == readme.NOT_YET
+
+
+def test_a_diverging_run_and_one_that_stock_would_do_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(precision_runs, "PIECE", 1)
+    setting = precision_runs.REFERENCE
+    with monkeypatch.context() as patch:
+        patch.setattr(precision_runs, "mean_loss", lambda *_: mx.array(math.nan))
+        with pytest.raises(precision_runs.Refused, match="float32: ours diverged"):
+            precision_runs.train(setting, 1, "cpu", is_small=True)
+    property_of_stock = property(lambda _: "stock (of the test)")
+    monkeypatch.setattr(precision_runs.fused.AdamW, "backend", property_of_stock)
+    with pytest.raises(precision_runs.Refused, match=r"updated by stock \(of the test\)"):
+        precision_runs.train(setting, 1, "cpu", is_small=True)
+
+
+def test_precision_with_a_refused_run_fails_and_is_not_published(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(precision, "run", lambda *_: ([], ["float32: ours diverged"]))
+    monkeypatch.setattr(saved, "save_json", lambda *_: pytest.fail("saved"))
+    assert precision.main(["--publish", "--device", "cpu"]) == 1
+    assert "refused to publish: refused: float32: ours diverged" in capsys.readouterr().err
+    assert precision.main(["--quick", "--device", "cpu"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--plot", "figures.xyz"], "must end in one of"),
+        (["--json", "/no/such/folder/x.json"], "there is no folder"),
+        (["--publish", "--quick"], "--publish goes with --device alone"),
+    ],
+)
+def test_bad_options_of_precision(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        precision.main(["--device", "cpu", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_no_module_of_the_benchmark_is_known_by_a_name_that_others_may_have() -> None:

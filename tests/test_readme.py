@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
-from bench import cases, machine, pictures, readme, run, saved  # noqa: E402
+from bench import cases, machine, pictures, precision, readme, run, saved  # noqa: E402
 from bench.figures import fewest_samples  # noqa: E402
 
-RESULTS = saved.load_json(readme.RESULTS)
+RESULTS = readme.load_results()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -51,6 +51,19 @@ def test_the_documented_command_writes_the_files_that_readme_shows() -> None:
     for path in (options.models_plot, options.markdown):
         assert path.relative_to(ROOT).as_posix() in README
         assert path.is_file()
+    if RESULTS.get("memory"):
+        assert f"]({options.memory_plot.relative_to(ROOT).as_posix()})" in README
+
+
+def test_the_other_documented_command_writes_what_readme_shows() -> None:
+    assert "python bench/precision.py --publish" in README
+    options = precision.parse_arguments(["--publish", "--device", "cpu"])
+    assert options.json == readme.PRECISION and options.is_whole
+    if RESULTS["precision"]:
+        assert f"]({options.markdown.relative_to(ROOT).as_posix()})" in README
+        assert options.plot.is_file()
+        assert RESULTS["precision"]["settings"]["command"] == "python bench/precision.py --publish"
+        assert RESULTS["precision"]["settings"]["not_publishable"] == []
 
 
 def test_readme_says_what_the_published_run_gave() -> None:
@@ -70,9 +83,8 @@ def test_a_figure_changed_in_readme_or_results_is_seen(tmp_path, monkeypatch, ca
     for case in changed["cases"]:
         case["contenders"]["ours"]["median_s"] *= 1.5
     assert readme.render(README, changed) != README
-    first = readme.BLOCK.search(README)
-    digit = re.search(r"\d", README[first.start() :])
-    at = first.start() + digit.start()
+    first = next(x for x in readme.BLOCK.finditer(README) if re.search(r"\d", x[0]))
+    at = first.start() + re.search(r"\d", first[0]).start()
     other = README[:at] + str((int(README[at]) + 1) % 10) + README[at + 1 :]
     copied = tmp_path / "README.md"
     copied.write_text(other, encoding="utf-8")
@@ -110,8 +122,12 @@ def test_published_figures_are_the_documented_command_s_or_readme_warns() -> Non
         assert settings["seconds"] == run.SECONDS
         assert RESULTS["machine"]["load"] <= machine.BUSY
         assert "Provisional" not in README
-    expected = {case.title for suite in cases.SUITES.values() for case in suite(False)}
-    assert {case["title"] for case in RESULTS["cases"]} == expected
+    expected = [case for suite in cases.SUITES.values() for case in suite(False)]
+    timed = {case.title for case in expected if case.is_timed}
+    assert {case["title"] for case in RESULTS["cases"]} == timed
+    if "memory" in RESULTS:  # not in a run of before
+        others = {case.title for case in expected if not case.is_timed}
+        assert {case["title"] for case in RESULTS["memory"]} == others
     assert all(fewest_samples(case) >= 2 for case in RESULTS["cases"])
 
 
