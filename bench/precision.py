@@ -35,6 +35,7 @@ from bench.example import parse_arguments as parse_example  # noqa: E402
 from bench.precision_figures import (  # noqa: E402
     Results,
     Run,
+    goal_rows,
     noise,
     options_text,
     over_reference,
@@ -52,8 +53,9 @@ def run(options: argparse.Namespace, console: Console) -> tuple[list[Run], list[
     """The figures of all runs in the order of SETTINGS, and why some were refused."""
     found: dict[str, Run] = {}
     refused = []
+    alone = fused.set_num_threads, (1,)  # updates of one run beside those of another
     with (
-        ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(options.jobs, get_context("spawn"), *alone) as pool,
         Progress(console=console, transient=True) as progress,
     ):
         jobs = {
@@ -75,6 +77,8 @@ COLUMNS = [
     "parameters", "optimizer", "parameters, B/param", "state, B/param", "together", "final loss", "against float32",
     "held-out loss", "against float32",
 ]  # fmt: skip
+
+GOAL_COLUMNS = ["parameters", "optimizer", "goal: loss above float32", "measured", "met"]
 
 
 def rows(results: Results) -> list[list[str]]:
@@ -111,6 +115,7 @@ def markdown(results: Results) -> str:
         f"{plain_percent(noise(results, 'held_out_loss'))} (held-out). With bfloat16 parameters activations and gradients "
         "are bfloat16 too; the loss itself is taken in float32. Bytes are those of the arrays.",
         saved.table(COLUMNS, rows(results), left=2),
+        saved.table(GOAL_COLUMNS, goal_rows(results), left=2),
         "![Loss against float32, and bytes per parameter](precision.png)",
     ]
     return "\n\n".join(text) + "\n"

@@ -2,7 +2,16 @@
 
 from typing import Any
 
-from .options import OPTIONS, as_code
+from .options import (
+    INT8_STATE,
+    INT8_STOCHASTIC,
+    MASTER,
+    MASTER_FP32,
+    MASTER_INT8,
+    OPTIONS,
+    STOCHASTIC,
+    as_code,
+)
 from .precision_runs import OTHER_SEEDS, REFERENCE
 
 Results = dict[str, Any]  # the content of the JSON file: machine, settings, runs
@@ -43,3 +52,30 @@ def options_text(run: Run) -> str:
 
 def plain_percent(x: float | None) -> str:
     return "–" if x is None else f"{100 * x:.2f} %"
+
+
+MOST = 0.005  # above the reference's loss
+GOALS = [
+    ("float32", INT8_STATE, MOST),
+    ("bfloat16", STOCHASTIC, MOST),
+    ("bfloat16", INT8_STOCHASTIC, MOST),
+    ("bfloat16", MASTER, None),
+    ("bfloat16", MASTER_FP32, None),
+    ("bfloat16", MASTER_INT8, MOST),
+]
+
+
+def goal_rows(results: Results) -> list[list[str]]:
+    """The goals for final losses, the limit in place of None being the noise of seeds, and whether they are met."""
+    runs = {(run["dtype"], run["contender"]): run for run in results["runs"] if not run["seed"]}
+    rows = []
+    for dtype, contender, most in GOALS:
+        limit = noise(results) if most is None else most
+        run = runs.get((dtype, contender))
+        above = run and over_reference(results, run)
+        if limit is None or above is None:
+            continue
+        met = "yes" if above <= limit else "no"
+        target = f"≤ {plain_percent(limit)}" + (", the noise of seeds" if most is None else "")
+        rows.append([dtype, options_text(run), target, signed_percent(above), met])
+    return rows

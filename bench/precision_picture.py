@@ -47,17 +47,13 @@ def label(run: Run) -> str:
 def _draw_differences(axes: plt.Axes, results: Results, colours: dict[str, tuple]) -> None:
     base = reference(results)
     size = results["settings"]["steps_of_a_piece"]
-    is_labelled = False
     for run in results["runs"]:
         if run is base:
             continue
         pairs = zip(run["loss_of_pieces"], base["loss_of_pieces"], strict=True)
         differences = smoothed([100 * (mine / its - 1) for mine, its in pairs], MEMORY)
         steps = [size * (i + 1) for i in range(len(differences))]
-        colour = colours.get(run["name"], SEEDS)
-        name = label(run) if run["name"] in colours else None if is_labelled else "other seeds"
-        is_labelled = is_labelled or run["name"] not in colours
-        axes.plot(steps, differences, color=colour, linewidth=1.4, label=name)
+        axes.plot(steps, differences, color=colours.get(run["name"], SEEDS), linewidth=1.4)
     axes.axhline(0, color="black", linewidth=0.8)
     settled = [
         abs(x / y - 1)
@@ -68,9 +64,11 @@ def _draw_differences(axes: plt.Axes, results: Results, colours: dict[str, tuple
     ]
     limit = 100 * max(0.001, min(LIMIT, max(settled)))
     axes.set_ylim(-limit, limit)
-    axes.set(xlabel="step", ylabel="% above the loss of float32", title="training loss, smoothed")
+    axes.set(xlabel="step", ylabel="% above the loss of float32")
+    axes.set_title(
+        "training loss, smoothed; colours as on the right, grey: other seeds", fontsize=11
+    )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower left")
 
 
 def _draw_bytes(

@@ -57,7 +57,6 @@ class Refused(Exception):
 def train(setting: Setting, steps: int, device: str, is_small: bool = False) -> dict[str, Any]:
     """The losses of a whole run, the loss on held-out text, and the bytes of what is kept."""
     mx.set_default_device(getattr(mx, device))
-    fused.set_num_threads(1)  # runs stand beside one another
     example = parse_arguments(
         ["--dims", "32", "--layers", "1", "--context", "16"] if is_small else []
     )

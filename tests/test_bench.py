@@ -544,6 +544,14 @@ def test_precision_saves_table_and_picture_and_readme_can_show_them(quick_precis
     assert "Provisional, not to be quoted" in markdown
     for row in precision.rows(found):
         assert "| " + " | ".join(row) + " |" in markdown
+    goal_rows = precision_figures.goal_rows(found)
+    assert len(goal_rows) == len(precision_figures.GOALS)
+    worse = json.loads(json.dumps(found))
+    for x in worse["runs"]:
+        x["final_loss"] *= 1 if x["name"] == "float32: ours" else 1.006
+    of_worse = {tuple(row[:2]): row[4] for row in precision_figures.goal_rows(worse)}
+    assert of_worse["bfloat16", "`stochastic_rounding=True`"] == "no"
+    assert [row[4] for row in goal_rows].count("yes") > list(of_worse.values()).count("yes")
     results = saved.load_json(readme.RESULTS) | {"precision": found}
     table = readme.BLOCKS["options"](results)
     for x in found["runs"]:
