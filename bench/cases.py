@@ -111,11 +111,11 @@ def step(quick: bool) -> Iterator[Case]:
 def memory(quick: bool) -> Iterator[Case]:
     name, sizes = ("tiny Llama", TINY_LLAMA) if quick else ("SmolLM-135M", shapes.SMOLLM_135M)
     for dtype in ["bfloat16"] if quick else ["bfloat16", "float32"]:
-        task = LanguageTask(sizes, 1, 32, dtype)
+        task = LanguageTask(sizes, 1, 16, dtype)
         tensors = shapes.llama(sizes)
         yield Case(
             "memory",
-            f"{name}, 32 tokens",
+            f"{name}, 16 tokens",
             dtype,
             "autograd",
             tensors,

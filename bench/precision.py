@@ -43,7 +43,7 @@ from bench.precision_figures import (  # noqa: E402
     signed_percent,
     stored_bytes,
 )
-from bench.precision_runs import PIECE, SETTINGS, Refused, train  # noqa: E402
+from bench.precision_runs import PIECE, SETTINGS, Refused, train, use_one_thread  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 QUICK_STEPS = 6
@@ -53,9 +53,8 @@ def run(options: argparse.Namespace, console: Console) -> tuple[list[Run], list[
     """The figures of all runs in the order of SETTINGS, and why some were refused."""
     found: dict[str, Run] = {}
     refused = []
-    alone = fused.set_num_threads, (1,)  # updates of one run beside those of another
     with (
-        ProcessPoolExecutor(options.jobs, get_context("spawn"), *alone) as pool,
+        ProcessPoolExecutor(options.jobs, get_context("spawn"), use_one_thread) as pool,
         Progress(console=console, transient=True) as progress,
     ):
         jobs = {

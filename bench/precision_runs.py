@@ -54,6 +54,11 @@ class Refused(Exception):
     """A run that is not what its name says, or did not end with a number."""
 
 
+def use_one_thread() -> None:
+    """In a process whose runs stand beside those of others."""
+    fused.set_num_threads(1)
+
+
 def train(setting: Setting, steps: int, device: str, is_small: bool = False) -> dict[str, Any]:
     """The losses of a whole run, the loss on held-out text, and the bytes of what is kept."""
     mx.set_default_device(getattr(mx, device))
