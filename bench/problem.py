@@ -24,8 +24,7 @@ FEWEST_SAMPLES = 4096  # per tensor; smaller tensors are compared whole
 # What a right step may be off by: a few roundings of a stored value, and a relative part of each
 # computed quantity. Stock computes in the storage dtype, with about eight roundings on the way and
 # beta2 = 0.999 itself rounded to 1 in bfloat16; the 16-bit figures allow for that. int8 stands for codes
-# of 8 bits: neighbours among them are at most 4 / 127 of a block's largest number apart in m, and a part
-# of 0.04 in such v as Problem.random makes.
+# of 8 bits, whose neighbours are at most a part of 4 / 64 apart, for such m and v as Problem.random makes.
 RELATIVE_ERROR = {mx.float32: 1e-5, mx.bfloat16: 4e-2, mx.float16: 5e-3, mx.int8: 8e-2}
 STORED_ERROR = {mx.float32: 2.0**-22, mx.bfloat16: 2.0**-7, mx.float16: 2.0**-10, mx.int8: 0.0}
 

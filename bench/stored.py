@@ -1,17 +1,17 @@
-"""What a state holds, as numbers: decoded with the levels of codes.py and NumPy's integers, knowing no kernel."""
+"""What a state holds, as numbers: decoded with NumPy from tables of levels, knowing no kernel (docs/state-codes.md)."""
 
 from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 
-from .codes import M_LEVELS, V_LEVELS
+from .codes import bent_fourth_power
 
 Take = Callable[[mx.array, np.ndarray], np.ndarray]
 
-M_OF_CODE = M_LEVELS["4th power"].astype(np.float64)
 BLOCK = 32  # neighbours along the last axis that share a scale
-V_OF_CODE = V_LEVELS["shifted 4th power"].astype(np.float64)
+M_OF_CODE = bent_fourth_power(8 + np.arange(128)) - bent_fourth_power(8)
+V_OF_CODE = np.append(0.0, bent_fourth_power(7 + np.arange(1, 256)))
 
 
 def moments(state: dict[str, mx.array], indices: np.ndarray, take: Take) -> dict[str, np.ndarray]:
