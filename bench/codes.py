@@ -41,14 +41,6 @@ def softsign(codes: int) -> np.ndarray:
     return (y / (2 - y)).astype(np.float32)
 
 
-def bent_fourth_power(x: np.ndarray) -> np.ndarray:
-    """x ** 4 where that is a power of two, straight between those: the kernels' levels, computed without a root."""
-    mantissa, exponent = np.frexp(np.asarray(x, np.float64))  # mantissa from 1/2 to 1
-    quarter = 4 * (2 * mantissa - 1)
-    whole = np.floor(quarter)
-    return np.ldexp(1 + quarter - whole, (4 * (exponent - 1) + whole).astype(np.int64))
-
-
 V_LEVELS = {
     "square": power(2, 255),
     "cube": power(3, 255),

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from .codes import bent_fourth_power
+from .codes import M_LEVELS, V_LEVELS
 
 Take = Callable[[mx.array, np.ndarray], np.ndarray]
 
 BLOCK = 32  # neighbours along the last axis that share a scale
-M_OF_CODE = bent_fourth_power(8 + np.arange(128)) - bent_fourth_power(8)
-V_OF_CODE = np.append(0.0, bent_fourth_power(7 + np.arange(1, 256)))
+M_OF_CODE = M_LEVELS["bent 4th power"].astype(np.float64)
+V_OF_CODE = V_LEVELS["bent 4th power"].astype(np.float64)
 
 
 def moments(state: dict[str, mx.array], indices: np.ndarray, take: Take) -> dict[str, np.ndarray]:
