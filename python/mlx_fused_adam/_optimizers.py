@@ -204,7 +204,8 @@ class _Fused(_StockOptimizer):
     ) -> list[tuple[mx.array | None, ...]]:
         """What states hold beside ``m`` and ``v``."""
         for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
-            self._options.check_parameter(name(i), parameter)
+            if reason := self._options.why_not(parameter):
+                raise ValueError(f"[{self._options.op}] parameter of {name(i)} {reason}")
             if self._options.has_remainder(parameter) and "remainder" not in state:
                 raise ValueError(
                     f"[{self._options.op}] state of {name(i)} must hold a remainder for master_weights but "

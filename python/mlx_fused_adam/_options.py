@@ -51,13 +51,14 @@ class Options(NamedTuple):
         """Whether a state may hold more than ``m`` and ``v``."""
         return self.master_weights or self.has_codes
 
-    def check_parameter(self, path: str, parameter: mx.array) -> None:
-        """Refuses a parameter that the options cannot serve."""
+    def why_not(self, parameter: mx.array) -> str | None:
+        """What keeps the options from serving this parameter, if anything."""
         if self.master_weights and parameter.dtype == mx.float16:
-            raise ValueError(
-                f"[{self.op}] parameter of {path} must be bfloat16 or float32 for master_weights but got "
-                "float16, whose range is too small to be the upper half of a float32"
+            return (
+                "must be bfloat16 or float32 for master_weights but got float16, whose range is too small "
+                "to be the upper half of a float32"
             )
+        return None
 
     @property
     def rounding(self) -> tuple[bool, bool, bool]:

@@ -45,7 +45,8 @@ def adopted(path: str, parameter: mx.array, state: dict, options: Options) -> di
     new = {name: x for name, x in state.items() if name not in EXTRAS}
     if parameter.dtype not in FUSED_DTYPES:
         return new | {name: as_array(name, state[name], path) for name in MOMENTS}
-    options.check_parameter(path, parameter)
+    if reason := options.why_not(parameter):
+        raise ValueError(f"[{options.op}] parameter of {path} {reason}")
     wanted = options.dtype_of_moments(parameter)
     for name in MOMENTS:
         moment = as_array(name, state[name], path)
