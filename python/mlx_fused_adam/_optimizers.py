@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from . import _ext
 from ._arguments import as_array, as_number, as_scalar, check_betas
 from ._backends import backend_of
-from ._options import FUSED_DTYPES, Options, check_options
+from ._decay import DecayFilter
+from ._options import DESCRIBED, FUSED_DTYPES, Options, check_options
 from ._storage import EXTRAS, MOMENTS, adopted, dtypes_by_path, fresh
 from ._tree import Walk
 
@@ -33,6 +34,7 @@ class _Fused(_StockOptimizer):
     weight_decay: float
     _options: Options
     _parameter_dtypes: dict[str, mx.Dtype]  # of those that init has seen, by path
+    _decay_filter: DecayFilter | None = None
 
     @property
     def backend(self) -> str:
@@ -58,7 +60,10 @@ class _Fused(_StockOptimizer):
             new = adopted(path or "the parameter", parameter, state, self._options)
             states.append((state, new))
 
+        dtypes = self._parameter_dtypes | dtypes_by_path(parameters)
         try:
+            if self._decay_filter:
+                self._decay_filter.check(dtypes)
             tree_map_with_path(take_over, parameters, self._state)
         except BaseException:
             self._initialized = was_initialized
@@ -66,7 +71,7 @@ class _Fused(_StockOptimizer):
         for state, new in states:
             state.clear()
             state.update(new)
-        self._parameter_dtypes |= dtypes_by_path(parameters)
+        self._parameter_dtypes = dtypes
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Give one parameter's state its ``m`` and ``v``, and what the options add: zeros."""
@@ -134,7 +139,7 @@ class _Fused(_StockOptimizer):
 
     def _apply_fused(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
         """New parameters, and what is new in their states."""
-        return self._update(walk.gradients, walk.parameters, walk.states, [], walk.path)
+        return self._update(walk.gradients, walk.parameters, walk.states, [], walk.paths)
 
     def _apply_mixed(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
         """The same where not all leaves are what the kernels take: NumPy arrays are converted, other dtypes go to stock."""
@@ -153,11 +158,14 @@ class _Fused(_StockOptimizer):
             leaves.append((i, gradient, parameter, {**state, **stored}))
         new: dict[int, tuple[mx.array, dict]] = {}
         for i, gradient, parameter, state in others:
-            new[i] = (super().apply_single(gradient, parameter, state), state)
+            if self._decay_filter is None or self._decay_filter.decays(paths[i], parameter):
+                new[i] = (super().apply_single(gradient, parameter, state), state)
+            else:
+                new[i] = (_StockAdam.apply_single(self, gradient, parameter, state), state)
         if fused:
             indices, gradients, parameters, states = map(list, zip(*fused, strict=True))
             updated = self._update(
-                gradients, parameters, states, indices, lambda k: paths[indices[k]]
+                gradients, parameters, states, indices, lambda: [paths[i] for i in indices]
             )
             new.update(zip(indices, zip(*updated, strict=True), strict=True))
         leaves = [new[i] for i in range(len(new))]
@@ -169,10 +177,47 @@ class _Fused(_StockOptimizer):
         parameters: Sequence[mx.array],
         states: Sequence[dict],
         numbers: Sequence[int],
-        name: Callable[[int], str],
+        paths: Callable[[], list[str]],
     ) -> tuple[list[mx.array], list[dict]]:
+        """New parameters, and what is new in their states; ``paths`` is called where paths are needed."""
+        weight_decay = float(getattr(self, "weight_decay", 0.0))
+        if self._decay_filter is None or weight_decay == 0:
+            return self._update_alike(gradients, parameters, states, numbers, paths, weight_decay)
+        known = paths()
+        leaves = list(zip(gradients, parameters, states, strict=True))
+        new: list[Any] = [None] * len(leaves)
+        decays = [self._decay_filter.decays(*x) for x in zip(known, parameters, strict=True)]
+        for part in (True, False):
+            places = [i for i, is_decayed in enumerate(decays) if is_decayed == part]
+            if not places:
+                continue
+            columns = map(list, zip(*(leaves[i] for i in places), strict=True))
+            updated = self._update_alike(
+                *columns,
+                [numbers[i] for i in places] if numbers else places,
+                lambda places=places: [known[i] for i in places],
+                weight_decay if part else 0.0,
+            )
+            for i, result in zip(places, zip(*updated, strict=True), strict=True):
+                new[i] = result
+        return [parameter for parameter, _ in new], [state for _, state in new]
+
+    def _update_alike(
+        self,
+        gradients: Sequence[mx.array],
+        parameters: Sequence[mx.array],
+        states: Sequence[dict],
+        numbers: Sequence[int],
+        paths: Callable[[], list[str]],
+        weight_decay: float,
+    ) -> tuple[list[mx.array], list[dict]]:
+        """The same for parameters that all have this weight decay."""
         beta1, beta2 = self.betas
         backend = backend_of()
+
+        def name(i: int) -> str:
+            return paths()[i]
+
         extras = self._extras(parameters, states, name) if self._options.has_extras else []
         new_parameters, new_m, new_v, new_extras = _ext.adam_update(
             parameters,
@@ -184,7 +229,7 @@ class _Fused(_StockOptimizer):
             beta1=float(beta1),
             beta2=float(beta2),
             eps=float(self.eps),
-            weight_decay=float(getattr(self, "weight_decay", 0.0)),
+            weight_decay=weight_decay,
             bias_correction=bool(self.bias_correction),
             rounding=self._options.rounding,
             seed=self._options.seed,
@@ -198,6 +243,38 @@ class _Fused(_StockOptimizer):
         for state, stored in zip(new, new_extras, strict=bool(new_extras)):
             state |= {key: x for key, x in zip(EXTRAS, stored, strict=True) if x is not None}
         return new_parameters, new
+
+    def _description(self) -> dict[str, Any]:
+        """Hyper-parameters and options, in what JSON can say."""
+        has_schedule = "learning_rate" in self._schedulers
+        found = {
+            "learning_rate": "schedule" if has_schedule else self.learning_rate.item(),
+            "betas": [float(beta) for beta in self.betas],
+            "eps": float(self.eps),
+            "bias_correction": bool(self.bias_correction),
+            **self._options.described(),
+        }
+        if hasattr(self, "weight_decay"):
+            known = self._decay_filter
+            found |= {
+                "weight_decay": float(self.weight_decay),
+                "decay_filter": known and known.described,
+            }
+        return found
+
+    def _take_description(self, found: dict[str, Any]) -> None:
+        """Hyper-parameters and options of another optimizer's description; the learning rate goes with the state."""
+        op = self._options.op
+        asked = self._options.described() | found
+        options = check_options(op, *(asked[name] for name in DESCRIBED))
+        decay_filter = self._decay_filter
+        if "decay_filter" in found:
+            asked_filter = found["decay_filter"]
+            decay_filter = None if asked_filter is None else DecayFilter(op, asked_filter)
+        self._options, self._decay_filter = options, decay_filter
+        for name in ("betas", "eps", "bias_correction", "weight_decay"):
+            if name in found:
+                setattr(self, name, found[name])
 
     def _extras(
         self, parameters: Sequence[mx.array], states: Sequence[dict], name: Callable[[int], str]
@@ -291,6 +368,9 @@ class AdamW(_Fused, _StockAdamW):
         master_weights (bool): Whether the state of a bfloat16 parameter holds the rest of its float32 value (``remainder``,
             int16), so that training equals that of float32 parameters. The parameter is then the float32 value rounded to
             nearest, ties away from zero. float32 parameters need none; float16 ones are refused. Default: ``False``.
+        decay_filter (callable, str or list[str], optional): What weight decay applies to: a callable of path and parameter
+            that returns a bool, asked once for each path; or regular expressions, one of which must be found in the path
+            (``"layers.0.mlp.weight"``). Default: everything.
 
     Raises:
         ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's
@@ -310,6 +390,7 @@ class AdamW(_Fused, _StockAdamW):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         master_weights: bool = False,
+        decay_filter: Callable[[str, mx.array], bool] | Sequence[str] | str | None = None,
     ) -> None:
         super().__init__(
             _learning_rate("AdamW", learning_rate),
@@ -322,6 +403,13 @@ class AdamW(_Fused, _StockAdamW):
             "AdamW", state_dtype, stochastic_rounding, seed, master_weights
         )
         self._parameter_dtypes = {}
+        if decay_filter is not None:
+            self._decay_filter = DecayFilter("AdamW", decay_filter)
+
+    def decayed(self, parameters: Any) -> list[str]:
+        """The paths of those parameters that weight decay applies to; all of them without a ``decay_filter``."""
+        known = self._decay_filter
+        return [path for path, x in tree_flatten(parameters) if known is None or known.decays(path, x)]
 
 
 def _those_with(gradients: Any, parameters: Any) -> Any:

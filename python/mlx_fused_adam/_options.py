@@ -11,6 +11,8 @@ FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
 
 _STATE_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int8": mx.int8}
 _LARGEST_SEED = 2**64 - 1
+# In the order in which check_options takes them.
+DESCRIBED = ("state_dtype", "stochastic_rounding", "seed", "master_weights")
 
 # Smaller parameters keep bfloat16 moments where int8 is asked for: they save next to nothing, and short rows little more.
 _SMALLEST_CODED = 4096
@@ -25,6 +27,12 @@ class Options(NamedTuple):
     stochastic_rounding: bool | None
     seed: int
     master_weights: bool
+
+    def described(self) -> dict[str, Any]:
+        """The options in what JSON can say, as ``check_options`` takes them."""
+        dtype = None if self.state_dtype is None else str(self.state_dtype).removeprefix("mlx.core.")
+        values = (dtype, self.stochastic_rounding, self.seed, self.master_weights)
+        return dict(zip(DESCRIBED, values, strict=True))
 
     @property
     def has_codes(self) -> bool:
