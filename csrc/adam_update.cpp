@@ -71,6 +71,9 @@ void check(const AdamTensors& tensors, const TensorName& name) {
     refuse("parameters, gradients, m and v must be lists of one length but got ", count, ", ",
            tensors.gradients.size(), ", ", tensors.m.size(), " and ", tensors.v.size());
   }
+  if (!tensors.extras.empty() && tensors.extras.size() != count) {
+    refuse("extras must be one for each parameter but got ", tensors.extras.size());
+  }
   for (size_t i = 0; i < count; ++i) {
     auto& parameter = tensors.parameters[i];
     bool has_codes = !tensors.extras.empty() && tensors.m[i].dtype() == mx::int8 &&

@@ -59,6 +59,10 @@ class ConvertMoment : public mx::Primitive {
   }
 
   const char* name() const override { return "ConvertMoment"; }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    if (to_ == Format::float32) return {inputs[0].shape()};
+    return {inputs[0].shape(), scale_shape(inputs[0].shape())};
+  }
 
  private:
   Format from_;

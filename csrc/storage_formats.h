@@ -176,14 +176,17 @@ ADAM_FUNCTION BlockScale scale_above(float x) {
 ADAM_FUNCTION float bent_power(float x) { return float_of(4u * bits_of(x) - 0xBE800000u); }
 ADAM_FUNCTION float bent_root(float y) { return float_of((bits_of(y) >> 2) + 0x2FA00000u); }
 
-// From the bits of a block's largest magnitude: such that the largest level reaches it. Above 2^127 it might pass the largest
-// float, so more counts as that.
-ADAM_FUNCTION BlockScale scale_for(unsigned largest, float largest_level) {
-  largest = largest > 0x7F000000u ? 0x7F000000u : largest;
-  return scale_above(float_of(largest) * (1.0f / largest_level));
+// From the bits of a block's largest magnitude: such that the largest level reaches it. More than 2^127 counts as that for v,
+// whose largest level might pass the largest float, and more than its root for m: where v has overflowed, an update is small.
+ADAM_FUNCTION BlockScale scale_for(unsigned largest, unsigned cap, float largest_level) {
+  return scale_above(float_of(largest < cap ? largest : cap) * (1.0f / largest_level));
 }
-ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) { return scale_for(largest, 327151616.0f); }
-ADAM_FUNCTION BlockScale scale_of_v(unsigned largest) { return scale_for(largest, 4697620480.0f); }
+ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) {
+  return scale_for(largest, 0x5F000000u, 327151616.0f);
+}
+ADAM_FUNCTION BlockScale scale_of_v(unsigned largest) {
+  return scale_for(largest, 0x7F000000u, 4697620480.0f);
+}
 
 // The integer below or above a root from 8 to 512: the upper one with the probability that makes the mean of the powers right,
 // since the power is straight between them. Infinity and NaN have large roots.

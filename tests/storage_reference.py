@@ -44,7 +44,8 @@ def encode(name: str, x: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.
     values, draws = blocks(x), blocks(draws).astype(np.int64)
     base = np.float32(4096 if name == "m" else 0)
     top = power(TOP[name]) - base
-    counted = np.minimum(np.nan_to_num(np.abs(values), nan=0.0), np.float32(2.0**127))
+    cap = np.float32(2.0 ** (63 if name == "m" else 127))
+    counted = np.minimum(np.nan_to_num(np.abs(values), nan=0.0), cap)
     largest = counted.max(axis=1, keepdims=True).astype(np.float32)
     exponent = np.ceil(np.log2(np.maximum(largest, 1e-45).astype(np.float64) / np.float64(top)))
     scale = np.exp2(np.maximum(exponent, -126)).astype(np.float32)

@@ -85,7 +85,8 @@ class Backend:
         if not failed:
             return self.name
         parts = []
-        for to, is_to_cpu in (("stock", False), ("the CPU", True)):
+        kernelless = "no kernel" if self.kind == mx.cpu else "the CPU"
+        for to, is_to_cpu in (("stock", False), (kernelless, True)):
             named = [_self_check.names(d) for d in failed if needs_kernel(d) == is_to_cpu]
             if named:
                 parts.append(f"{to} for {', '.join(named)}")

@@ -21,7 +21,7 @@ from ._arguments import as_array, as_number, as_scalar, check_betas
 from ._backends import backend_of
 from ._decay import DecayFilter
 from ._options import DESCRIBED, FUSED_DTYPES, Options, check_options
-from ._storage import EXTRAS, MOMENTS, adopted, dtypes_by_path, fresh
+from ._storage import EXTRAS, MOMENTS, adopted, dtypes_by_path, fresh, has_codes
 from ._tree import Walk
 
 
@@ -33,7 +33,7 @@ class _Fused(_StockOptimizer):
     bias_correction: bool
     weight_decay: float
     _options: Options
-    _parameter_dtypes: dict[str, mx.Dtype]  # of those that init has seen, by path
+    _parameter_dtypes: dict[str, str]  # of those that init has seen, by path
     _decay_filter: DecayFilter | None = None
 
     @property
@@ -53,7 +53,7 @@ class _Fused(_StockOptimizer):
             ValueError: If part of a state or a parameter does not fit, naming its path; no state is changed then.
         """
         was_initialized = self._initialized
-        super().init(parameters)
+        before = tree_map(lambda x: x, self._state)
         states: list[tuple[dict, dict]] = []
 
         def take_over(path: str, parameter: mx.array, state: dict) -> None:
@@ -64,8 +64,11 @@ class _Fused(_StockOptimizer):
         try:
             if self._decay_filter:
                 self._decay_filter.check(dtypes)
+            super().init(parameters)
             tree_map_with_path(take_over, parameters, self._state)
         except BaseException:
+            self._state.clear()
+            self._state.update(before)
             self._initialized = was_initialized
             raise
         for state, new in states:
@@ -158,6 +161,11 @@ class _Fused(_StockOptimizer):
             leaves.append((i, gradient, parameter, {**state, **stored}))
         new: dict[int, tuple[mx.array, dict]] = {}
         for i, gradient, parameter, state in others:
+            if has_codes(state):
+                raise ValueError(
+                    f"[{self._options.op}] state of {paths[i]} must not be in codes for a parameter of "
+                    f"{parameter.dtype} but is: call init(parameters) after a change of dtypes"
+                )
             if self._decay_filter is None or self._decay_filter.decays(paths[i], parameter):
                 new[i] = (super().apply_single(gradient, parameter, state), state)
             else:
@@ -311,7 +319,7 @@ class Adam(_Fused, _StockAdam):
             bfloat16 for 16-bit ones.
         stochastic_rounding (bool, optional): Which 16-bit values are rounded up or down at random, so that the mean is right:
             ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as well;
-            ``False``: none, which ``"int8"`` refuses: its codes are always rounded so. Default: ``None``.
+            ``False``: none, which ``"int8"`` refuses: its codes are always rounded at random. Default: ``None``.
         seed (int): Of that rounding. Equal seeds give equal results, on any device and after a resume. Default: ``0``.
         master_weights (bool): Whether the state of a bfloat16 parameter holds the rest of its float32 value (``remainder``,
             int16), so that training equals that of float32 parameters. The parameter is then the float32 value rounded to
@@ -363,7 +371,7 @@ class AdamW(_Fused, _StockAdamW):
             bfloat16 for 16-bit ones.
         stochastic_rounding (bool, optional): Which 16-bit values are rounded up or down at random, so that the mean is right:
             ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as well;
-            ``False``: none, which ``"int8"`` refuses: its codes are always rounded so. Default: ``None``.
+            ``False``: none, which ``"int8"`` refuses: its codes are always rounded at random. Default: ``None``.
         seed (int): Of that rounding. Equal seeds give equal results, on any device and after a resume. Default: ``0``.
         master_weights (bool): Whether the state of a bfloat16 parameter holds the rest of its float32 value (``remainder``,
             int16), so that training equals that of float32 parameters. The parameter is then the float32 value rounded to

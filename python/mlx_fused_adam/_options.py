@@ -9,7 +9,7 @@ import mlx.core as mx
 # What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
 FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
 
-_STATE_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int8": mx.int8}
+_STATE_DTYPES = ("float32", "bfloat16", "int8")
 _LARGEST_SEED = 2**64 - 1
 # In the order in which check_options takes them.
 DESCRIBED = ("state_dtype", "stochastic_rounding", "seed", "master_weights")
@@ -23,21 +23,19 @@ class Options(NamedTuple):
     """How state is stored and rounded."""
 
     op: str  # the optimizer, for errors
-    state_dtype: mx.Dtype | None
+    state_dtype: str | None  # a name, since MLX's dtypes cannot be pickled
     stochastic_rounding: bool | None
     seed: int
     master_weights: bool
 
     def described(self) -> dict[str, Any]:
         """The options in what JSON can say, as ``check_options`` takes them."""
-        dtype = None if self.state_dtype is None else str(self.state_dtype).removeprefix("mlx.core.")
-        values = (dtype, self.stochastic_rounding, self.seed, self.master_weights)
-        return dict(zip(DESCRIBED, values, strict=True))
+        return {name: getattr(self, name) for name in DESCRIBED}
 
     @property
     def has_codes(self) -> bool:
         """Whether ``m`` and ``v`` of large parameters are codes of 8 bits."""
-        return self.state_dtype is not None and self.state_dtype == mx.int8
+        return self.state_dtype == "int8"
 
     def dtype_of_moments(self, parameter: mx.array) -> mx.Dtype:
         """In which ``m`` and ``v`` of this parameter are stored; int8 stands for codes, of which those of ``v`` are uint8."""
@@ -47,7 +45,7 @@ class Options(NamedTuple):
                 mx.int8 if is_large and parameter.shape[-1] >= _SHORTEST_CODED_ROW else mx.bfloat16
             )
         if self.state_dtype is not None:
-            return self.state_dtype
+            return getattr(mx, self.state_dtype)
         return mx.float32 if parameter.dtype == mx.float32 else mx.bfloat16
 
     def has_remainder(self, parameter: mx.array) -> bool:
@@ -109,14 +107,14 @@ def as_seed(op: str, seed: Any) -> int:
     return seed
 
 
-def _as_state_dtype(op: str, x: Any) -> mx.Dtype | None:
+def _as_state_dtype(op: str, x: Any) -> str | None:
     if x is None:
         return None
     if not isinstance(x, (str, mx.Dtype)):
         raise TypeError(f"[{op}] state_dtype must be a string or a dtype but got {x!r}")
     name = str(x).removeprefix("mlx.core.")
     if name in _STATE_DTYPES:
-        return _STATE_DTYPES[name]
+        return name
     reason = ", since float16 cannot hold v: below 6e-8 it is 0" if name == "float16" else ""
     raise ValueError(
         f"[{op}] state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got {name!r}{reason}"

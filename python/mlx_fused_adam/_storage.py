@@ -42,27 +42,27 @@ def adopted(path: str, parameter: mx.array, state: dict, options: Options) -> di
         ValueError: If something does not fit, naming the path.
         TypeError: If something is no array.
     """
-    new = {name: x for name, x in state.items() if name not in EXTRAS}
-    if parameter.dtype not in FUSED_DTYPES:
-        return new | {name: as_array(name, state[name], path) for name in MOMENTS}
     if reason := options.why_not(parameter):
         raise ValueError(f"[{options.op}] parameter of {path} {reason}")
-    wanted = options.dtype_of_moments(parameter)
+    new = {name: x for name, x in state.items() if name not in EXTRAS}
+    is_ours = parameter.dtype in FUSED_DTYPES
+    wanted = options.dtype_of_moments(parameter) if is_ours else None
     for name in MOMENTS:
-        moment = as_array(name, state[name], path)
-        if moment.dtype != _CODES[name]:
-            if wanted == mx.int8:
-                _check_shape(name, path, moment, parameter)
-                new[name], new[f"{name}_scale"] = _ext.encode_moment(moment, name == "v")
-            else:
-                new[name] = moment if moment.dtype == wanted else moment.astype(wanted)
-            continue
-        scale = _scale_of(name, path, moment, state)
-        if wanted == mx.int8:
+        moment = _moment_of(name, path, state, parameter)
+        has_codes = moment.dtype == _CODES[name]
+        scale = _scale_of(name, path, moment, state) if has_codes else None
+        if wanted is None:
+            # Stock's to store: as it is, but not in codes.
+            new[name] = moment if scale is None else _decoded(moment, scale, parameter.dtype)
+        elif wanted == mx.int8:
+            if scale is None:
+                moment, scale = _ext.encode_moment(moment, name == "v")
             new[name], new[f"{name}_scale"] = moment, scale
+        elif scale is not None:
+            new[name] = _decoded(moment, scale, wanted)
         else:
-            new[name] = _ext.decode_moment(moment, scale).astype(wanted)
-    if options.has_remainder(parameter):
+            new[name] = moment if moment.dtype == wanted else moment.astype(wanted)
+    if is_ours and options.has_remainder(parameter):
         if "remainder" in state:
             remainder = as_array("remainder", state["remainder"], path)
             _check_shape("remainder", path, remainder, parameter)
@@ -74,6 +74,31 @@ def adopted(path: str, parameter: mx.array, state: dict, options: Options) -> di
             remainder = mx.zeros(parameter.shape, mx.int16)
         new["remainder"] = remainder
     return new
+
+
+def has_codes(state: dict) -> bool:
+    """Whether a state is in codes, which stock operations cannot read."""
+    return any(state[name].dtype == _CODES[name] for name in MOMENTS)
+
+
+def _moment_of(name: str, path: str, state: dict, parameter: mx.array) -> mx.array:
+    if name not in state:
+        raise ValueError(f"[adam_update] state of {path} must hold {name} but got nothing")
+    moment = as_array(name, state[name], path)
+    _check_shape(name, path, moment, parameter)
+    if moment.dtype != _CODES[name] and not mx.issubdtype(moment.dtype, mx.floating):
+        raise ValueError(
+            f"[adam_update] {name} of {path} must be floating or {_CODES[name]} with a scale but got "
+            f"{moment.dtype}"
+        )
+    return moment
+
+
+def _decoded(codes: mx.array, scale: mx.array, dtype: mx.Dtype) -> mx.array:
+    decoded = _ext.decode_moment(codes, scale)
+    if dtype == mx.float64:  # which MLX has on the CPU alone
+        return mx.astype(decoded, dtype, stream=mx.cpu)
+    return decoded.astype(dtype)
 
 
 def stock_state(optimizer: Any) -> dict[str, Any]:
@@ -101,7 +126,7 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
     return _stock_tree("", optimizer.state, dtypes)
 
 
-def _stock_tree(path: str, node: Any, dtypes: dict[str, mx.Dtype]) -> Any:
+def _stock_tree(path: str, node: Any, dtypes: dict[str, str]) -> Any:
     if isinstance(node, dict) and all(isinstance(node.get(name), mx.array) for name in MOMENTS):
         if path not in dtypes:
             raise ValueError(
@@ -113,17 +138,19 @@ def _stock_tree(path: str, node: Any, dtypes: dict[str, mx.Dtype]) -> Any:
     if isinstance(node, dict):
         return {key: _stock_tree(f"{inner}{key}", x, dtypes) for key, x in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(_stock_tree(f"{inner}{i}", x, dtypes) for i, x in enumerate(node))
+        items = [_stock_tree(f"{inner}{i}", x, dtypes) for i, x in enumerate(node)]
+        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
     return node
 
 
-def _stock_moments(path: str, state: dict, dtype: mx.Dtype) -> dict[str, Any]:
+def _stock_moments(path: str, state: dict, dtype: str) -> dict[str, Any]:
     new = {name: x for name, x in state.items() if name not in EXTRAS}
     for name in MOMENTS:
         moment = state[name]
         if moment.dtype == _CODES[name]:
-            moment = _ext.decode_moment(moment, _scale_of(name, path, moment, state))
-        new[name] = moment.astype(dtype)
+            new[name] = _decoded(moment, _scale_of(name, path, moment, state), getattr(mx, dtype))
+        else:
+            new[name] = moment.astype(getattr(mx, dtype))
     return new
 
 
@@ -155,6 +182,6 @@ def _scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], -(-shape[-1] // _BLOCK)) if shape else shape
 
 
-def dtypes_by_path(parameters: Any) -> dict[str, mx.Dtype]:
-    """The dtype of every parameter, by its path."""
-    return {path: x.dtype for path, x in tree_flatten(parameters)}
+def dtypes_by_path(parameters: Any) -> dict[str, str]:
+    """The name of every parameter's dtype, by its path."""
+    return {path: str(x.dtype).rpartition(".")[2] for path, x in tree_flatten(parameters)}
