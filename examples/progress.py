@@ -44,14 +44,14 @@ def joined(parts: Sequence[str], room: int | None) -> str:
 class PlainProgress:
     """The little of tqdm's interface that `train.py` uses."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, start: int = 0):
         self.total = total
-        self.done = 0
+        self.done = start
         self.parts: Sequence[str] = ()
         self.last_drawn = -1.0
 
     def __iter__(self) -> Iterator[int]:
-        for step in range(self.total):
+        for step in range(self.done, self.total):
             yield step
             self.done = step + 1
             self._draw()
@@ -94,11 +94,12 @@ class PlainProgress:
 if tqdm is not None:
 
     class TqdmProgress(tqdm):
-        def __init__(self, total: int):
+        def __init__(self, total: int, start: int = 0):
             # Without the percentage and the rate, which leaves room for the loss.
             form = "{bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
             columns = terminal_columns()
-            super().__init__(range(total), bar_format=form, ncols=columns)
+            steps = range(start, total)
+            super().__init__(steps, initial=start, total=total, bar_format=form, ncols=columns)
 
         def show(self, parts: Sequence[str]) -> None:
             columns = terminal_columns()
@@ -113,5 +114,5 @@ if tqdm is not None:
             sys.stdout.flush()
 
 
-def progress_bar(total: int) -> "TqdmProgress | PlainProgress":
-    return PlainProgress(total) if tqdm is None else TqdmProgress(total)
+def progress_bar(total: int, start: int = 0) -> "TqdmProgress | PlainProgress":
+    return PlainProgress(total, start) if tqdm is None else TqdmProgress(total, start)

@@ -2,7 +2,8 @@
 
 Shows loss, speed and the optimizer's share while it runs, then a sample of generated text, and
 saves the loss curve. `--compare` trains a second copy with mlx.optimizers.AdamW, step for step from
-the same seed. Ctrl-C ends the training early: sample and curve are then those of the steps so far,
+the same seed. `--checkpoint FILE` saves the run every 100 steps and at its end; `--resume` goes on from
+there, bit for bit. Ctrl-C ends the training early: sample and curve are then those of the steps so far,
 and the exit status is 130. Needs MLX and this package; tqdm and matplotlib
 (`pip install '.[examples]'`) make progress and picture nicer.
 """
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as stock
+from checkpoint import load, save
 from loss_plot import save_loss_plot, smoothed
 from mlx.utils import tree_flatten
 from progress import progress_bar
@@ -30,6 +32,7 @@ from transformer import Transformer, generate, mean_loss
 import mlx_fused_adam as fused
 
 SPLIT_EVERY = 10  # steps; see Run.split_step
+SAVE_EVERY = 100  # steps
 ESTIMATE_AFTER = 12  # steps, the first of which compile
 INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
@@ -175,26 +178,39 @@ def train(runs: list[Run], corpus: Corpus, options: argparse.Namespace) -> bool:
 
     Returns whether all steps were done, that is, not ended early by Ctrl-C.
     """
-    mx.random.seed(options.seed)
     tokens_per_step = options.batch_size * options.context
-    bar = progress_bar(options.steps)
+    first = len(runs[0].losses)
+    for _ in range(first):  # the batches before: drawn again, so that the next ones are the same
+        corpus.batch(corpus.train, options.batch_size)
+    bar = progress_bar(options.steps, first)
     with StopOnInterrupt() as stop:
         for i in bar:
             batch = corpus.batch(corpus.train, options.batch_size)
             mx.eval(batch)
             for run in runs if i % 2 else reversed(runs):
                 # The second step too, since the first one's time is that of compiling.
-                run.step(*batch, split=i % SPLIT_EVERY == 0 or i == 1)
-            if i + 1 == ESTIMATE_AFTER < options.steps:
+                run.step(*batch, split=i % SPLIT_EVERY == 0 or i == first + 1)
+            if i + 1 == first + ESTIMATE_AFTER < options.steps:
                 seconds = (options.steps - i) * sum(run.step_time for run in runs)
                 names = " and ".join(run.name for run in runs)
                 bar.say(f"{options.steps} steps of {names}: about {duration(seconds)} to go")
             if i % 5 == 0 or i == options.steps - 1:
                 bar.show(progress_of(runs, tokens_per_step))
+            is_last = stop.requested or i == options.steps - 1
+            if options.checkpoint and (is_last or i % SAVE_EVERY == SAVE_EVERY - 1):
+                ours = runs[-1]
+                save(options.checkpoint, ours.model, ours.optimizer, ours.losses, label_of(options))
             if stop.requested:
                 break
     bar.close()
     return len(runs[0].losses) == options.steps
+
+
+def label_of(options: argparse.Namespace) -> str:
+    """What must be alike for one run to go on where another ended."""
+    names = "steps batch_size context dims heads layers learning_rate weight_decay seed".split()
+    settings = ", ".join(f"{name} {getattr(options, name)}" for name in names)
+    return f"{settings}, {len(options.corpus.text)} characters"
 
 
 def duration(seconds: float) -> str:
@@ -339,12 +355,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of parameters, batches and sample")
     add("--sample", type=whole_number, default=400, help="characters to generate at the end")
     add("--temperature", type=number, default=0.7, help="of the sample")
+    add("--checkpoint", type=Path, default=argparse.SUPPRESS, help="file to save the run in")
+    add("--resume", action="store_true", help="go on from the --checkpoint")
     add("--output", type=Path, default=Path("loss.png"), help="picture of the loss curve")
     options = parser.parse_args(arguments)
     if options.dims % options.heads:
         parser.error(f"--dims {options.dims} is not a multiple of --heads {options.heads}")
     if not 0 <= options.seed < 2**64:
         parser.error(f"--seed must be from 0 to 2**64 - 1 but got {options.seed}")
+    options.checkpoint = getattr(options, "checkpoint", None)
+    if options.resume and not options.checkpoint:
+        parser.error("--resume needs --checkpoint FILE")
+    if options.checkpoint and options.compare:
+        parser.error("--checkpoint goes without --compare")
+    if options.checkpoint and not options.checkpoint.parent.is_dir():
+        parser.error(f"--checkpoint: there is no folder {options.checkpoint.parent}")
     if options.output.suffix.lower() not in PICTURES:
         parser.error(f"--output: {options.output} must end in one of {', '.join(PICTURES)}")
     if not options.output.parent.is_dir():
@@ -377,6 +402,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if options.compare:
         print("Beside the bar, figures are those of stock / fused", flush=True)
+    mx.random.seed(options.seed)
+    if options.resume:
+        try:
+            ours.losses = load(options.checkpoint, ours.model, ours.optimizer, label_of(options))
+        except BadInput as error:
+            sys.exit(f"train.py: error: {error}")
+        print(f"Going on after step {len(ours.losses)}", flush=True)
     completed = train(runs, corpus, options)
     if not completed:
         steps = len(ours.losses)

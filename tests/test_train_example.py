@@ -334,3 +334,54 @@ def assert_one_line(done: subprocess.CompletedProcess, message: str) -> None:
     assert re.search(message, done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert not done.stdout
+
+
+def figures(output: str) -> str:
+    """What a run prints, but for times and speeds."""
+    return re.sub(r"[\d.,]+ (ms|s|tokens/s)\b|\([\d.]+%\)", "", output)
+
+
+def test_a_resumed_run_ends_as_one_that_did_not_stop(tmp_path):
+    """Stopped by Ctrl-C, at whatever step that comes."""
+    whole = train(tmp_path, *TINY, "--steps", "400", "--output", "whole.svg")
+    file = tmp_path / "run"
+    arguments = [*TINY, "--steps", "400", "--checkpoint", str(file)]
+    process = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    started = time.monotonic()
+    while not file.exists() and time.monotonic() < started + 120:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    first, _ = process.communicate(timeout=120)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("run"))
+    if process.returncode == example.INTERRUPTED:
+        done = int(re.search(r"of the first (\d+) of 400 steps", first)[1])
+    else:
+        assert process.returncode == 0
+        done = 400
+    assert names == ["run", f"run.model-{done}.safetensors"]
+    again = train(tmp_path, *arguments, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert f"Going on after step {done}\n" in again.stdout
+    rest = again.stdout.replace(f"Going on after step {done}\n", "").replace("loss.png", "")
+    assert figures(rest) == figures(whole.stdout.replace("whole.svg", ""))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    arguments = [*TINY, "--checkpoint", "run"]
+    assert train(tmp_path, *arguments).returncode == 0
+    for more, message in (
+        (["--seed", "3"], "run is of a run with other settings"),
+        (["--checkpoint", "none"], "none"),
+    ):
+        other = train(tmp_path, *arguments, *more, "--resume")
+        assert other.returncode != 0 and "Traceback" not in other.stderr
+        assert message in other.stderr
+    for wrong, message in (
+        (["--resume"], "--resume needs --checkpoint FILE"),
+        (["--checkpoint", "x", "--compare"], "--checkpoint goes without --compare"),
+        (["--checkpoint", "no/x"], "--checkpoint: there is no folder no"),
+    ):
+        other = train(tmp_path, *TINY, *wrong)
+        assert other.returncode == 2 and message in other.stderr

@@ -10,8 +10,8 @@ from ._compatibility import check_mlx as _check_mlx
 _check_mlx()  # before the extension loads: against another mlx it might crash instead of failing
 
 from . import _backends, _threads  # noqa: E402
-from ._ext import num_threads, set_num_threads  # noqa: E402
 from ._checkpoints import load_optimizer, save_optimizer  # noqa: E402
+from ._ext import num_threads, set_num_threads  # noqa: E402
 from ._operation import adam_update  # noqa: E402
 from ._optimizers import Adam, AdamW  # noqa: E402
 from ._storage import stock_state  # noqa: E402

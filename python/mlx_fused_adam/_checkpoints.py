@@ -115,7 +115,11 @@ def load_optimizer(
         if saved.get("decay_filter") == "callable" != mine.get("decay_filter"):
             _refuse(path, "a decay_filter that can be read", "a callable: give it to the optimizer")
         optimizer._take_description({k: saved[k] for k in differing if k in saved})
-    optimizer.state = state
+    # In the tree that a compiled step may have captured.
+    tree = optimizer.state
+    optimizer.state = tree
+    tree.clear()
+    tree.update(state)
 
 
 def _check_kind(op: str, optimizer: Any) -> None:
@@ -191,6 +195,7 @@ def _fitting_state(
     path: Path, arrays: dict[str, mx.array], optimizer: Adam | AdamW
 ) -> dict[str, Any]:
     """The state tree of the file, in the containers of the optimizer's own if it has one."""
+
     def is_extra(name: str) -> bool:
         return name.rpartition(".")[2] in EXTRAS
 
@@ -225,4 +230,3 @@ def _with_extras(state: Any, arrays: dict[str, mx.array], path: str = "") -> Any
     if isinstance(state, (list, tuple)):
         return type(state)(_with_extras(x, arrays, f"{inner}{i}") for i, x in enumerate(state))
     return state
-

@@ -256,7 +256,10 @@ class _Fused(_StockOptimizer):
         """Hyper-parameters and options, in what JSON can say."""
         has_schedule = "learning_rate" in self._schedulers
         found = {
-            "learning_rate": "schedule" if has_schedule else self.learning_rate.item(),
+            # As many digits as a float32 has.
+            "learning_rate": "schedule"
+            if has_schedule
+            else float(f"{self.learning_rate.item():.7g}"),
             "betas": [float(beta) for beta in self.betas],
             "eps": float(self.eps),
             "bias_correction": bool(self.bias_correction),
@@ -417,7 +420,9 @@ class AdamW(_Fused, _StockAdamW):
     def decayed(self, parameters: Any) -> list[str]:
         """The paths of those parameters that weight decay applies to; all of them without a ``decay_filter``."""
         known = self._decay_filter
-        return [path for path, x in tree_flatten(parameters) if known is None or known.decays(path, x)]
+        return [
+            path for path, x in tree_flatten(parameters) if known is None or known.decays(path, x)
+        ]
 
 
 def _those_with(gradients: Any, parameters: Any) -> Any:
