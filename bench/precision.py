@@ -2,8 +2,9 @@
 
 The model of examples/train.py is trained on the same batches with float32 (the reference, and other seeds of its parameters
 for the noise), with stock's and this package's 16-bit training, and with each option. Compared are the losses, and the bytes
-that parameters and state take. The runs have half the example's steps, with its whole schedule. With 16-bit parameters all of the model works in 16 bits. `--publish` makes
-bench/results/precision.* and the table in README.md, in about 20 minutes on two cores.
+that parameters and state take. The runs have half the example's steps, with its whole schedule. With 16-bit parameters all of
+the model works in 16 bits. `--publish` makes bench/results/precision.* and the table in README.md, in about 20 minutes on two
+cores.
 """
 
 import argparse
