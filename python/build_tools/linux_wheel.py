@@ -61,7 +61,7 @@ def test(wheel: Path) -> None:
         python = Path(folder) / "bin/python"
         run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cpu]", *TEST_PACKAGES)
         files = [ROOT / "tests" / name for name in TESTS]
-        run(python, "-m", "pytest", "-q", "-ra", *files, DEVICE="cpu")
+        run(python, "-m", "pytest", "-o", "addopts=", "-q", "-ra", *files, DEVICE="cpu")
 
 
 def main() -> None:
