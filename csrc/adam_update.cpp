@@ -5,13 +5,12 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 #include <typeinfo>
 
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
+#include "refuse.h"
 #include "state_codes.h"
 #include "storage.h"
 
@@ -23,14 +22,6 @@ namespace {
 
 // Larger tensors get a node each: they gain nothing from company, and freeing them one by one keeps memory flat.
 constexpr size_t kLargestGrouped = 1 << 16;
-
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  message << "[adam_update] ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
 
 const AdamExtras& extras_of(const AdamTensors& tensors, size_t i) {
   static const AdamExtras none;

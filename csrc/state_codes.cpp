@@ -1,7 +1,6 @@
 // See state_codes.h.
 #include "state_codes.h"
 
-#include <sstream>
 #include <stdexcept>
 
 #include "cpu_kernels.h"
@@ -9,6 +8,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
+#include "refuse.h"
 #include "storage.h"
 
 namespace fused_adam {
@@ -16,14 +16,6 @@ namespace fused_adam {
 namespace mx = mlx::core;
 
 namespace {
-
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  message << "[adam_update] ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
 
 // Inputs: values, and scales where they are codes; outputs alike. All row-major.
 class ConvertMoment : public mx::Primitive {

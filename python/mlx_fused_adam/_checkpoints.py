@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ._optimizers import Adam, AdamW
-from ._storage import EXTRAS, MOMENTS
+from ._storage import EXTRAS, map_states
 
 _FORMAT = "mlx_fused_adam.optimizer"
 _VERSION = 1
@@ -214,19 +214,12 @@ def _fitting_state(
     for name in sorted(mine):
         if arrays[name].shape != known[name].shape:
             _refuse(path, f"{name} of shape {known[name].shape}", f"shape {arrays[name].shape}")
+
+    def of_file(path: str, state: dict) -> dict[str, Any]:
+        """With just those extras that the file has."""
+        inner = f"{path}." if path else ""
+        plain = {k: x for k, x in state.items() if k not in EXTRAS}
+        return plain | {k: arrays[inner + k] for k in EXTRAS if inner + k in arrays}
+
     state = tree_map_with_path(lambda name, x: arrays.get(name, x), optimizer.state)
-    return _with_extras(state, arrays)
-
-
-def _with_extras(state: Any, arrays: dict[str, mx.array], path: str = "") -> Any:
-    """The tree, each parameter's state with just those extras that the file has."""
-    inner = f"{path}." if path else ""
-    if isinstance(state, dict):
-        if all(isinstance(state.get(name), mx.array) for name in MOMENTS):
-            plain = {k: x for k, x in state.items() if k not in EXTRAS}
-            extras = {k: arrays[inner + k] for k in EXTRAS if inner + k in arrays}
-            return plain | extras
-        return {k: _with_extras(x, arrays, f"{inner}{k}") for k, x in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(_with_extras(x, arrays, f"{inner}{i}") for i, x in enumerate(state))
-    return state
+    return map_states(of_file, state)

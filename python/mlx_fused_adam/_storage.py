@@ -6,6 +6,7 @@ Codes and remainders are those of csrc/storage_formats.h; what converts them is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -123,24 +124,29 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
         raise TypeError(
             f"[stock_state] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}"
         )
-    return _stock_tree("", optimizer.state, dtypes)
 
-
-def _stock_tree(path: str, node: Any, dtypes: dict[str, str]) -> Any:
-    if isinstance(node, dict) and all(isinstance(node.get(name), mx.array) for name in MOMENTS):
+    def stocks(path: str, state: dict) -> dict[str, Any]:
         if path not in dtypes:
             raise ValueError(
                 f"[stock_state] optimizer must know the parameter of {path or 'the state'} but got "
                 "none: call optimizer.init(parameters) first"
             )
-        return _stock_moments(path, node, dtypes[path])
+        return _stock_moments(path, state, dtypes[path])
+
+    return map_states(stocks, optimizer.state)
+
+
+def map_states(change: Callable[[str, dict], Any], tree: Any, path: str = "") -> Any:
+    """A new tree with each parameter's state replaced by ``change(path, state)``, and the rest as it is."""
+    if isinstance(tree, dict) and all(isinstance(tree.get(name), mx.array) for name in MOMENTS):
+        return change(path, tree)
     inner = f"{path}." if path else ""
-    if isinstance(node, dict):
-        return {key: _stock_tree(f"{inner}{key}", x, dtypes) for key, x in node.items()}
-    if isinstance(node, (list, tuple)):
-        items = [_stock_tree(f"{inner}{i}", x, dtypes) for i, x in enumerate(node)]
-        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
-    return node
+    if isinstance(tree, dict):
+        return {key: map_states(change, x, f"{inner}{key}") for key, x in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        items = [map_states(change, x, f"{inner}{i}") for i, x in enumerate(tree)]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return tree
 
 
 def _stock_moments(path: str, state: dict, dtype: str) -> dict[str, Any]:
