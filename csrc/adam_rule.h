@@ -20,11 +20,20 @@ struct AdamConstants {
 //   step_size          learning_rate, over (1 - beta1^step) under bias correction
 //   denominator_scale  1, or 1 / sqrt(1 - beta2^step) under bias correction
 //   decay              1 - learning_rate * weight_decay
+//   gradient_scale     1, or what clipping multiplies gradients by
 template <typename T>
 struct AdamScalars {
   T step_size;
   T denominator_scale;
   T decay;
+  T gradient_scale;
+};
+
+// How many of them, and what else, the array holds that hands them to a kernel: in the order of the fields.
+enum AdamScalarCounts {
+  kStepSizeOnly = 1,  // the others being 1
+  kUnclipped = 3,     // gradient_scale being 1
+  kGuarded = 5,       // and last whether the step is applied: 0 leaves everything as it was
 };
 
 template <typename T>
@@ -41,6 +50,7 @@ struct AdamRule {
   static ADAM_FUNCTION AdamState<T> step(AdamState<T> old, T gradient, AdamScalars<T> scalars,
                                          AdamConstants c) {
     using adam_math::sqrt;
+    gradient = gradient * scalars.gradient_scale;
     T kept_m = c.beta1 * old.m;
     T new_m = c.one_minus_beta1 * gradient;
     T m = kept_m + new_m;

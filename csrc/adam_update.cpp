@@ -116,10 +116,10 @@ AdamConstants constants_of(const AdamHyperparameters& h) {
 // Learning rate and step are often lazy, so their arithmetic is part of the graph: a few scalar operations a step, by
 // MLX itself and therefore equal to stock's on every device. Where the learning rate is all there is, none are needed.
 mx::array scalars_of(const mx::array& learning_rate, const std::optional<mx::array>& step,
-                     const AdamHyperparameters& h, mx::Stream s) {
+                     const AdamGuard& guard, const AdamHyperparameters& h, mx::Stream s) {
   auto lr = as_scalar("learning_rate", learning_rate, mx::float32, s);
-  if (!h.bias_correction && h.weight_decay == 0.0) return lr;
-  AdamScalars<mx::array> scalars{lr, constant(1.0), constant(1.0)};
+  if (!h.bias_correction && h.weight_decay == 0.0 && !guard.any()) return lr;
+  AdamScalars<mx::array> scalars{lr, constant(1.0), constant(1.0), constant(1.0)};
   if (h.bias_correction) {
     if (!step) refuse("step must be given with bias_correction but got None");
     auto t = as_scalar("step", *step, mx::float32, s);
@@ -132,13 +132,31 @@ mx::array scalars_of(const mx::array& learning_rate, const std::optional<mx::arr
   if (h.weight_decay != 0.0) {
     scalars.decay = mx::subtract(constant(1.0), mx::multiply(lr, constant(h.weight_decay), s), s);
   }
-  return mx::stack({scalars.step_size, scalars.denominator_scale, scalars.decay}, s);
+  std::vector<mx::array> packed{scalars.step_size, scalars.denominator_scale, scalars.decay};
+  if (guard.any()) {
+    auto given = [&](const char* what, const std::optional<mx::array>& x) {
+      return x ? as_scalar(what, *x, mx::float32, s) : constant(1.0);
+    };
+    packed.push_back(given("gradient_scale", guard.gradient_scale));
+    packed.push_back(given("is_applied", guard.is_applied));
+  }
+  return mx::stack(packed, s);
 }
 
-AdamScalars<mx::array> unpack(const mx::array& scalars) {
-  if (scalars.ndim() == 0) return {scalars, constant(1.0), constant(1.0)};
-  auto at = [&](int i) { return mx::reshape(mx::slice(scalars, {i}, {i + 1}), {}); };
-  return {at(0), at(1), at(2)};
+struct UnpackedScalars {
+  AdamScalars<mx::array> rule;
+  std::optional<mx::array> is_applied;
+};
+
+UnpackedScalars unpack(const mx::array& scalars) {
+  auto at = [&](int i) {
+    return size_t(i) < scalars.size()
+               ? mx::reshape(scalars.ndim() == 0 ? scalars : mx::slice(scalars, {i}, {i + 1}), {})
+               : constant(1.0);
+  };
+  UnpackedScalars unpacked{{at(0), at(1), at(2), at(3)}, std::nullopt};
+  if (scalars.size() == kGuarded) unpacked.is_applied = mx::not_equal(at(4), constant(0.0));
+  return unpacked;
 }
 
 struct ByFormats {
@@ -267,7 +285,7 @@ AdamResults build(const AdamTensors& tensors, const mx::array& scalars,
 }  // namespace
 
 AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_rate,
-                        const std::optional<mx::array>& step,
+                        const std::optional<mx::array>& step, const AdamGuard& guard,
                         const AdamHyperparameters& hyperparameters, const AdamRounding& rounding,
                         const std::vector<uint32_t>& numbers, const IsFused& is_fused,
                         bool wide_indices, mx::StreamOrDevice s, const TensorName& name) {
@@ -280,7 +298,7 @@ AdamResults adam_update(const AdamTensors& tensors, const mx::array& learning_ra
     }
   }
   auto stream = mx::to_stream(s);
-  auto scalars = scalars_of(learning_rate, step, hyperparameters, stream);
+  auto scalars = scalars_of(learning_rate, step, guard, hyperparameters, stream);
   std::optional<mx::array> counter;
   if (rounding.any()) counter = as_scalar("step", *step, mx::uint32, stream);
   return build(tensors, scalars, counter, rounding, numbers, is_fused, stream,
@@ -321,7 +339,7 @@ std::function<std::vector<mx::array>(const std::vector<mx::array>&)> AdamUpdate:
   return [rule = rule_, constants = constants_, first = common_inputs(),
           stream = stream()](const std::vector<mx::array>& inputs) {
     mx::StreamContext context(stream);
-    auto scalars = unpack(inputs[0]);
+    auto [scalars, is_applied] = unpack(inputs[0]);
     auto as = [](const mx::array& x, mx::Dtype dtype) { return mx::astype(x, dtype); };
     std::vector<mx::array> outputs;
     for (size_t i = first; i < inputs.size(); i += kFirstExtraInput) {
@@ -333,8 +351,12 @@ std::function<std::vector<mx::array>(const std::vector<mx::array>&)> AdamUpdate:
       auto g = as(gradient, mx::float32);
       auto next = rule == UpdateRule::adam ? AdamRule::step(old, g, scalars, constants)
                                            : TrafficRule::step(old, g, scalars, constants);
-      outputs.insert(outputs.end(), {as(next.parameter, parameter.dtype()), as(next.m, m.dtype()),
-                                     as(next.v, v.dtype())});
+      auto result = [&](const mx::array& next, const mx::array& old) {
+        auto stored = as(next, old.dtype());
+        return is_applied ? mx::where(*is_applied, stored, old) : stored;
+      };
+      outputs.insert(outputs.end(),
+                     {result(next.parameter, parameter), result(next.m, m), result(next.v, v)});
     }
     return outputs;
   };

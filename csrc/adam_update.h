@@ -33,6 +33,15 @@ struct AdamRounding {
   bool any() const { return parameter || m || v; }
 };
 
+// What the step's gradients say about it: what they are multiplied by (to clip them), and whether it is applied at all. Scalars
+// of the device, formed while the step runs.
+struct AdamGuard {
+  std::optional<mlx::core::array> gradient_scale;
+  std::optional<mlx::core::array> is_applied;
+
+  bool any() const { return gradient_scale || is_applied; }
+};
+
 // What some storage formats need beside the values: the remainder (int16) of a bfloat16 parameter, or for codes m (int8) and
 // v (uint8) the scales (bfloat16) of each row's blocks, so of shape [..., ceil(last / kBlockElements)]. All row-major.
 struct AdamExtras {
@@ -68,10 +77,10 @@ using IsFused = std::function<bool(mlx::core::Dtype, mlx::core::Dtype, mlx::core
 // Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction. Tensors of which `is_fused`
 // says false get the same update as a composition of MLX's operations, which rounds to nearest; those with extras, which MLX's
 // operations cannot store, from the CPU's kernel. Stochastic rounding needs a
-// step; `numbers` are the tensors' in its hash, or empty: their places in the lists. `wide_indices` makes kernels index in 64
+// step; a step that the guard does not let pass gives back what it was given, bit for bit; `numbers` are the tensors' in its hash, or empty: their places in the lists. `wide_indices` makes kernels index in 64
 // bits where 32 would do, so that a self-check can run what only huge tensors need.
 AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
-                        const std::optional<mlx::core::array>& step,
+                        const std::optional<mlx::core::array>& step, const AdamGuard& guard,
                         const AdamHyperparameters& hyperparameters, const AdamRounding& rounding,
                         const std::vector<uint32_t>& numbers, const IsFused& is_fused,
                         bool wide_indices, mlx::core::StreamOrDevice stream,
@@ -85,7 +94,7 @@ AdamResults traffic_probe(const AdamTensors& tensors, mlx::core::StreamOrDevice 
 // Names one of the rules of adam_rule.h.
 enum class UpdateRule { adam, traffic };
 
-// Inputs: scalars (float32; [3]: the fields of AdamScalars, or []: step_size, the others being 1), then step
+// Inputs: scalars (float32; [] or of one of AdamScalarCounts), then step
 // (uint32) if any result is rounded stochastically, then for each tensor parameter, gradient, m, v and extras.
 // Outputs: for each tensor parameter, m, v and extras. Extras are remainder, m_scale, v_scale, as far as the formats have them.
 // All tensors of a node share their formats.

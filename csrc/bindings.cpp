@@ -12,6 +12,7 @@
 #include "adam_update.h"
 #include "cpu_kernels.h"
 #include "in_place.h"
+#include "norm.h"
 #include "state_codes.h"
 #include "threads.h"
 
@@ -36,7 +37,7 @@ NB_MODULE(_ext, m) {
          double weight_decay, bool bias_correction, const std::tuple<bool, bool, bool>& rounding,
          uint64_t seed, const std::vector<uint32_t>& numbers, const fused_adam::IsFused& is_fused,
          bool wide_indices, mx::StreamOrDevice stream, const fused_adam::TensorName& name,
-         const Extras& extras) {
+         const Extras& extras, const Extra& gradient_scale, const Extra& is_applied) {
         auto [of_parameter, of_m, of_v] = rounding;
         fused_adam::AdamTensors tensors{std::move(parameters), std::move(gradients), std::move(m),
                                         std::move(v)};
@@ -44,8 +45,9 @@ NB_MODULE(_ext, m) {
           tensors.extras.push_back({remainder, m_scale, v_scale});
         }
         auto results = fused_adam::adam_update(
-            tensors, learning_rate, step, {beta1, beta2, eps, weight_decay, bias_correction},
-            {of_parameter, of_m, of_v, seed}, numbers, is_fused, wide_indices, stream, name);
+            tensors, learning_rate, step, {gradient_scale, is_applied},
+            {beta1, beta2, eps, weight_decay, bias_correction}, {of_parameter, of_m, of_v, seed},
+            numbers, is_fused, wide_indices, stream, name);
         Extras new_extras;
         for (auto& x : results.extras) new_extras.emplace_back(x.remainder, x.m_scale, x.v_scale);
         return std::make_tuple(std::move(results.parameters), std::move(results.m),
@@ -55,10 +57,11 @@ NB_MODULE(_ext, m) {
       nb::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
       "rounding"_a = std::make_tuple(false, false, false), "seed"_a = 0,
       "numbers"_a = std::vector<uint32_t>(), "is_fused"_a, "wide_indices"_a = false,
-      "stream"_a = nb::none(), "name"_a, "extras"_a = Extras(),
+      "stream"_a = nb::none(), "name"_a, "extras"_a = Extras(), "gradient_scale"_a = nb::none(),
+      "is_applied"_a = nb::none(),
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v, extras).
 
-``extras`` are (remainder, m_scale, v_scale) of each tensor, each of which may be None: the remainder (int16) of a bfloat16 parameter, and the scales (bfloat16) of m (int8) and v (uint8). ``is_fused(p, g, m, remainder)`` is asked once for each combination of dtypes; where it says False, the update is composed of MLX's operations instead, or run by the CPU's kernel if there are extras. ``rounding`` says which of parameter, m and v are rounded stochastically where they have 8 or 16 bits; the bits depend on ``seed``, ``step``, the tensor's of ``numbers`` (its place in the lists if they are empty) and the element. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+``extras`` are (remainder, m_scale, v_scale) of each tensor, each of which may be None: the remainder (int16) of a bfloat16 parameter, and the scales (bfloat16) of m (int8) and v (uint8). ``is_fused(p, g, m, remainder)`` is asked once for each combination of dtypes; where it says False, the update is composed of MLX's operations instead, or run by the CPU's kernel if there are extras. ``rounding`` says which of parameter, m and v are rounded stochastically where they have 8 or 16 bits; the bits depend on ``seed``, ``step``, the tensor's of ``numbers`` (its place in the lists if they are empty) and the element. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``gradient_scale`` multiplies gradients; where ``is_applied`` is false, results are what was given, bit for bit; both are scalar arrays. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def(
       "traffic_probe",
@@ -71,6 +74,11 @@ NB_MODULE(_ext, m) {
       "parameter"_a, "gradient"_a, "m"_a, "v"_a, "stream"_a = nb::none(),
       "The memory traffic of one update with an addition in place of its arithmetic, for "
       "benchmarks.");
+
+  m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(), "is_fused"_a,
+        "stream"_a = nb::none(),
+        "The sum of the squares of all gradients, lazily: a float32 scalar, not finite if a "
+        "gradient or the sum is not. ``is_fused(dtype)`` is asked once for each dtype.");
 
   m.def("encode_moment", &fused_adam::encode_moment, "moment"_a, "is_v"_a,
         "Codes (int8, or uint8 for v) and their blocks' scales, lazily, on the CPU.");

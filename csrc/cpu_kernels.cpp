@@ -4,6 +4,7 @@
 // for a newer instruction set could be the copy that the linker keeps for everyone.
 #include "cpu_kernels.h"
 
+#include <type_traits>
 #include <utility>
 
 #include "cpu_formats.h"
@@ -125,6 +126,95 @@ void update(const RunPointers& run, std::size_t first, std::size_t n, const Tens
   }
 }
 
+FUSED_ADAM_INLINE void keep_plane(Source from, Target to, Format format, std::size_t n) {
+  if (from.values != to.values) __builtin_memcpy(to.values, from.values, n * value_bytes(format));
+  if (from.extra == to.extra) return;
+  std::size_t extras = format == Format::bfloat16_remainder ? n : (n + kChunk - 1) / kChunk;
+  __builtin_memcpy(to.extra, from.extra, extras * sizeof(std::uint16_t));
+}
+
+void keep(const RunPointers& run, std::size_t, std::size_t n, const TensorFormats& formats,
+          AdamScalars<float>, AdamConstants, const StepRounding&) {
+  keep_plane(run.parameter, run.new_parameter, formats.parameter, n);
+  keep_plane(run.m, run.new_m, formats.m, n);
+  keep_plane(run.v, run.new_v, formats.v, n);
+}
+
+// One lane for each element of a chunk, so that the order of summation does not depend on the width of vectors.
+class SquareLanes {
+ public:
+  FUSED_ADAM_INLINE void add(const float* x) {
+    for (std::size_t i = 0; i < kVectors; ++i) {
+      Vector values;
+      __builtin_memcpy(&values, x + i * kWidth, sizeof values);
+      sums_[i] += values * values;
+    }
+  }
+
+  // The sum of all lanes, pairwise.
+  FUSED_ADAM_INLINE float total() const {
+    float lanes[kChunk];
+    __builtin_memcpy(lanes, sums_, sizeof lanes);
+    for (std::size_t half = kChunk / 2; half > 0; half /= 2) {
+      for (std::size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+  }
+
+ private:
+  static constexpr std::size_t kWidth = FUSED_ADAM_VECTOR_BYTES / sizeof(float);
+  static constexpr std::size_t kVectors = kChunk / kWidth;
+  typedef float Vector __attribute__((vector_size(FUSED_ADAM_VECTOR_BYTES)));
+
+  Vector sums_[kVectors] = {};
+};
+
+// A processor reads several streams faster than one: a run is read from so many places at once.
+constexpr std::size_t kStreams = 8;
+
+// The format may be one that is known when the kernel is compiled.
+template <typename OneFormat>
+FUSED_ADAM_INLINE double sum_of_squares_of(Source from, OneFormat format, std::size_t n) {
+  // So few additions a lane that their rounding stays far below a gradient's own.
+  constexpr std::size_t kMostAdditions = 64;
+  alignas(64) float buffer[kChunk];
+  double sum = 0.0;
+  SquareLanes lanes;
+  std::size_t additions = 0;
+  auto add = [&](const float* x) FUSED_ADAM_INLINE_LAMBDA {
+    lanes.add(x);
+    if (++additions < kMostAdditions) return;
+    sum += double(lanes.total());
+    lanes = SquareLanes();
+    additions = 0;
+  };
+  std::size_t chunks = n / kChunk, stream = chunks / kStreams;
+  for (std::size_t i = 0; i < stream; ++i) {
+    for (std::size_t j = 0; j < kStreams; ++j) {
+      add(load_chunk<kChunk>(from, format, (j * stream + i) * kChunk, buffer));
+    }
+  }
+  for (std::size_t i = stream * kStreams; i < chunks; ++i) {
+    add(load_chunk<kChunk>(from, format, i * kChunk, buffer));
+  }
+  if (n % kChunk > 0) {
+    PaddedChunk last;
+    auto rest = last.load(from, format, chunks * kChunk, n % kChunk);
+    add(load_chunk<kChunk>(rest, format, 0, buffer));
+  }
+  return sum + double(lanes.total());
+}
+
+double sum_of_squares(Source from, Format format, std::size_t n) {
+  if (format == Format::float32) {
+    return sum_of_squares_of(from, std::integral_constant<Format, Format::float32>(), n);
+  }
+  if (format == Format::bfloat16) {
+    return sum_of_squares_of(from, std::integral_constant<Format, Format::bfloat16>(), n);
+  }
+  return sum_of_squares_of(from, format, n);
+}
+
 void convert(Source from, Format from_format, Target to, Format to_format, std::size_t n) {
   auto one = [=](Source source, Target target, std::size_t at) {
     alignas(64) float buffer[kChunk];
@@ -216,6 +306,8 @@ Kernels make_kernels(const char* isa) {
   set.isa = isa;
   set.adam = update<AdamRule>;
   set.traffic = update<TrafficRule>;
+  set.keep = keep;
+  set.sum_of_squares = sum_of_squares;
   set.convert = convert;
   set.transpose_2_bytes = transpose<std::uint16_t>;
   set.transpose_4_bytes = transpose<std::uint32_t>;

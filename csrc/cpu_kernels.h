@@ -44,6 +44,10 @@ struct StepRounding {
 using Update = void (*)(const RunPointers&, std::size_t first, std::size_t n, const TensorFormats&,
                         AdamScalars<float>, AdamConstants, const StepRounding&);
 
+// The sum of the squares of n elements, in float32 and then float64; in the same order on every processor. Infinite or NaN if
+// a square is.
+using SumOfSquares = double (*)(Source, Format, std::size_t n);
+
 // Stores the n elements of a run in another format, rounded to nearest.
 using Convert = void (*)(Source, Format, Target, Format, std::size_t n);
 
@@ -59,6 +63,8 @@ struct Kernels {
   const char* isa;
   Update adam;
   Update traffic;
+  Update keep;  // gives the old values to the new arrays, bit for bit
+  SumOfSquares sum_of_squares;
   Convert convert;
   Transpose transpose_2_bytes;
   Transpose transpose_4_bytes;

@@ -22,6 +22,9 @@ class TensorUpdate {
   // Sets how the results of one step are rounded; to nearest without.
   void round(const AdamRounding& rounding, uint32_t step, uint32_t number);
 
+  // Lets `run` leave parameter, m and v as they are.
+  void keep() { update_ = kernels().keep; }
+
   // What it costs, in row-major elements that cost as much.
   size_t cost() const;
   size_t units() const { return units_; }

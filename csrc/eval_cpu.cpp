@@ -69,9 +69,12 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
                     count = inputs[0].size(), packed_holder = inputs[0].data_shared_ptr(),
                     counter = step.data<uint32_t>(), counter_holder = step.data_shared_ptr(),
                     constants = constants_, rounding = rounding_, numbers = numbers_]() mutable {
-    AdamScalars<float> scalars{packed[0], 1.0f, 1.0f};
-    if (count > 1) scalars = {packed[0], packed[1], packed[2]};
-    if (rounding.any()) {
+    AdamScalars<float> scalars{packed[0], 1.0f, 1.0f, 1.0f};
+    if (count >= kUnclipped) scalars = {packed[0], packed[1], packed[2], 1.0f};
+    if (count == kGuarded) scalars.gradient_scale = packed[3];
+    if (count == kGuarded && packed[4] == 0.0f) {
+      for (auto& tensor : tensors) tensor.keep();
+    } else if (rounding.any()) {
       for (size_t i = 0; i < tensors.size(); ++i) tensors[i].round(rounding, *counter, numbers[i]);
     }
     if (cost < kWorthThreads) {

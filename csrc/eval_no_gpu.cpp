@@ -2,11 +2,16 @@
 #include <stdexcept>
 
 #include "adam_update.h"
+#include "norm.h"
 
 namespace fused_adam {
 
 void AdamUpdate::eval_gpu(const std::vector<mlx::core::array>&, std::vector<mlx::core::array>&) {
   throw std::runtime_error("[AdamUpdate] this build has no GPU kernel; use a CPU stream");
+}
+
+void SumOfSquares::eval_gpu(const std::vector<mlx::core::array>&, std::vector<mlx::core::array>&) {
+  throw std::runtime_error("[SumOfSquares] this build has no GPU kernel; use a CPU stream");
 }
 
 Backend gpu_backend() { return {nullptr, "built for an MLX without Metal", 1}; }

@@ -1,6 +1,8 @@
 // Merges axes and classifies layouts; see layout.h.
 #include "layout.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <functional>
 #include <numeric>
 
@@ -78,6 +80,23 @@ Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx
     }
   }
   return layout;
+}
+
+Layout layout_of_one(const mx::array& x) {
+  Layout layout{LayoutKind::general};
+  std::vector<size_t> axes(x.ndim());
+  std::iota(axes.begin(), axes.end(), size_t{0});
+  std::stable_sort(axes.begin(), axes.end(), [&](size_t a, size_t b) {
+    return std::abs(x.strides(a)) > std::abs(x.strides(b));
+  });
+  for (size_t axis : axes) {
+    layout.shape.push_back(x.shape(axis));
+    for (auto& strides : layout.strides) strides.push_back(x.strides(axis));
+  }
+  merge_axes(layout, true);
+  bool has_gaps =
+      layout.shape.size() > 1 || (layout.shape.size() == 1 && layout.strides[0][0] != 1);
+  return has_gaps ? layout : Layout{LayoutKind::linear};
 }
 
 }  // namespace fused_adam

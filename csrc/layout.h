@@ -48,4 +48,8 @@ Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& grad
                  const mlx::core::array& m, const mlx::core::array& v, TileSides smallest_tile,
                  bool may_merge_rows = true);
 
+// How one array lies in memory, for what does not ask in which order its elements come: its axes from the longest stride to the
+// shortest, merged; linear if its elements follow each other without gaps in any order of axes. Never tiled.
+Layout layout_of_one(const mlx::core::array& x);
+
 }  // namespace fused_adam

@@ -24,6 +24,10 @@ _CHECKED = [
     (mx.bfloat16, mx.bfloat16, mx.bfloat16),
     (mx.float16, mx.float16, mx.bfloat16),
     (mx.float32, mx.bfloat16, mx.float32),
+    # and the norm of gradients:
+    (mx.float32,),
+    (mx.bfloat16,),
+    (mx.float16,),
 ]
 _ELEMENTS = 4_194_304
 _SECONDS, _FEWEST_ROUNDS = 3.0, 5

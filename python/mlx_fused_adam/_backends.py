@@ -14,7 +14,7 @@ import warnings
 import mlx.core as mx
 
 from . import _ext, _self_check
-from ._self_check import Dtypes
+from ._self_check import Dtypes, is_update
 
 Place = mx.Stream | mx.Device | mx.DeviceType | None
 
@@ -62,6 +62,10 @@ class Backend:
             backend_of(mx.cpu).is_fused(*dtypes)
         return False
 
+    def is_norm_fused(self, gradient: mx.Dtype) -> bool:
+        """The same for the kernel that sums the squares of gradients of this dtype."""
+        return self.name is not None and self._verdict((gradient,)) is None
+
     def place(self, asked: Place) -> Place:
         """Where to run what is asked to run there: another device if a kernel of one is forced."""
         if self.name is None:
@@ -80,7 +84,7 @@ class Backend:
         """
         self.check()
         failed = {dtypes: reason for dtypes, reason in self.verdicts.items() if reason}
-        if self.name is None or (failed and len(failed) == len(self.verdicts)):
+        if self.name is None or all(self.verdicts[d] for d in self.verdicts if is_update(d)):
             return f"stock ({self.reason or next(iter(failed.values()))})"
         if not failed:
             return self.name
@@ -115,7 +119,7 @@ class Backend:
 
 def needs_kernel(dtypes: Dtypes) -> bool:
     """Whether stock operations cannot store what has these dtypes: codes and remainders."""
-    return len(dtypes) > 3 or dtypes[2] == mx.int8
+    return is_update(dtypes) and (len(dtypes) > 3 or dtypes[2] == mx.int8)
 
 
 def _warn(what: str, reason: str, to: str = "stock operations") -> None:

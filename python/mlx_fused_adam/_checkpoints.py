@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
+from ._guard import GUARD_STATE, fit_guard_state
 from ._optimizers import Adam, AdamW
 from ._storage import EXTRAS, map_states
 
@@ -97,6 +98,9 @@ def load_optimizer(
     mine = _description(optimizer)
     if saved["class"] != mine["class"]:
         _refuse(path, f"the state of {mine['class']}", f"that of {saved['class']}")
+    if saved.get("shard_group") != mine["shard_group"]:
+        named = [x.get("shard_group") or "unsharded gradients" for x in (mine, saved)]
+        _refuse(path, f"the state of {named[0]}", f"that of {named[1]}")
     differing = [k for k in sorted(mine | saved) if mine.get(k) != saved.get(k)]
     if differing and hyperparameters == "error":
         told = "; ".join(f"{k}: {saved.get(k)!r}, not {mine.get(k)!r}" for k in differing)
@@ -115,6 +119,7 @@ def load_optimizer(
         if saved.get("decay_filter") == "callable" != mine.get("decay_filter"):
             _refuse(path, "a decay_filter that can be read", "a callable: give it to the optimizer")
         optimizer._take_description({k: saved[k] for k in differing if k in saved})
+    fit_guard_state(state, optimizer._options)
     # In the tree that a compiled step may have captured.
     tree = optimizer.state
     optimizer.state = tree
@@ -197,7 +202,7 @@ def _fitting_state(
     """The state tree of the file, in the containers of the optimizer's own if it has one."""
 
     def is_extra(name: str) -> bool:
-        return name.rpartition(".")[2] in EXTRAS
+        return name in GUARD_STATE or name.rpartition(".")[2] in EXTRAS
 
     for name in ("step", "learning_rate"):
         if name not in arrays:
@@ -222,4 +227,5 @@ def _fitting_state(
         return plain | {k: arrays[inner + k] for k in EXTRAS if inner + k in arrays}
 
     state = tree_map_with_path(lambda name, x: arrays.get(name, x), optimizer.state)
+    state |= {name: arrays[name] for name in GUARD_STATE if name in arrays}
     return map_states(of_file, state)

@@ -5,7 +5,9 @@ Everything but the update (state tree, schedules, defaults, errors) is inherited
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,12 +18,13 @@ from mlx.optimizers import AdamW as _StockAdamW
 from mlx.optimizers import Optimizer as _StockOptimizer
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from . import _ext
-from ._arguments import as_array, as_number, as_scalar, check_betas
+from ._arguments import as_array, as_number, check_betas
 from ._backends import backend_of
 from ._decay import DecayFilter
-from ._options import DESCRIBED, FUSED_DTYPES, Options, check_options
-from ._storage import EXTRAS, MOMENTS, adopted, dtypes_by_path, fresh, has_codes
+from ._guard import Guard, check_names, fit_guard_state, guard_of
+from ._options import FUSED_DTYPES, Options, check_options, refuse_unknown
+from ._step import Leaves, Step
+from ._storage import adopted, dtypes_by_path, fresh
 from ._tree import Walk
 
 
@@ -35,6 +38,11 @@ class _Fused(_StockOptimizer):
     _options: Options
     _parameter_dtypes: dict[str, str]  # of those that init has seen, by path
     _decay_filter: DecayFilter | None = None
+
+    def _set_options(self, options: Options) -> None:
+        self._options = options
+        self._parameter_dtypes = {}
+        fit_guard_state(self._state, options)
 
     @property
     def backend(self) -> str:
@@ -62,8 +70,10 @@ class _Fused(_StockOptimizer):
 
         dtypes = self._parameter_dtypes | dtypes_by_path(parameters)
         try:
+            check_names(parameters, self._options)
             if self._decay_filter:
                 self._decay_filter.check(dtypes)
+            fit_guard_state(self._state, self._options)
             super().init(parameters)
             tree_map_with_path(take_over, parameters, self._state)
         except BaseException:
@@ -98,6 +108,11 @@ class _Fused(_StockOptimizer):
         before = tree_map(lambda x: x, self._state) if copy_all else dict(self._state)
         try:
             if has_own_rule:
+                if self._options.has_guard:
+                    raise ValueError(
+                        f"[{self._options.op}] apply_single must be the package's own with max_grad_norm and "
+                        f"skip_nonfinite but got one of {type(self).__name__}, which would not obey them"
+                    )
                 return super().apply_gradients(gradients, parameters)
             if not was_initialized:
                 self.init(_those_with(gradients, parameters))
@@ -105,7 +120,10 @@ class _Fused(_StockOptimizer):
             for name, scheduler in self._schedulers.items():
                 self.state[name] = scheduler(step)
             self.state["step"] = step + 1
-            return self._apply_tree(gradients, parameters, self.state)
+            result, guard = self._apply_tree(gradients, parameters, self.state)
+            if guard:
+                guard.record(self.state, before, ("step", *self._schedulers))
+            return result
         except BaseException as error:
             # A refused update is no step, and leaves no moments of a wrong shape behind.
             self._state.clear()
@@ -117,140 +135,36 @@ class _Fused(_StockOptimizer):
             raise
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-        """Update one parameter with ``state["m"]`` and ``state["v"]``; return the new parameter."""
-        return self._apply_tree(gradient, parameter, state)
+        """Update one parameter with ``state["m"]`` and ``state["v"]``; return the new parameter.
 
-    def _apply_tree(self, gradients: Any, parameters: Any, states: Any) -> Any:
+        The options that look at all gradients take this one for all; what they record is not written.
+        """
+        return self._apply_tree(gradient, parameter, state)[0]
+
+    def _apply_tree(self, gradients: Any, parameters: Any, states: Any) -> tuple[Any, Guard | None]:
+        """The new parameters, and what the gradients as a whole have said."""
         walk = Walk(gradients, parameters, states)
-        try:
-            others = [i for i, p in enumerate(walk.parameters) if p.dtype not in FUSED_DTYPES]
-        except AttributeError:  # not even an array; named below
-            others = [0]
-        try:
-            new, states = self._apply_mixed(walk) if others else self._apply_fused(walk)
-        except TypeError:
-            if others:
-                raise
-            # NumPy moments, or the error that names what is no array.
-            new, states = self._apply_mixed(walk)
+        guard = guard_of(walk.gradients, self._options, walk.paths)
+        step = Step(
+            self.learning_rate,
+            self.step,
+            self.betas,
+            self.eps,
+            float(getattr(self, "weight_decay", 0.0)),
+            self.bias_correction,
+            self._options,
+            self._decay_filter,
+            guard,
+            super().apply_single,
+            partial(_StockAdam.apply_single, self),
+        )
+        new, states = step.update(Leaves(walk.gradients, walk.parameters, walk.states, walk.paths))
         walk.fill(new)
         result = walk.result()
         # Only once nothing can go wrong any more.
         for old, changed in zip(walk.states, states, strict=True):
             old.update(changed)
-        return result
-
-    def _apply_fused(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
-        """New parameters, and what is new in their states."""
-        return self._update(walk.gradients, walk.parameters, walk.states, [], walk.paths)
-
-    def _apply_mixed(self, walk: Walk) -> tuple[list[mx.array], list[dict]]:
-        """The same where not all leaves are what the kernels take: NumPy arrays are converted, other dtypes go to stock."""
-        fused, others = [], []
-        paths = walk.paths()
-        columns = zip(paths, walk.parameters, walk.gradients, walk.states, strict=True)
-        for i, (path, parameter, gradient, state) in enumerate(columns):
-            parameter = as_array("parameter", parameter, path)
-            gradient = as_array("gradient", gradient, path)
-            stored = {
-                name: as_array(name, state[name], path)
-                for name in (*MOMENTS, *EXTRAS)
-                if name in MOMENTS or name in state
-            }
-            leaves = fused if parameter.dtype in FUSED_DTYPES else others
-            leaves.append((i, gradient, parameter, {**state, **stored}))
-        new: dict[int, tuple[mx.array, dict]] = {}
-        for i, gradient, parameter, state in others:
-            if has_codes(state):
-                raise ValueError(
-                    f"[{self._options.op}] state of {paths[i]} must not be in codes for a parameter of "
-                    f"{parameter.dtype} but is: call init(parameters) after a change of dtypes"
-                )
-            if self._decay_filter is None or self._decay_filter.decays(paths[i], parameter):
-                new[i] = (super().apply_single(gradient, parameter, state), state)
-            else:
-                new[i] = (_StockAdam.apply_single(self, gradient, parameter, state), state)
-        if fused:
-            indices, gradients, parameters, states = map(list, zip(*fused, strict=True))
-            updated = self._update(
-                gradients, parameters, states, indices, lambda: [paths[i] for i in indices]
-            )
-            new.update(zip(indices, zip(*updated, strict=True), strict=True))
-        leaves = [new[i] for i in range(len(new))]
-        return [parameter for parameter, _ in leaves], [state for _, state in leaves]
-
-    def _update(
-        self,
-        gradients: Sequence[mx.array],
-        parameters: Sequence[mx.array],
-        states: Sequence[dict],
-        numbers: Sequence[int],
-        paths: Callable[[], list[str]],
-    ) -> tuple[list[mx.array], list[dict]]:
-        """New parameters, and what is new in their states; ``paths`` is called where paths are needed."""
-        weight_decay = float(getattr(self, "weight_decay", 0.0))
-        if self._decay_filter is None or weight_decay == 0:
-            return self._update_alike(gradients, parameters, states, numbers, paths, weight_decay)
-        known = paths()
-        leaves = list(zip(gradients, parameters, states, strict=True))
-        new: list[Any] = [None] * len(leaves)
-        decays = [self._decay_filter.decays(*x) for x in zip(known, parameters, strict=True)]
-        for part in (True, False):
-            places = [i for i, is_decayed in enumerate(decays) if is_decayed == part]
-            if not places:
-                continue
-            columns = map(list, zip(*(leaves[i] for i in places), strict=True))
-            updated = self._update_alike(
-                *columns,
-                [numbers[i] for i in places] if numbers else places,
-                lambda places=places: [known[i] for i in places],
-                weight_decay if part else 0.0,
-            )
-            for i, result in zip(places, zip(*updated, strict=True), strict=True):
-                new[i] = result
-        return [parameter for parameter, _ in new], [state for _, state in new]
-
-    def _update_alike(
-        self,
-        gradients: Sequence[mx.array],
-        parameters: Sequence[mx.array],
-        states: Sequence[dict],
-        numbers: Sequence[int],
-        paths: Callable[[], list[str]],
-        weight_decay: float,
-    ) -> tuple[list[mx.array], list[dict]]:
-        """The same for parameters that all have this weight decay."""
-        beta1, beta2 = self.betas
-        backend = backend_of()
-
-        def name(i: int) -> str:
-            return paths()[i]
-
-        extras = self._extras(parameters, states, name) if self._options.has_extras else []
-        new_parameters, new_m, new_v, new_extras = _ext.adam_update(
-            parameters,
-            gradients,
-            [state["m"] for state in states],
-            [state["v"] for state in states],
-            as_scalar("learning_rate", self.learning_rate),
-            as_scalar("step", self.step),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(self.eps),
-            weight_decay=weight_decay,
-            bias_correction=bool(self.bias_correction),
-            rounding=self._options.rounding,
-            seed=self._options.seed,
-            numbers=numbers,
-            is_fused=backend.is_fused,
-            stream=backend.place(None),
-            name=name,
-            extras=extras,
-        )
-        new = [{"m": m, "v": v} for m, v in zip(new_m, new_v, strict=True)]
-        for state, stored in zip(new, new_extras, strict=bool(new_extras)):
-            state |= {key: x for key, x in zip(EXTRAS, stored, strict=True) if x is not None}
-        return new_parameters, new
+        return result, guard
 
     def _description(self) -> dict[str, Any]:
         """Hyper-parameters and options, in what JSON can say."""
@@ -275,31 +189,15 @@ class _Fused(_StockOptimizer):
 
     def _take_description(self, found: dict[str, Any]) -> None:
         """Hyper-parameters and options of another optimizer's description; the learning rate goes with the state."""
-        op = self._options.op
-        asked = self._options.described() | found
-        options = check_options(op, *(asked[name] for name in DESCRIBED))
+        options = self._options.as_described(found)
         decay_filter = self._decay_filter
         if "decay_filter" in found:
-            asked_filter = found["decay_filter"]
-            decay_filter = None if asked_filter is None else DecayFilter(op, asked_filter)
+            asked = found["decay_filter"]
+            decay_filter = None if asked is None else DecayFilter(options.op, asked)
         self._options, self._decay_filter = options, decay_filter
         for name in ("betas", "eps", "bias_correction", "weight_decay"):
             if name in found:
                 setattr(self, name, found[name])
-
-    def _extras(
-        self, parameters: Sequence[mx.array], states: Sequence[dict], name: Callable[[int], str]
-    ) -> list[tuple[mx.array | None, ...]]:
-        """What states hold beside ``m`` and ``v``."""
-        for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
-            if reason := self._options.why_not(parameter):
-                raise ValueError(f"[{self._options.op}] parameter of {name(i)} {reason}")
-            if self._options.has_remainder(parameter) and "remainder" not in state:
-                raise ValueError(
-                    f"[{self._options.op}] state of {name(i)} must hold a remainder for master_weights but "
-                    "got none: call init(parameters) after a change of parameters' dtypes"
-                )
-        return [tuple(map(state.get, EXTRAS)) for state in states]
 
 
 class Adam(_Fused, _StockAdam):
@@ -327,11 +225,19 @@ class Adam(_Fused, _StockAdam):
         master_weights (bool): Whether the state of a bfloat16 parameter holds the rest of its float32 value (``remainder``,
             int16), so that training equals that of float32 parameters. The parameter is then the float32 value rounded to
             nearest, ties away from zero. float32 parameters need none; float16 ones are refused. Default: ``False``.
+        max_grad_norm (float, optional): The largest global norm of the gradients, greater than 0: larger gradients are scaled
+            down inside the update, as by ``mlx.optimizers.clip_grad_norm``, whose norm is here summed in float32. The norm
+            before clipping is ``state["grad_norm"]``, a float32 array. Default: no clipping.
+        skip_nonfinite (bool): Whether a step whose gradients hold NaN or infinity, or whose squares sum up to more than
+            float32 holds (3.4e38), changes nothing: parameters, moments, step and schedules stay bit for bit, and
+            ``state["skipped"]``, a uint64 array, counts one more. Default: ``False``.
+        shard_group (mlx.core.distributed.Group, optional): The processes that the gradients are sharded over, as with
+            ``mlx.nn.fully_shard``: norm and decision are those of all shards. Default: the gradients are whole.
 
     Raises:
         ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's
-            value that is none of those to choose from.
-        TypeError: At construction, for what is no number.
+            value that is none of those to choose from, or goes ill with another.
+        TypeError: At construction, for what is no number, or an option that there is not.
     """
 
     def __init__(
@@ -345,48 +251,40 @@ class Adam(_Fused, _StockAdam):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         master_weights: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        shard_group: mx.distributed.Group | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown("Adam", unknown, _names_of_arguments(Adam))
         super().__init__(
             _learning_rate("Adam", learning_rate),
             list(check_betas("Adam", betas)),
             as_number("Adam", "eps", eps),
             bias_correction,
         )
-        self._options = check_options(
-            "Adam", state_dtype, stochastic_rounding, seed, master_weights
+        self._set_options(
+            check_options(
+                "Adam",
+                state_dtype=state_dtype,
+                stochastic_rounding=stochastic_rounding,
+                seed=seed,
+                master_weights=master_weights,
+                max_grad_norm=max_grad_norm,
+                skip_nonfinite=skip_nonfinite,
+                shard_group=shard_group,
+            )
         )
-        self._parameter_dtypes = {}
 
 
 class AdamW(_Fused, _StockAdamW):
-    """``mlx.optimizers.AdamW`` in one pass over memory; see :class:`Adam`.
+    """``mlx.optimizers.AdamW`` in one pass over memory. Arguments and errors are :class:`Adam`'s, and beside them:
 
     Args:
-        learning_rate (float or callable): The learning rate, or a schedule of the step.
-        betas (list[float]): Decay rates of ``m`` and ``v``. Default: ``[0.9, 0.999]``.
-        eps (float): Added to the denominator. Default: ``1e-8``.
         weight_decay (float): Decoupled weight decay (Loshchilov & Hutter 2019). Default: ``0.01``.
-        bias_correction (bool): Whether to divide ``m`` and ``v`` by what they lack in their first steps, having
-            started from zero (Kingma & Ba 2015, section 3). Default: ``False``.
-        state_dtype (str or Dtype, optional): In which ``m`` and ``v`` are stored: ``"float32"``, ``"bfloat16"``, or ``"int8"``:
-            codes of 8 bits, with a scale for each 32 neighbours along the last axis. Parameters of less than 4096 elements,
-            or with a last axis below 32, have bfloat16 where int8 is asked for. Default: float32 for float32 parameters,
-            bfloat16 for 16-bit ones.
-        stochastic_rounding (bool, optional): Which 16-bit values are rounded up or down at random, so that the mean is right:
-            ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as well;
-            ``False``: none, which ``"int8"`` refuses: its codes are always rounded at random. Default: ``None``.
-        seed (int): Of that rounding. Equal seeds give equal results, on any device and after a resume. Default: ``0``.
-        master_weights (bool): Whether the state of a bfloat16 parameter holds the rest of its float32 value (``remainder``,
-            int16), so that training equals that of float32 parameters. The parameter is then the float32 value rounded to
-            nearest, ties away from zero. float32 parameters need none; float16 ones are refused. Default: ``False``.
         decay_filter (callable, str or list[str], optional): What weight decay applies to: a callable of path and parameter
             that returns a bool, asked once for each path; or regular expressions, one of which must be found in the path
             (``"layers.0.mlp.weight"``). Default: everything.
-
-    Raises:
-        ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's
-            value that is none of those to choose from.
-        TypeError: At construction, for what is no number.
     """
 
     def __init__(
@@ -401,8 +299,13 @@ class AdamW(_Fused, _StockAdamW):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         master_weights: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        shard_group: mx.distributed.Group | None = None,
         decay_filter: Callable[[str, mx.array], bool] | Sequence[str] | str | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown("AdamW", unknown, _names_of_arguments(AdamW))
         super().__init__(
             _learning_rate("AdamW", learning_rate),
             list(check_betas("AdamW", betas)),
@@ -410,10 +313,18 @@ class AdamW(_Fused, _StockAdamW):
             as_number("AdamW", "weight_decay", weight_decay),
             bias_correction,
         )
-        self._options = check_options(
-            "AdamW", state_dtype, stochastic_rounding, seed, master_weights
+        self._set_options(
+            check_options(
+                "AdamW",
+                state_dtype=state_dtype,
+                stochastic_rounding=stochastic_rounding,
+                seed=seed,
+                master_weights=master_weights,
+                max_grad_norm=max_grad_norm,
+                skip_nonfinite=skip_nonfinite,
+                shard_group=shard_group,
+            )
         )
-        self._parameter_dtypes = {}
         if decay_filter is not None:
             self._decay_filter = DecayFilter("AdamW", decay_filter)
 
@@ -431,6 +342,11 @@ def _those_with(gradients: Any, parameters: Any) -> Any:
         return tree_map(lambda _, x: as_array("parameter", x), gradients, parameters)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return gradients  # what is missing is named by the update
+
+
+def _names_of_arguments(kind: type) -> list[str]:
+    parameters = inspect.signature(kind).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
 
 
 def _learning_rate(op: str, x: Any) -> Any:

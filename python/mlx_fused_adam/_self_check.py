@@ -2,8 +2,9 @@
 trusted to the kernels.
 
 Every kernel that the combination can meet takes part: row-major tensors alone and in company, aligned and not,
-column-major and strided gradients, indices of 32 and 64 bits, more work than one threadgroup or thread, and a second step
-that finds its buffers free to be reused.
+column-major and strided gradients, indices of 32 and 64 bits, more work than one threadgroup or thread, a second step
+that finds its buffers free to be reused, clipped gradients, and a step that is not applied. The kernel that sums the
+gradients' squares is checked by itself, for each dtype of gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import mlx.core as mx
 # As they are at import: a user may put this package's classes in their place, and the reference must not be ourselves.
 from mlx.optimizers import AdamW as _StockAdamW
 
-# Of a parameter, its gradient, its m (with int8, v is uint8), and of its remainder if there is one.
+# Of a parameter, its gradient, its m (with int8, v is uint8), and of its remainder if there is one. Of the gradient alone where
+# the sum of its squares is meant.
 Dtypes = tuple[mx.Dtype, ...]
 
 # Error allowed, relative to each element: a few roundings in float32, one in the 16-bit dtypes, one code in those of 8 bits.
@@ -29,6 +31,9 @@ TOLERANCE = {
     mx.int8: 0.1,
     mx.uint8: 0.04,
 }
+
+# Of a sum of squares, all of one sign.
+_NORM_TOLERANCE = 1e-5
 
 _BETAS = (0.9, 0.99)
 _SETTINGS = {"eps": 1e-6, "weight_decay": 0.1, "bias_correction": True}
@@ -59,6 +64,10 @@ class Tensor(NamedTuple):
             v = extension.decode_moment(self.v, self.v_scale)
         return [parameter, m, v]
 
+    def stored(self) -> list[mx.array]:
+        """What an update writes."""
+        return [x for name, x in self._asdict().items() if x is not None and name != "gradient"]
+
     def tolerances(self) -> list[float]:
         """What errors of those values are allowed."""
         parameter = self.parameter.dtype if self.remainder is None else mx.float32
@@ -71,11 +80,20 @@ class Case(NamedTuple):
     kernel: str
     tensors: list[Tensor]
     wide_indices: bool = False
+    gradient_scale: float | None = None
+    is_skipped: bool = False
     is_stochastic: bool = False  # results may then be either neighbour, so twice as far off
 
 
+def is_update(dtypes: Dtypes) -> bool:
+    """Whether the dtypes are those of an update, not of a sum of squares."""
+    return len(dtypes) > 1
+
+
 def names(dtypes: Dtypes) -> str:
-    """As in ``float32``, or ``float32 with bfloat16 gradients and float32 moments``."""
+    """As in ``float32``, ``float32 with bfloat16 gradients and float32 moments``, or ``norms of float32 gradients``."""
+    if not is_update(dtypes):
+        return f"norms of {str(dtypes[0]).rpartition('.')[2]} gradients"
     parameter, gradient, state, *rest = (str(dtype).rpartition(".")[2] for dtype in dtypes)
     if parameter == gradient == state and not rest:
         return parameter
@@ -103,24 +121,68 @@ def errors(
     if kind not in _streams:
         _streams[kind] = mx.new_thread_unsafe_stream(kind)
         extension.note_idle_stream()
+    if not is_update(dtypes):
+        with mx.stream(_streams[kind]):
+            yield "norm", _error_of_norm(extension, dtypes[0])
+        return
     cases = [_alone, _group, _column_major, _strided, _strided_wide]
     if dtypes[2] != mx.float32 or (dtypes[0] != mx.float32 and len(dtypes) == 3):
         cases.append(_stochastic)
     for make in cases:
         with mx.stream(_streams[kind]):
             error = _error_of(extension, case := make(extension, dtypes))
+            skipped = make(extension, dtypes)._replace(is_skipped=True)
         yield case.kernel, error
+        with mx.stream(_streams[kind]):
+            error = _change_of(extension, skipped)
+        yield f"{case.kernel}, skipped", error
 
 
 def _error_of(extension: ModuleType, case: Case) -> float:
     worst = 0.0
     for step in (_FIRST_STEP, _FIRST_STEP + 1):
-        expected = [_stock_update(extension, tensor, step) for tensor in case.tensors]
+        scale = 1.0 if case.gradient_scale is None else case.gradient_scale
+        expected = [_stock_update(extension, tensor, step, scale) for tensor in case.tensors]
         case = case._replace(tensors=_update(extension, case, step))
         mx.eval(case.tensors)
         for tensor, values in zip(case.tensors, expected, strict=True):
             worst = max(worst, _error(extension, tensor, values))
     return worst / 2 if case.is_stochastic else worst
+
+
+def _change_of(extension: ModuleType, case: Case) -> float:
+    """Infinite if an update that is not applied changes anything, else 0."""
+    before = [[x + 0 for x in tensor.stored()] for tensor in case.tensors]
+    mx.eval(before)
+    new = _update(extension, case, _FIRST_STEP)
+    del case  # so that it is in place where it may be
+    pairs = zip(before, new, strict=True)
+    same = [mx.array_equal(a, b) for old, t in pairs for a, b in zip(old, t.stored(), strict=True)]
+    return 0.0 if mx.all(mx.stack(same)).item() else math.inf
+
+
+def _error_of_norm(extension: ModuleType, dtype: mx.Dtype) -> float:
+    """More than one threadgroup's or thread's share, small and large, every layout; then what is not finite."""
+    x = _sample(dtype, 150, 170)
+    gradients = [
+        _sample(dtype, 70001), *(_sample(dtype, size) for size in (1, 37, 301, 1025)),
+        x, x.T, x[:, ::2], x[1:], x.reshape(15, 10, 170)[:, 3].T, _sample(dtype, 600)[1:],
+        mx.broadcast_to(x[0], (20, 170)), mx.zeros((0, 3), dtype), x[::-1, 7:],
+    ]  # fmt: skip
+    mx.eval(gradients)
+
+    def total(gradients: list[mx.array]) -> float:
+        return extension.sum_of_squares(gradients, is_fused=lambda dtype: True).item()
+
+    squares = [mx.sum(mx.square(g.astype(mx.float32))) for g in gradients]
+    expected = mx.sum(mx.stack(squares)).item()
+    worst = abs(total(gradients) - expected) / expected / _NORM_TOLERANCE
+    for bad in (math.nan, math.inf, -math.inf):
+        for at in (0, 301, 599):
+            spoiled = mx.where(mx.arange(600) == at, mx.array(bad, dtype), _sample(dtype, 600))
+            if math.isfinite(total([x, spoiled, x.T])):
+                return math.inf
+    return worst
 
 
 def _update(extension: ModuleType, case: Case, step: int) -> list[Tensor]:
@@ -132,6 +194,8 @@ def _update(extension: ModuleType, case: Case, step: int) -> list[Tensor]:
         beta1=_BETAS[0], beta2=_BETAS[1], **_SETTINGS,
         rounding=(case.is_stochastic,) * 3, extras=list(zip(*extras, strict=True)) if has_extras else [],
         is_fused=lambda *dtypes: True, wide_indices=case.wide_indices, name=str,
+        gradient_scale=None if case.gradient_scale is None else mx.array(case.gradient_scale),
+        is_applied=mx.array(False) if case.is_skipped else None,
     )  # fmt: skip
     new = zip(new_parameters, gradients, new_m, new_v, strict=True)
     if not has_extras:
@@ -139,13 +203,16 @@ def _update(extension: ModuleType, case: Case, step: int) -> list[Tensor]:
     return [Tensor(*arrays, *more) for arrays, more in zip(new, new_extras, strict=True)]
 
 
-def _stock_update(extension: ModuleType, tensor: Tensor, step: int) -> list[mx.array]:
+def _stock_update(
+    extension: ModuleType, tensor: Tensor, step: int, gradient_scale: float
+) -> list[mx.array]:
     """Parameter, m and v in float32, evaluated, and sharing no buffer with what they come from."""
     reference = _StockAdamW(_LEARNING_RATE, betas=list(_BETAS), **_SETTINGS)
     reference.state["step"] = mx.array(step, mx.uint64)
     parameter, m, v = tensor.values(extension)
     state = {"m": m, "v": v}
-    new = reference.apply_single(tensor.gradient.astype(mx.float32), parameter, state)
+    gradient = tensor.gradient.astype(mx.float32) * gradient_scale
+    new = reference.apply_single(gradient, parameter, state)
     expected = [new, state["m"], state["v"]]
     mx.eval(expected)
     return expected
@@ -200,7 +267,7 @@ def _group(extension: ModuleType, dtypes: Dtypes) -> Case:
     """Small tensors in one node, one of which begins between two vectors."""
     tensors = [_tensor(extension, dtypes, _sample(dtypes[1], size)) for size in (37, 301, 1025)]
     tensors.insert(1, _from_second_block(_tensor(extension, dtypes, _sample(dtypes[1], 600))))
-    return Case("group", tensors)
+    return Case("group", tensors, gradient_scale=0.75)
 
 
 def _from_second_block(tensor: Tensor) -> Tensor:
@@ -215,7 +282,8 @@ def _from_second_block(tensor: Tensor) -> Tensor:
 
 
 def _column_major(extension: ModuleType, dtypes: Dtypes) -> Case:
-    return Case("column-major", [_tensor(extension, dtypes, _sample(dtypes[1], 150, 170).T)])
+    tensor = _tensor(extension, dtypes, _sample(dtypes[1], 150, 170).T)
+    return Case("column-major", [tensor], gradient_scale=0.75)
 
 
 def _strided(extension: ModuleType, dtypes: Dtypes) -> Case:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from . import _ext
 from ._arguments import as_array
+from ._guard import GUARD_STATE
 from ._options import FUSED_DTYPES, Options
 
 MOMENTS = ("m", "v")
@@ -133,7 +134,8 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
             )
         return _stock_moments(path, state, dtypes[path])
 
-    return map_states(stocks, optimizer.state)
+    state = map_states(stocks, optimizer.state)
+    return {k: x for k, x in state.items() if not (k in GUARD_STATE and isinstance(x, mx.array))}
 
 
 def map_states(change: Callable[[str, dict], Any], tree: Any, path: str = "") -> Any:
