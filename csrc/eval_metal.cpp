@@ -12,11 +12,12 @@
 #include <vector>
 
 #include "adam_args.h"
-#include "adam_shader.h"
 #include "adam_update.h"
 #include "in_place.h"
 #include "layout.h"
+#include "metal_kernel.h"
 #include "mlx/backend/metal/device.h"
+#include "shaders.h"
 #include "storage.h"
 #include "storage_formats.h"
 
@@ -32,7 +33,7 @@ constexpr int64_t kLargestDispatch = int64_t{1} << 30;
 // Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
 constexpr TileSides kSmallestTile{16, 16};
 
-// What the shader calls a format; codes of m and v go by one name.
+// What the shader calls a format of an update; codes of m and v go by one name.
 const char* metal_type(Format format) {
   switch (format) {
     case Format::float32:
@@ -149,17 +150,9 @@ class Kernels {
 
   // Compiles what is not compiled yet; `use` may follow.
   void fetch(Kernel kernel) {
-    try {
-      auto library = device_.get_library("fused_adam<" + variant_ + ">", [&] { return source(); });
-      pipelines_[kernel] = device_.get_kernel(kKernelNames[kernel], library);
-      if (pipelines_[kernel]->maxTotalThreadsPerThreadgroup() < kThreads) {
-        throw std::runtime_error("this GPU runs too few of its threads together");
-      }
-    } catch (const std::exception& error) {
-      throw std::runtime_error("[AdamUpdate] Metal kernel " + std::string(kKernelNames[kernel]) +
-                               "<" + variant_ + "> must compile and load but got: " + error.what() +
-                               "\nNothing was updated. MLX_FUSED_ADAM_BACKEND=stock does without");
-    }
+    pipelines_[kernel] = metal_kernel(
+        device_, "fused_adam<" + variant_ + ">", [&] { return source(); }, kKernelNames[kernel],
+        "AdamUpdate", kThreads);
   }
 
   MTL::ComputePipelineState* use(Kernel kernel) const { return pipelines_[kernel]; }

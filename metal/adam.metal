@@ -8,6 +8,7 @@
 
 #include "adam_args.h"
 #include "adam_rule.h"
+#include "runs.h"
 #include "storage_formats.h"
 
 using namespace metal;
@@ -58,13 +59,6 @@ struct TensorPointers {
   ExtraPointers extra;
 };
 
-inline AdamScalars<float> load_scalars(const device float* scalars, uint count) {
-  if (count == 1) {
-    return {scalars[0], 1.0f, 1.0f};
-  }
-  return {scalars[0], scalars[1], scalars[2]};
-}
-
 // How the results of a tensor are rounded in one step, and those of one element.
 struct TensorRounding {
   uint flags;
@@ -77,14 +71,36 @@ struct ElementRounding {
   Rounding v;
 };
 
-inline TensorRounding tensor_rounding(
-    RoundingArgs args, uint number, const device uint* step, bool has_codes) {
-  TensorRounding rounding = {args.flags, {{0u, 0u}, {0u, 0u}, 0u}};
-  if (args.flags != 0u) {
-    rounding.random =
-        tensor_random(args.seed_low, args.seed_high, step[0], number, has_codes);
+// What all elements of a tensor share in one step.
+struct TensorStep {
+  AdamScalars<float> scalars;
+  bool is_applied;
+  AdamConstants constants;
+  TensorRounding rounding;
+};
+
+inline AdamScalars<float> load_scalars(const device float* scalars, uint count) {
+  if (count == kStepSizeOnly) {
+    return {scalars[0], 1.0f, 1.0f, 1.0f};
   }
-  return rounding;
+  return {scalars[0], scalars[1], scalars[2], count == kGuarded ? scalars[3] : 1.0f};
+}
+
+// Args are those of any kernel.
+template <typename Args>
+inline TensorStep tensor_step(
+    constant Args& args,
+    uint number,
+    const device float* scalars,
+    const device uint* step,
+    bool has_codes) {
+  TensorRounding rounding = {args.rounding.flags, {{0u, 0u}, {0u, 0u}, 0u}};
+  if (rounding.flags != 0u) {
+    rounding.random = tensor_random(
+        args.rounding.seed_low, args.rounding.seed_high, step[0], number, has_codes);
+  }
+  bool is_applied = args.scalar_count != kGuarded || scalars[kGuarded - 1] != 0.0f;
+  return {load_scalars(scalars, args.scalar_count), is_applied, args.constants, rounding};
 }
 
 inline ElementRounding element_rounding(TensorRounding tensor, uint element) {
@@ -122,45 +138,6 @@ template <typename P, typename G, typename S>
 struct Run {
   enum { length = sizeof(P) == 4 && sizeof(G) == 4 && sizeof(S) == 4 ? kShortRun : kLongRun };
 };
-
-// Element k of 16 bytes, and back: names for bits, no arithmetic. For 16-bit types, and for float.
-template <typename T>
-inline T get_element(uint4 words, uint k, T) {
-  return as_type<T>(ushort(words[k / 2] >> (16 * (k % 2))));
-}
-inline float get_element(uint4 words, uint k, float) {
-  return as_type<float>(words[k]);
-}
-template <typename T>
-inline void set_element(thread uint4& words, uint k, T value) {
-  words[k / 2] |= uint(as_type<ushort>(value)) << (16 * (k % 2));
-}
-inline void set_element(thread uint4& words, uint k, float value) {
-  words[k] = as_type<uint>(value);
-}
-
-template <uint N, typename T, typename Value>
-inline void load_run(const device T* from, thread Value* values) {
-  constexpr uint count = kRunBytes / sizeof(T);
-  for (uint start = 0; start < N; start += count) {
-    uint4 words = *(const device uint4*)(from + start);
-    for (uint k = 0; k < count; ++k) {
-      values[start + k] = Value(get_element(words, k, T(0)));
-    }
-  }
-}
-
-template <uint N, typename T, typename Value>
-inline void store_run(device T* to, const thread Value* values) {
-  constexpr uint count = kRunBytes / sizeof(T);
-  for (uint start = 0; start < N; start += count) {
-    uint4 words = uint4(0);
-    for (uint k = 0; k < count; ++k) {
-      set_element(words, k, T(values[start + k]));
-    }
-    *(device uint4*)(to + start) = words;
-  }
-}
 
 // A parameter, whose value lies at `at`, and what it has beside it at `extra_at`.
 template <typename P, typename G, typename S, typename Index>
@@ -218,6 +195,24 @@ inline void store_parameters(
   store_run<N>(t.extra.new_remainder + at, remainder);
 }
 
+// A step that is not applied: parameter and moments as they were, bit for bit, whatever buffers the results have.
+template <typename P, typename G, typename S, typename From, typename To>
+inline void keep_parameter(TensorPointers<P, G, S> t, From from, To to) {
+  t.new_parameter[to] = t.parameter[from];
+}
+template <typename G, typename S, typename From, typename To>
+inline void keep_parameter(TensorPointers<BfloatRemainder, G, S> t, From from, To to) {
+  t.new_parameter[to] = t.parameter[from];
+  t.extra.new_remainder[to] = t.extra.remainder[to];
+}
+
+template <typename Index, typename P, typename G, typename S>
+inline void keep_element(TensorPointers<P, G, S> t, Index at) {
+  keep_parameter(t, at, at);
+  t.new_m[at] = t.m[at];
+  t.new_v[at] = t.v[at];
+}
+
 // Updates the element that lies at `at` in all arrays but the gradient, whose element is given, and is the tensor's `element`.
 template <typename Rule, typename Index, typename P, typename G, typename S>
 inline void update_element(
@@ -225,12 +220,14 @@ inline void update_element(
     Index at,
     uint element,
     float gradient,
-    AdamScalars<float> scalars,
-    AdamConstants constants,
-    TensorRounding rounding) {
+    TensorStep step) {
+  if (!step.is_applied) {
+    keep_element(t, at);
+    return;
+  }
   AdamState<float> old = {load_parameter(t, at, at), float(t.m[at]), float(t.v[at])};
-  AdamState<float> next = Rule::step(old, gradient, scalars, constants);
-  ElementRounding how = element_rounding(rounding, element);
+  AdamState<float> next = Rule::step(old, gradient, step.scalars, step.constants);
+  ElementRounding how = element_rounding(step.rounding, element);
   S new_m = stored(next.m, how.m, S());
   S new_v = stored(next.v, how.v, S());
   store_parameter(t, at, stored(next.parameter, how.parameter, P()));
@@ -245,18 +242,22 @@ inline void update_run(
     Index at,
     uint element,
     const thread float* gradient,
-    AdamScalars<float> scalars,
-    AdamConstants constants,
-    TensorRounding rounding) {
+    TensorStep step) {
   constexpr uint length = Run<P, G, S>::length;
+  if (!step.is_applied) {
+    for (uint k = 0; k < length; ++k) {
+      keep_element(t, at + Index(k));
+    }
+    return;
+  }
   float parameter[length], m[length], v[length];
   load_parameters<length>(t, at, parameter);
   load_run<length>(t.m + at, m);
   load_run<length>(t.v + at, v);
   for (uint k = 0; k < length; ++k) {
     AdamState<float> old = {parameter[k], m[k], v[k]};
-    AdamState<float> next = Rule::step(old, gradient[k], scalars, constants);
-    ElementRounding how = element_rounding(rounding, element + k);
+    AdamState<float> next = Rule::step(old, gradient[k], step.scalars, step.constants);
+    ElementRounding how = element_rounding(step.rounding, element + k);
     parameter[k] = float(stored(next.parameter, how.parameter, P()));
     m[k] = float(stored(next.m, how.m, S()));
     v[k] = float(stored(next.v, how.v, S()));
@@ -320,6 +321,27 @@ inline uint largest_of_block(uint x) {
   return x;
 }
 
+// A step that is not applied; the old parameters lie `stride` apart from `from` on.
+template <typename Index, typename P, typename G>
+inline void keep_codes(
+    TensorPointers<P, G, Codes> t,
+    Index from,
+    Index stride,
+    Index at,
+    Index block,
+    bool is_first_of_block,
+    uint count) {
+  for (uint k = 0; k < count; ++k) {
+    keep_parameter(t, from + Index(k) * stride, at + Index(k));
+    t.new_m[at + Index(k)] = t.m[at + Index(k)];
+    t.new_v[at + Index(k)] = t.v[at + Index(k)];
+  }
+  if (is_first_of_block && count > 0u) {
+    t.extra.new_m_scale[block] = t.extra.m_scale[block];
+    t.extra.new_v_scale[block] = t.extra.v_scale[block];
+  }
+}
+
 // Updates the `count` elements of a run, whose parameters and gradients are given, zeros beyond them.
 template <typename Rule, typename Index, typename P, typename G>
 inline void update_codes(
@@ -332,9 +354,7 @@ inline void update_codes(
     bool vectors,
     thread float* parameter,
     const thread float* gradient,
-    AdamScalars<float> scalars,
-    AdamConstants constants,
-    TensorRounding rounding) {
+    TensorStep step) {
   bool has_scales = is_first_of_block && count > 0u;
   bool whole = vectors && count == kLongRun;
   uint scales = 0u;
@@ -355,7 +375,7 @@ inline void update_codes(
   for (uint k = 0; k < kLongRun; ++k) {
     AdamState<float> old = {
         parameter[k], load_int8(m_codes[k], old_m_scale), load_uint8(v_codes[k], old_v_scale)};
-    AdamState<float> next = Rule::step(old, gradient[k], scalars, constants);
+    AdamState<float> next = Rule::step(old, gradient[k], step.scalars, step.constants);
     parameter[k] = next.parameter;
     m[k] = next.m;
     v[k] = next.v;
@@ -366,7 +386,7 @@ inline void update_codes(
   BlockScale v_scale = scale_of_v(largest_of_block(largest_v));
 
   for (uint k = 0; k < kLongRun; ++k) {
-    ElementRounding how = element_rounding(rounding, element + k);
+    ElementRounding how = element_rounding(step.rounding, element + k);
     parameter[k] = float(stored(parameter[k], how.parameter, P()));
     m_codes[k] = int8_t(store_int8(m[k], m_scale.inverse, how.m));
     v_codes[k] = uint8_t(store_uint8(v[k], v_scale.inverse, how.v));
@@ -412,21 +432,19 @@ inline void update_row_major(
     uint size,
     uint,
     bool vectors,
-    AdamScalars<float> scalars,
-    AdamConstants constants,
-    TensorRounding rounding) {
+    TensorStep step) {
   constexpr uint length = Run<P, G, S>::length;
   uint start = thread_of_tensor * length;
   if (vectors && size - start >= length) {
     float gradient[length];
     load_run<length>(t.gradient + start, gradient);
-    update_run<Rule>(t, start, first_element + start, gradient, scalars, constants, rounding);
+    update_run<Rule>(t, start, first_element + start, gradient, step);
     return;
   }
   uint end = min(size, start + length);
   for (uint i = start; i < end; ++i) {
     update_element<Rule>(
-        t, i, first_element + i, float(t.gradient[i]), scalars, constants, rounding);
+        t, i, first_element + i, float(t.gradient[i]), step);
   }
 }
 template <typename Rule, typename P, typename G>
@@ -437,15 +455,19 @@ inline void update_row_major(
     uint,
     uint row_length,
     bool vectors,
-    AdamScalars<float> scalars,
-    AdamConstants constants,
-    TensorRounding rounding) {
+    TensorStep step) {
   uint row_threads = (row_length + kBlockElements - 1) / kBlockElements * kBlockThreads;
   uint row = thread_of_tensor / row_threads;
   uint thread_of_row = thread_of_tensor - row * row_threads;
   uint column = thread_of_row * kLongRun;
   uint count = run_count(column, row_length);
   uint at = row * row_length + column;
+  uint block = thread_of_tensor / kBlockThreads;
+  bool is_first_of_block = thread_of_row % kBlockThreads == 0;
+  if (!step.is_applied) {
+    keep_codes(t, at, 1u, at, block, is_first_of_block, count);
+    return;
+  }
   float parameter[kLongRun], gradient[kLongRun];
   load_parameters_of_codes(t, at, count, vectors, parameter);
   if (vectors && count == kLongRun) {
@@ -458,16 +480,14 @@ inline void update_row_major(
   update_codes<Rule>(
       t,
       at,
-      thread_of_tensor / kBlockThreads,
-      thread_of_row % kBlockThreads == 0,
+      block,
+      is_first_of_block,
       first_element + at,
       count,
       vectors,
       parameter,
       gradient,
-      scalars,
-      constants,
-      rounding);
+      step);
 }
 
 // The part of a tile's line that one thread has: from `column` on, whose gradient begins at `gradient`, `pitch` elements apart.
@@ -481,20 +501,18 @@ inline void update_in_tile(
     uint column,
     uint columns,
     bool vectors,
-    AdamScalars<float> scalars,
-    AdamConstants constants,
-    TensorRounding rounding) {
+    TensorStep step) {
   constexpr uint length = Run<P, G, S>::length;
   if (vectors && column + length <= columns) {
     float values[length];
     for (uint i = 0; i < length; ++i) {
       values[i] = float(gradient[i * pitch]);
     }
-    update_run<Rule>(t, at, uint(at), values, scalars, constants, rounding);
+    update_run<Rule>(t, at, uint(at), values, step);
   } else {
     for (uint i = 0; i < length && column + i < columns; ++i) {
       update_element<Rule>(
-          t, at + i, uint(at + i), float(gradient[i * pitch]), scalars, constants, rounding);
+          t, at + i, uint(at + i), float(gradient[i * pitch]), step);
     }
   }
 }
@@ -508,10 +526,14 @@ inline void update_in_tile(
     uint column,
     uint columns,
     bool vectors,
-    AdamScalars<float> scalars,
-    AdamConstants constants,
-    TensorRounding rounding) {
+    TensorStep step) {
   uint count = run_count(column, columns);
+  int64_t block = row_block + column / kBlockElements;
+  bool is_first_of_block = column % kBlockElements == 0;
+  if (!step.is_applied) {
+    keep_codes(t, at, int64_t(1), at, block, is_first_of_block, count);
+    return;
+  }
   float parameter[kLongRun], values[kLongRun];
   load_parameters_of_codes(t, at, count, vectors, parameter);
   for (uint k = 0; k < kLongRun; ++k) {
@@ -520,16 +542,14 @@ inline void update_in_tile(
   update_codes<Rule>(
       t,
       at,
-      row_block + column / kBlockElements,
-      column % kBlockElements == 0,
+      block,
+      is_first_of_block,
       uint(at),
       count,
       vectors,
       parameter,
       values,
-      scalars,
-      constants,
-      rounding);
+      step);
 }
 
 // Where a thread of adam_general is, the pointers being moved there: its place in its row, and the strides of the last axis.
@@ -547,20 +567,24 @@ inline void update_general(
     TensorPointers<P, G, S> t,
     GeneralPlace<Index>,
     uint element,
-    AdamScalars<float> scalars,
-    AdamConstants constants,
-    TensorRounding rounding) {
-  update_element<Rule>(t, 0u, element, float(*t.gradient), scalars, constants, rounding);
+    TensorStep step) {
+  update_element<Rule>(t, 0u, element, float(*t.gradient), step);
 }
 template <typename Rule, typename P, typename G, typename Index>
 inline void update_general(
     TensorPointers<P, G, Codes> t,
     GeneralPlace<Index> place,
     uint element,
-    AdamScalars<float> scalars,
-    AdamConstants constants,
-    TensorRounding rounding) {
+    TensorStep step) {
   uint count = run_count(place.column, place.columns);
+  Index row_blocks = Index((place.columns + kBlockElements - 1) / kBlockElements);
+  Index block = place.row * row_blocks + Index(place.column / kBlockElements);
+  bool is_first_of_block = place.column % kBlockElements == 0;
+  if (!step.is_applied) {
+    keep_codes(
+        t, Index(0), place.parameter_stride, Index(0), block, is_first_of_block, count);
+    return;
+  }
   float parameter[kLongRun], gradient[kLongRun];
   for (uint k = 0; k < kLongRun; ++k) {
     parameter[k] = 0.0f;
@@ -570,20 +594,17 @@ inline void update_general(
       gradient[k] = float(t.gradient[Index(k) * place.gradient_stride]);
     }
   }
-  Index row_blocks = Index((place.columns + kBlockElements - 1) / kBlockElements);
   update_codes<Rule>(
       t,
       Index(0),
-      place.row * row_blocks + Index(place.column / kBlockElements),
-      place.column % kBlockElements == 0,
+      block,
+      is_first_of_block,
       element,
       count,
       false,
       parameter,
       gradient,
-      scalars,
-      constants,
-      rounding);
+      step);
 }
 
 // One row-major tensor, or a piece of one: the host cuts what exceeds 32-bit indices. One thread per run.
@@ -615,9 +636,7 @@ template <typename Rule, typename P, typename G, typename S>
       args.size,
       args.row_length,
       args.vectors != 0,
-      load_scalars(scalars, args.scalar_count),
-      args.constants,
-      tensor_rounding(args.rounding, args.number, step, Format<S>::has_codes));
+      tensor_step(args, args.number, scalars, step, Format<S>::has_codes));
 }
 
 // Several small row-major tensors, of formats without extras, in one dispatch; the grid holds the threads of all of them, one after the other.
@@ -677,9 +696,7 @@ template <typename Rule, typename P, typename G, typename S>
       args.sizes[which],
       args.sizes[which],
       args.vectors[which] != 0,
-      load_scalars(scalars, args.scalar_count),
-      args.constants,
-      tensor_rounding(args.rounding, args.numbers[which], step, false));
+      tensor_step(args, args.numbers[which], scalars, step, false));
 }
 
 // A matrix (or a batch of them, along the grid's z) whose gradient is column-major: a tile of it goes through threadgroup
@@ -759,9 +776,7 @@ template <typename Rule, typename P, typename G, typename S>
 
   ExtraPointers extra = {remainder, m_scale, v_scale, new_remainder, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {parameter, gradient, m, v, new_parameter, new_m, new_v, extra};
-  AdamScalars<float> step_scalars = load_scalars(scalars, args.scalar_count);
-  TensorRounding rounding =
-      tensor_rounding(args.rounding, args.number, step, Format<S>::has_codes);
+  TensorStep of_tensor = tensor_step(args, args.number, scalars, step, Format<S>::has_codes);
   constexpr uint pitch = sizeof(tile[0]) / sizeof(G);
   uint column = first_column + start;
   for (uint k = first_line; k < side && first_row + k < args.rows; k += lines_at_once) {
@@ -776,9 +791,7 @@ template <typename Rule, typename P, typename G, typename S>
         column,
         args.columns,
         args.vectors != 0,
-        step_scalars,
-        args.constants,
-        rounding);
+        of_tensor);
   }
 }
 
@@ -852,7 +865,5 @@ template <typename Rule, typename P, typename G, typename S, typename Index>
       tensor,
       place,
       args.first_element + uint(at),
-      load_scalars(scalars, args.scalar_count),
-      args.constants,
-      tensor_rounding(args.rounding, args.number, step, Format<S>::has_codes));
+      tensor_step(args, args.number, scalars, step, Format<S>::has_codes));
 }

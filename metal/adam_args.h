@@ -59,7 +59,7 @@ struct RoundingArgs {
   unsigned int seed_high;
 };
 
-// The buffer of scalars holds the fields of AdamScalars, or step_size alone, the others being 1.
+// The buffer of scalars is one of AdamScalarCounts (adam_rule.h).
 struct LinearArgs {
   AdamConstants constants;
   unsigned int scalar_count;

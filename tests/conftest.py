@@ -29,7 +29,7 @@ from emulator import build, hostile, project_shader  # noqa: E402
 if DEVICE == "emulated" or IS_EMULATED_GPU:
     build.enter()  # before the package is imported
 
-from mlx_fused_adam import _backends, _operation, _optimizers, _storage  # noqa: E402
+from mlx_fused_adam import _backends, _guard, _operation, _step, _storage  # noqa: E402
 
 # Examples derive from the test's name, so a failure repeats; the fixture `device` keeps no state between examples.
 settings.register_profile(
@@ -94,7 +94,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(_backends, "_known", _known.setdefault(request.param, {}))
     if request.param == "emulated" and DEVICE is None:
         emulated = request.getfixturevalue("emulated_extension")
-        for module in (_backends, _operation, _optimizers, _storage):
+        for module in (_backends, _guard, _operation, _step, _storage):
             monkeypatch.setattr(module, "_ext", emulated)
     before = mx.default_device()
     mx.set_default_device(mx_device(request.param))
@@ -120,16 +120,7 @@ def on_the_cpu_stream() -> Iterator[None]:
 @pytest.fixture
 def plant(emulator):
     """Replaces a text in the project's shader, which must be there, until the test ends."""
-    shader = "".join(
-        (project_shader.ROOT / name).read_text()
-        for name in (
-            "metal/adam.metal",
-            "metal/adam_args.h",
-            "csrc/adam_rule.h",
-            "csrc/device_math.h",
-            "csrc/storage_formats.h",
-        )
-    )
+    shader = "".join(source.read_text() for source in project_shader.SOURCES)
 
     def plant(text: str, replacement: str) -> None:
         assert text in shader, f"the shader no longer holds {text!r}; plant this fault elsewhere"

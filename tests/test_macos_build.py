@@ -19,6 +19,7 @@ if sys.platform == "darwin":
 for needed in ("lief", "ziglang", "nanobind", "scikit_build_core"):
     pytest.importorskip(needed, reason=f"the macOS build needs {needed}: pip install '.[test]'")
 
+from emulator import project_shader  # noqa: E402
 from macos import build as macos_build  # noqa: E402
 from macos.mach_o import (  # noqa: E402
     LIBMLX,
@@ -187,14 +188,8 @@ def test_it_shares_its_types_with_mlx(extension: Path, mac_mlx: macos_build.MacM
 
 def test_the_shader_is_inside(extension: Path) -> None:
     content = extension.read_bytes()
-    for source in (
-        "csrc/device_math.h",
-        "csrc/adam_rule.h",
-        "csrc/storage_formats.h",
-        "metal/adam_args.h",
-        "metal/adam.metal",
-    ):
-        lines = (ROOT / source).read_text().splitlines()
+    for source in project_shader.SOURCES:
+        lines = source.read_text().splitlines()
         embedded = [line for line in lines if not line.startswith(("#include", "#pragma once"))]
         absent = [line for line in embedded if line.encode() not in content]
         assert not absent, f"{source}: {absent[:3]}"

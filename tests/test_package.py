@@ -103,11 +103,11 @@ def test_the_build_refuses_a_nanobind_that_mlx_does_not_share(tmp_path):
 def test_the_shader_is_ascii_or_the_build_stops(tmp_path):
     header, shader, out = ROOT / "csrc/adam_rule.h", tmp_path / "a.metal", tmp_path / "a.cpp"
     shader.write_text('#include "adam_rule.h"\n', encoding="utf-8")
-    accepted = build_tool("embed_shader", out, header, shader)
+    accepted = build_tool("embed_shaders", out, header, shader)
     assert accepted.returncode == 0, accepted.stderr
     assert "struct AdamConstants" in out.read_text()
     shader.write_text('#include "adam_rule.h"\n// ½ of it\n', encoding="utf-8")
-    refused = build_tool("embed_shader", tmp_path / "b.cpp", header, shader)
+    refused = build_tool("embed_shaders", tmp_path / "b.cpp", header, shader)
     assert refused.returncode != 0 and not (tmp_path / "b.cpp").exists()
     assert "a.metal:2: the shader must be ASCII" in refused.stderr
 

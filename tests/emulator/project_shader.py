@@ -1,6 +1,6 @@
-"""The project's shader with every instantiation that csrc/eval_metal.cpp can ask for, as one text.
+"""The project's shaders with every instantiation that csrc/eval_metal.cpp and csrc/norm_metal.cpp can ask for, as one text.
 
-Used where the whole shader is compiled by another compiler: the strict check and CUDA.
+Used where all of it is compiled by another compiler: the strict check and CUDA.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHADER = ROOT / "metal" / "adam.metal"
+SHADERS = [ROOT / "metal" / "adam.metal", ROOT / "metal" / "norm.metal"]
+# What the shaders consist of.
+SOURCES = [
+    *(ROOT / "csrc" / name for name in ("device_math.h", "adam_rule.h", "storage_formats.h")),
+    *(ROOT / "metal" / name for name in ("adam_args.h", "norm_args.h", "runs.h")),
+    *SHADERS,
+]
 INCLUDE_DIRS = [ROOT / "metal", ROOT / "csrc"]
 
 TYPES = ("float", "bfloat", "half")
@@ -45,5 +51,5 @@ def instantiations(
 
 
 def full_source(types: tuple[str, ...] = TYPES, rules: tuple[str, ...] = RULES) -> str:
-    source = SHADER.read_text()
+    source = "".join(shader.read_text() for shader in SHADERS)
     return source + instantiations(source, types, rules)

@@ -1,4 +1,4 @@
-"""Turns the shader and the headers it includes into one C++ string: python embed_shader.py OUT.cpp HEADER… SHADER.
+"""Turns shaders and the headers they include into C++ strings: python embed_shaders.py OUT.cpp HEADER… SHADER….
 
 Each project header is inlined where it is first included; MLX compiles the string on the user's machine.
 """
@@ -43,17 +43,25 @@ def flatten(shader: Path, headers: list[Path]) -> str:
     return inline(shader)
 
 
-def main() -> None:
-    out, *headers, shader = map(Path, sys.argv[1:])
+def definition(shader: Path, headers: list[Path]) -> str:
+    """Of adam.metal: ``kAdamShader``."""
     text = flatten(shader, headers)
     if (delimiter := "MSL") + '"' in text:
-        raise SystemExit(f"the shader holds the delimiter {delimiter}")
+        raise SystemExit(f"{shader} holds the delimiter {delimiter}")
     pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
     literals = "\n".join(f'R"{delimiter}({piece}){delimiter}"' for piece in pieces)
+    return f"const char* const k{shader.stem.capitalize()}Shader =\n{literals};\n"
+
+
+def main() -> None:
+    out, *sources = map(Path, sys.argv[1:])
+    headers = [path for path in sources if path.suffix == ".h"]
+    shaders = [path for path in sources if path.suffix == ".metal"]
+    definitions = "\n".join(definition(shader, headers) for shader in shaders)
     out.write_text(
-        "// Generated from metal/ by embed_shader.py.\n"
-        '#include "adam_shader.h"\n\n'
-        f"namespace fused_adam {{\nconst char* const kAdamShader =\n{literals};\n}}\n"
+        "// Generated from metal/ by embed_shaders.py.\n"
+        '#include "shaders.h"\n\n'
+        f"namespace fused_adam {{\n{definitions}}}\n"
     )
 
 
