@@ -29,7 +29,9 @@ from emulator import build, hostile, project_shader  # noqa: E402
 if DEVICE == "emulated" or IS_EMULATED_GPU:
     build.enter()  # before the package is imported
 
-from mlx_fused_adam import _backends, _guard, _operation, _step, _storage  # noqa: E402
+from extension_users import use_extension  # noqa: E402
+
+from mlx_fused_adam import _backends, _operation  # noqa: E402
 
 # Examples derive from the test's name, so a failure repeats; the fixture `device` keeps no state between examples.
 settings.register_profile(
@@ -94,8 +96,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(_backends, "_known", _known.setdefault(request.param, {}))
     if request.param == "emulated" and DEVICE is None:
         emulated = request.getfixturevalue("emulated_extension")
-        for module in (_backends, _guard, _operation, _step, _storage):
-            monkeypatch.setattr(module, "_ext", emulated)
+        use_extension(monkeypatch, emulated)
     before = mx.default_device()
     mx.set_default_device(mx_device(request.param))
     yield request.param

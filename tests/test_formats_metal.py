@@ -15,6 +15,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
+from extension_users import use_extension
 from stored_tensors import (
     DTYPES,
     PARTS,
@@ -28,7 +29,7 @@ from stored_tensors import (
 )
 
 import mlx_fused_adam as fused
-from mlx_fused_adam import _backends, _operation, _optimizers, _self_check, _storage
+from mlx_fused_adam import _backends, _self_check
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
@@ -194,8 +195,7 @@ def test_optimizer(extensions, monkeypatch, stochastic):
     gradients["linear"] = lay_out(gradients["linear"], "column-major")
     results = []
     for extension, name in ((cpu, "cpu"), (emulated, "metal (emulated)")):
-        for module in (_backends, _operation, _optimizers, _storage):
-            monkeypatch.setattr(module, "_ext", extension)
+        use_extension(monkeypatch, extension)
         monkeypatch.setattr(_backends, "_known", {})
         optimizer = fused.AdamW(
             1e-2, state_dtype="int8", stochastic_rounding=stochastic, master_weights=True, seed=7

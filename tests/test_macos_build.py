@@ -19,7 +19,6 @@ if sys.platform == "darwin":
 for needed in ("lief", "ziglang", "nanobind", "scikit_build_core"):
     pytest.importorskip(needed, reason=f"the macOS build needs {needed}: pip install '.[test]'")
 
-from emulator import project_shader  # noqa: E402
 from macos import build as macos_build  # noqa: E402
 from macos.mach_o import (  # noqa: E402
     LIBMLX,
@@ -28,6 +27,8 @@ from macos.mach_o import (  # noqa: E402
     missing_symbols,
     python_symbols,
 )
+
+from emulator import project_shader  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -234,8 +234,8 @@ PLANTED_IN_ROUNDING = {
     "one draw for a run": (
         "linear",
         ALL,
-        "element_rounding(rounding, element + k)",
-        "element_rounding(rounding, element)",
+        "element_rounding(step.rounding, element + k)",
+        "element_rounding(step.rounding, element)",
     ),
     "one draw for single elements": (
         "linear, unaligned",
@@ -253,7 +253,7 @@ PLANTED_IN_ROUNDING = {
         "args.first_element + uint(gradient_at)",
     ),
     "one draw for all steps": ("linear", ALL, "step[0], number", "0u, number"),
-    "half the seed": ("linear", ALL, "args.seed_low, args.seed_high", "args.seed_low, 0u"),
+    "half the seed": ("linear", ALL, "args.rounding.seed_high", "0u"),
     "the bits of v for m": (
         "linear",
         ALL,
@@ -348,8 +348,8 @@ PLANTED_IN_FORMATS = {
         CODES,
         (64, 96),
         ("gradient", "linear"),
-        "t.extra.new_m_scale[block]",
-        "t.extra.new_m_scale[block > 0 ? block - 1 : 0]",
+        "t.extra.new_m_scale[block] = ushort",
+        "t.extra.new_m_scale[block > 0 ? block - 1 : 0] = ushort",
         "data race|no thread writes|differs",
     ),
     "scale of v for m": (
@@ -428,8 +428,8 @@ PLANTED_IN_FORMATS = {
         CODES,
         (64, 96),
         ("gradient", "linear"),
-        "number, step, Format<S>::has_codes",
-        "number, step, false",
+        "number, scalars, step, Format<S>::has_codes",
+        "number, scalars, step, false",
         "differs",
     ),
     "one draw for a run of codes": (
@@ -652,7 +652,9 @@ def test_a_kernel_that_is_missing_leaves_everything_as_it_was(
     finally:
         emulator.replace_in_shaders("", "")
     message = str(raised.value)
-    assert f"{missing} of fused_adam<AdamRule, float, float, float> must compile and load" in message
+    assert (
+        f"{missing} of fused_adam<AdamRule, float, float, float> must compile and load" in message
+    )
     assert "no kernel" in message and "MLX_FUSED_ADAM_BACKEND" in message
     mx.eval(results)
     for i in range(4):
@@ -664,7 +666,7 @@ def test_a_gpu_without_bfloat_names_what_it_lacks(update):
     with hostile.relaxed("no_bfloat"):
         assert_same_bits(update(*inputs), run_update(_ext, *inputs))
         with pytest.raises(
-            RuntimeError, match="(?s)adam_linear<AdamRule, bfloat, .* no type bfloat"
+            RuntimeError, match="(?s)adam_linear of .*<AdamRule, bfloat, .* no type bfloat"
         ):
             mx.eval(update(*tensors((1001,), dtype=mx.bfloat16)))
 

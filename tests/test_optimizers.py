@@ -60,12 +60,17 @@ def test_subclass_with_the_same_signature(name):
     found = parameters(ours)
     assert found[: len(parameters(theirs))] == parameters(theirs)
     options = found[len(parameters(theirs)) :]
+    # What takes the names that there are not, to refuse them.
+    assert options.pop()[:2] == ("unknown", inspect.Parameter.VAR_KEYWORD)
     assert all(kind == inspect.Parameter.KEYWORD_ONLY for _, kind, _ in options)
     expected = {
         "state_dtype": None,
         "stochastic_rounding": None,
         "seed": 0,
         "master_weights": False,
+        "max_grad_norm": None,
+        "skip_nonfinite": False,
+        "shard_group": None,
     }
     if name == "AdamW":
         expected["decay_filter"] = None

@@ -9,9 +9,10 @@ import mlx.core as mx
 import mlx.optimizers as stock
 import numpy as np
 import pytest
+from extension_users import use_extension
 
 import mlx_fused_adam as fused
-from mlx_fused_adam import _backends, _operation, _optimizers, _self_check, _storage
+from mlx_fused_adam import _backends, _self_check, _step
 
 pytestmark = pytest.mark.usefixtures("device", "unchecked")
 
@@ -49,9 +50,7 @@ class Faulty:
 
 
 def install(monkeypatch, extension, fault):
-    faulty = Faulty(extension, fault)
-    for module in (_backends, _operation, _optimizers, _storage):
-        monkeypatch.setattr(module, "_ext", faulty)
+    use_extension(monkeypatch, Faulty(extension, fault))
 
 
 def raise_compile_error(results, step, wide):
@@ -196,7 +195,7 @@ def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
     expected = fused.AdamW(0.1, **options).apply_gradients(gradients, parameters)
     gpu = _backends.Backend("metal", None, mx.gpu)
     gpu.place = lambda asked: asked
-    monkeypatch.setattr(_optimizers, "backend_of", lambda: gpu)
+    monkeypatch.setattr(_step, "backend_of", lambda: gpu)
     find = _backends.Backend._find
     monkeypatch.setattr(
         _self_check, "run", lambda ext, kind, dtypes: "it is broken" if kind == mx.gpu else None
@@ -215,7 +214,7 @@ def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_what_stock_cannot_store_is_an_error_where_stock_is_forced(monkeypatch, options):
     forced = _backends.Backend(None, "MLX_FUSED_ADAM_BACKEND=stock", mx.cpu, is_forced=True)
-    monkeypatch.setattr(_optimizers, "backend_of", lambda: forced)
+    monkeypatch.setattr(_step, "backend_of", lambda: forced)
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
     optimizer = fused.AdamW(0.1, **options)
     with pytest.raises(

@@ -89,13 +89,13 @@ class Step(NamedTuple):
         converted: tuple[list, list, list] = ([], [], [])
         paths = leaves.paths()
         for path, gradient, parameter, state in zip(paths, *leaves[:3], strict=True):
+            converted[1].append(as_array("parameter", parameter, path))
+            converted[0].append(as_array("gradient", gradient, path))
             stored = {
                 name: as_array(name, state[name], path)
                 for name in (*MOMENTS, *EXTRAS)
                 if name in MOMENTS or name in state
             }
-            converted[1].append(as_array("parameter", parameter, path))
-            converted[0].append(as_array("gradient", gradient, path))
             converted[2].append({**state, **stored})
         leaves = Leaves(*converted, lambda: paths, leaves.numbers)
         are_fused = [parameter.dtype in FUSED_DTYPES for parameter in leaves.parameters]
