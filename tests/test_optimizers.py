@@ -277,11 +277,6 @@ def test_constructor_errors_are_stocks(arguments, message):
                 optimizer(0.1, **arguments)
 
 
-def test_unknown_options_are_refused():
-    with pytest.raises(TypeError):
-        fused.Adam(0.1, state_dtyp="int8")
-
-
 @pytest.mark.parametrize("wrong", [(3,), (4, 3), (1, 4), ()], ids=str)
 def test_a_gradient_of_another_shape_names_the_path(wrong):
     parameters = {"model": [{"bias": mx.ones(2)}, {"weight": mx.ones((3, 4))}]}
@@ -387,47 +382,123 @@ def test_the_operation_refuses_what_does_not_fit(change, message):
         fused.adam_update(**{**arguments, "learning_rate": 0.1, **change})
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weight_decay": float("nan")}, "weight_decay must be finite but got nan"),
-        ({"weight_decay": None}, "weight_decay must be a number but got None"),
-        ({"eps": None}, "eps must be a number but got None"),
-        (
-            {"state_dtype": "float16"},
-            "state_dtype must be .* but got 'float16', since float16 cannot",
-        ),
-        (
-            {"state_dtype": mx.float16},
-            "state_dtype must be .* but got 'float16', since float16 cannot",
-        ),
-        (
-            {"state_dtype": "int4"},
-            "state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got 'int4'",
-        ),
-        ({"state_dtype": 16}, "state_dtype must be a string or a dtype but got 16"),
-        ({"stochastic_rounding": "yes"}, "stochastic_rounding must be None, True or False but got"),
-        ({"stochastic_rounding": 1}, "stochastic_rounding must be None, True or False but got 1"),
-        (
-            {"state_dtype": "int8", "stochastic_rounding": False},
-            "stochastic_rounding must be None or True with state_dtype='int8' but got False",
-        ),
-        ({"master_weights": None}, "master_weights must be True or False but got None"),
-        ({"master_weights": "yes"}, "master_weights must be True or False but got 'yes'"),
-        ({"seed": -1}, r"seed must be from 0 to 2\*\*64 - 1 but got -1"),
-        ({"seed": 1.5}, "seed must be an integer but got 1.5"),
-        ({"betas": [0.9]}, r"betas must be two numbers but got \[0.9\]"),
-        ({"betas": None}, "betas must be two numbers but got None"),
-        ({"betas": [0.9, "high"]}, "beta2 must be a number but got 'high'"),
-        ({"learning_rate": 1j}, "learning_rate must be real but got 1j"),
-        ({"learning_rate": HUGE}, "learning_rate must be finite but got 1000"),
-        ({"learning_rate": None}, "learning_rate must be a number but got None"),
-    ],
-    ids=lambda x: str(x)[:40],
-)
-def test_the_constructor_refuses_what_is_no_number(options, message):
+BAD_OPTIONS = [
+    ({"weight_decay": float("nan")}, "weight_decay must be finite but got nan"),
+    ({"weight_decay": None}, "weight_decay must be a number but got None"),
+    ({"eps": None}, "eps must be a number but got None"),
+    ({"state_dtype": "float16"}, "state_dtype must be .* but got 'float16', since float16 cannot"),
+    ({"state_dtype": mx.float16}, "state_dtype must be .* but got 'float16', since float16 cannot"),
+    ({"state_dtype": "int4"}, "state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got 'int4'"),
+    ({"state_dtype": 16}, "state_dtype must be a string or a dtype but got 16"),
+    ({"stochastic_rounding": "yes"}, "stochastic_rounding must be None, True or False but got"),
+    ({"stochastic_rounding": 1}, "stochastic_rounding must be None, True or False but got 1"),
+    ({"state_dtype": "int8", "stochastic_rounding": False},
+     "stochastic_rounding must be None or True with state_dtype='int8' but got False"),
+    ({"master_weights": None}, "master_weights must be True or False but got None"),
+    ({"master_weights": "yes"}, "master_weights must be True or False but got 'yes'"),
+    ({"seed": -1}, r"seed must be from 0 to 2\*\*64 - 1 but got -1"),
+    ({"seed": 2**64}, r"seed must be from 0 to 2\*\*64 - 1 but got 18446744073709551616"),
+    ({"seed": 1.5}, "seed must be an integer but got 1.5"),
+    ({"seed": True}, "seed must be an integer but got True"),
+    ({"seed": "1"}, "seed must be an integer but got '1'"),
+    ({"max_grad_norm": 0}, "max_grad_norm must be greater than 0 but got 0"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm must be greater than 0 but got -1"),
+    ({"max_grad_norm": float("inf")}, "max_grad_norm must be finite but got inf"),
+    ({"max_grad_norm": float("nan")}, "max_grad_norm must be finite but got nan"),
+    ({"max_grad_norm": "much"}, "max_grad_norm must be a number but got 'much'"),
+    ({"max_grad_norm": True}, "max_grad_norm must be a number but got True"),
+    ({"max_grad_norm": [1.0]}, r"max_grad_norm must be a number but got \[1.0\]"),
+    ({"max_grad_norm": 1j}, "max_grad_norm must be real but got 1j"),
+    ({"skip_nonfinite": None}, "skip_nonfinite must be True or False but got None"),
+    ({"skip_nonfinite": 1}, "skip_nonfinite must be True or False but got 1"),
+    ({"skip_nonfinite": "true"}, "skip_nonfinite must be True or False but got 'true'"),
+    ({"shard_group": 2, "skip_nonfinite": True}, "shard_group must be a group of mx.distributed"),
+    ({"shard_group": mx.distributed.init()}, "shard_group must go with max_grad_norm or skip_nonfinite but got"),
+    ({"decay_filter": 3}, "decay_filter must be a callable or regular expressions but got 3"),
+    ({"decay_filter": []}, "decay_filter must have a regular expression but got none"),
+    ({"decay_filter": "("}, r"decay_filter must be regular expressions but got '\('"),
+    ({"betas": [0.9]}, r"betas must be two numbers but got \[0.9\]"),
+    ({"betas": None}, "betas must be two numbers but got None"),
+    ({"betas": [0.9, "high"]}, "beta2 must be a number but got 'high'"),
+    ({"learning_rate": 1j}, "learning_rate must be real but got 1j"),
+    ({"learning_rate": HUGE}, "learning_rate must be finite but got 1000"),
+    ({"learning_rate": None}, "learning_rate must be a number but got None"),
+    ({"max_gradnorm": 1.0}, "option must be one of AdamW's but got 'max_gradnorm'; did you mean 'max_grad_norm'?"),
+    ({"skip_non_finite": True}, "option must be .* but got 'skip_non_finite'; did you mean 'skip_nonfinite'?"),
+    ({"lr": 1.0}, "option must be one of AdamW's but got 'lr'; there are learning_rate, betas, "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda x: str(x)[:40])
+def test_the_constructor_refuses_what_does_not_fit(options, message):
     with pytest.raises((ValueError, TypeError), match=r"\[AdamW\] " + message):
         fused.AdamW(**{"learning_rate": 0.1, **options})
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "decay_filter"])
+def test_adam_refuses_what_is_of_adamw(name):
+    with pytest.raises(TypeError, match=rf"\[Adam\] {name} must be given to AdamW but got it"):
+        fused.Adam(0.1, **{name: 0.1})
+
+
+def test_options_may_be_what_yaml_says():
+    """Which reads 1e-3 as a string."""
+    optimizer = fused.AdamW(
+        learning_rate="1e-3", betas=["0.9", 0.95], eps="1e-6", weight_decay="1e-1", max_grad_norm="1e0",
+        state_dtype="bfloat16", seed=3, skip_nonfinite=True, decay_filter=["w"],
+    )  # fmt: skip
+    reference = fused.AdamW(
+        1e-3, [0.9, 0.95], 1e-6, 0.1, max_grad_norm=1.0, state_dtype=mx.bfloat16, seed=3, skip_nonfinite=True
+    )  # fmt: skip
+    parameters = {"w": mx.array([1.0, 2.0])}
+    new = [o.apply_gradients(parameters, parameters)["w"] for o in (optimizer, reference)]
+    assert mx.array_equal(*new)
+    assert fused.AdamW(0.1, max_grad_norm=None)._options == fused.AdamW(0.1)._options
+
+
+def _grown_answer(path, x):
+    return "yes"
+
+
+# Options, what is wrong with the first update, and what it is told.
+BAD_USES = {
+    "float16 with master weights": (
+        {"master_weights": True}, lambda p: {"w": p["w"].astype(mx.float16)},
+        "parameter of w must be bfloat16 or float32 for master_weights but got float16"),
+    "an answer that is no bool": (
+        {"decay_filter": _grown_answer}, lambda p: p, "decay_filter must return True or False but got 'yes' for w"),
+    "an expression without a match": (
+        {"decay_filter": ["w", "bais"]}, lambda p: p, "decay_filter must match .* but got 'bais', which matches none of w"),
+    "a parameter named as a record": (
+        {"max_grad_norm": 1.0}, lambda p: {"grad_norm": p["w"]}, "parameters must not be named 'grad_norm'"),
+    "a parameter named as the count": (
+        {"skip_nonfinite": True}, lambda p: {"skipped": p["w"]}, "parameters must not be named 'skipped'"),
+    "a gradient that is no array": (
+        {"max_grad_norm": 1.0, "skip_nonfinite": True}, lambda p: {"w": "no"}, "gradient of w must be an array but got 'no'"),
+    "a gradient of another shape": (
+        {"max_grad_norm": 1.0, "skip_nonfinite": True}, lambda p: {"w": mx.ones(5)}, "gradient of w must have"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_USES)
+def test_what_an_option_refuses_changes_nothing(case, device):
+    """Neither before the first step nor after one; the optimizer goes on as one that was never asked."""
+    options, spoil, message = BAD_USES[case]
+    good = {"w": mx.array([[1.0, 2.0], [3.0, 4.0]])}
+    bad = spoil(good)
+    is_gradient = any(not isinstance(x, mx.array) or x.shape != (2, 2) for x in bad.values())
+    optimizer, reference = fused.AdamW(0.1, **options), fused.AdamW(0.1, **options)
+    # What these options accept, if anything.
+    is_usable = "decay_filter" not in options
+    for _ in range(2):
+        before = tree_map(lambda x: x, optimizer.state)
+        with pytest.raises((ValueError, TypeError), match=message):
+            optimizer.apply_gradients(bad, good if is_gradient else bad)
+        assert_same_tree(optimizer.state, before)
+        if is_usable:
+            new, expected = (o.apply_gradients(good, good) for o in (optimizer, reference))
+            assert_same_tree(new, expected)
+            assert_same_tree(optimizer.state, reference.state)
 
 
 def test_numpy_parameters_without_a_state_are_taken(device):

@@ -34,6 +34,7 @@ class Faulty:
         return getattr(self._extension, name)
 
     def adam_update(self, *args, is_fused, **kwargs):
+        kwargs |= getattr(self._fault, "settings", {})
         answers = []
 
         def ask(*dtypes):
@@ -91,6 +92,53 @@ FAULTS = {
     "64-bit indices": lambda r, step, wide: shift(r, lambda p: wide),
     "second step": lambda r, step, wide: shift(r, lambda p: step == 4),
 }
+
+
+@pytest.mark.parametrize("lost", ["gradient_scale", "is_applied"])
+def test_a_kernel_that_ignores_the_guard_fails(extension, monkeypatch, lost):
+    def fault(results, step, wide):
+        return results
+
+    fault.settings = {lost: None}
+    faulty = Faulty(extension, fault)
+    assert "kernel is off by" in _self_check.run(
+        faulty, mx.default_device().type, (mx.float32,) * 3
+    )
+
+
+NORM_FAULTS = {
+    "raises": lambda gradients, total: 1 / 0,
+    "last gradient left out": lambda gradients, total: total - gradients[-1].square().sum(),
+    "NaN not seen": lambda gradients, total: mx.where(mx.isnan(total), 1.0, total),
+    "infinity not seen": lambda gradients, total: mx.where(mx.isinf(total), 1.0, total),
+    "NaN": lambda gradients, total: total * mx.nan,
+}
+
+
+@pytest.mark.parametrize("name", NORM_FAULTS)
+def test_a_broken_norm_leaves_norms_to_stock(extension, backend_name, monkeypatch, name):
+    """And updates to their kernel: with a warning, the right norm, and a skipped step where there should be one."""
+
+    class FaultyNorm(Faulty):
+        def sum_of_squares(self, gradients, *, is_fused, **kwargs):
+            answers = []
+
+            def ask(dtype):
+                answers.append(is_fused(dtype))
+                return answers[-1]
+
+            total = self._extension.sum_of_squares(gradients, is_fused=ask, **kwargs)
+            return NORM_FAULTS[name](gradients, total) if any(answers) else total
+
+    use_extension(monkeypatch, FaultyNorm(extension, lambda results, step, wide: results))
+    parameters, gradients = {"w": mx.ones(4)}, {"w": mx.full((4,), 3.0)}
+    optimizer = fused.AdamW(0.1, max_grad_norm=1.0, skip_nonfinite=True)
+    with pytest.warns(RuntimeWarning, match="leaves norms of float32 gradients on the"):
+        parameters = optimizer.apply_gradients(gradients, parameters)
+    assert optimizer.state["grad_norm"].item() == 6
+    optimizer.apply_gradients({"w": mx.full((4,), mx.inf)}, parameters)
+    assert optimizer.state["skipped"].item() == 1
+    assert optimizer.backend.startswith(f"{backend_name} (but stock for norms of float32")
 
 
 @pytest.fixture(params=FAULTS)

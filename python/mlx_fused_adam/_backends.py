@@ -111,9 +111,10 @@ class Backend:
             raise RuntimeError(f"[{_SETTING}] {self.name} is forced but its {reason}")
         if needs_kernel(dtypes):
             if self.kind != mx.cpu:
-                _warn(f"of {_self_check.names(dtypes)}", reason, "the CPU")
+                _warn(f"updates of {_self_check.names(dtypes)}", reason, "the CPU")
         else:
-            _warn(f"of {_self_check.names(dtypes)} on the {self.kind.name}", reason)
+            what = "updates of " if is_update(dtypes) else ""
+            _warn(f"{what}{_self_check.names(dtypes)} on the {self.kind.name}", reason)
         return reason
 
 
@@ -123,7 +124,7 @@ def needs_kernel(dtypes: Dtypes) -> bool:
 
 
 def _warn(what: str, reason: str, to: str = "stock operations") -> None:
-    message = f"mlx-fused-adam leaves updates {what} to {to}: {reason}"
+    message = f"mlx-fused-adam leaves {what} to {to}: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
@@ -158,7 +159,7 @@ def _kernel(kind: mx.DeviceType) -> tuple[str | None, str | None]:
 def _find(kind: mx.DeviceType) -> Backend:
     name, reason = _kernel(kind)
     if name is None:
-        _warn(f"on the {kind.name}", str(reason))
+        _warn(f"updates on the {kind.name}", str(reason))
     return Backend(name, reason, kind)
 
 
