@@ -114,6 +114,7 @@ class _Fused(_StockOptimizer):
                         f"skip_nonfinite but got one of {type(self).__name__}, which would not obey them"
                     )
                 return super().apply_gradients(gradients, parameters)
+            check_names(gradients, self._options)
             if not was_initialized:
                 self.init(_those_with(gradients, parameters))
             step = self.step
