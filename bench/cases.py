@@ -19,6 +19,10 @@ OPTIONS_FROM = 1_000_000  # elements of a buffer
 SIDES = [(25, 40), (250, 400), (1000, 1000), (2048, 2048), (4096, 4096)]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 OPTIONS_OF = {"float32": options.OF_FLOAT32, "bfloat16": options.OF_BFLOAT16}
+TIMED_OPTIONS_OF = {
+    dtype: (*OPTIONS_OF.get(dtype, ()), options.GUARDED)
+    for dtype in ("float32", "bfloat16", "float16")
+}
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,14 @@ def buffers(quick: bool) -> Iterator[Case]:
                     dtype,
                     "column-major" if column_major else "row-major",
                     [ParameterShape("weight", (rows, columns), column_major)],
-                    options=OPTIONS_OF.get(dtype, ()) if is_large else (),
+                    options=TIMED_OPTIONS_OF[dtype] if is_large else (),
                 )
 
 
 def models(quick: bool) -> Iterator[Case]:
     """Qwen2.5 without options: with all their states it would not fit into 24 GB."""
-    fp32, bf16 = options.OF_FLOAT32, options.ALL_OF_BFLOAT16
+    fp32 = (*options.OF_FLOAT32, options.GUARDED)
+    bf16 = (*options.ALL_OF_BFLOAT16, options.GUARDED)
     gpt2, smollm = shapes.gpt2, lambda: shapes.llama(shapes.SMOLLM_135M)
     if quick:
         tiny = shapes.llama(TINY_LLAMA)

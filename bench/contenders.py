@@ -21,8 +21,18 @@ import mlx_fused_adam as fused
 from mlx_fused_adam import _ext
 
 from . import stored
-from .names import OURS, OURS_COMPILED, PROBE, PROBE_16_BIT, STOCK, STOCK_COMPILED, TORCH
-from .options import OPTIONS
+from .names import (
+    OURS,
+    OURS_COMPILED,
+    PROBE,
+    PROBE_16_BIT,
+    STOCK,
+    STOCK_CLIPPED,
+    STOCK_CLIPPED_COMPILED,
+    STOCK_COMPILED,
+    TORCH,
+)
+from .options import GUARDED, OPTIONS
 from .problem import BETAS, SETTINGS, Problem, Values, adam_step
 from .reference import to_numpy
 from .shapes import ParameterShape
@@ -106,6 +116,17 @@ class MlxAdam:
         return adam_step(before, step)
 
 
+class ClippedStock(MlxAdam):
+    """mlx.optimizers.Adam after clip_grad_norm, of gradients that need no clipping."""
+
+    def __init__(self, problem: Problem, compiled: bool, bias_correction: bool):
+        super().__init__(stock.Adam, problem, compiled, bias_correction)
+
+    def _apply(self, gradients: dict[str, mx.array]) -> None:
+        clipped, self.norm = stock.clip_grad_norm(gradients, OPTIONS[GUARDED]["max_grad_norm"])
+        super()._apply(clipped)
+
+
 class OptionAdam(MlxAdam):
     """Ours with options. It has a state of its own, made from the problem's; the parameters are those of all.
 
@@ -129,7 +150,8 @@ class OptionAdam(MlxAdam):
         options = OPTIONS[name]
         has_remainder = options.get("master_weights") and problem.dtype == mx.bfloat16
         self.dtype = mx.float32 if has_remainder else problem.dtype  # of what is checked
-        self.state_dtype = getattr(mx, options.get("state_dtype", "bfloat16"))
+        plain = "float32" if problem.dtype == mx.float32 else "bfloat16"
+        self.state_dtype = getattr(mx, options.get("state_dtype", plain))
         self.captured = [problem.parameters, self.state]
         mx.eval(self.captured)
         self.apply = self._apply
@@ -204,6 +226,9 @@ def make_contenders(
     }
     for name in options:
         makers[name] = lambda name=name: OptionAdam(name, problem, bias_correction)
+        if name == GUARDED:
+            makers[STOCK_CLIPPED] = lambda: ClippedStock(problem, False, bias_correction)
+            makers[STOCK_CLIPPED_COMPILED] = lambda: ClippedStock(problem, True, bias_correction)
     if where := torch_device(device):
         from .torch_adam import TorchAdam
 

@@ -19,7 +19,7 @@ from .figures import (
     ratio,
 )
 from .names import OURS, PROBE_16_BIT
-from .options import INT8_STATE, MASTER
+from .options import GUARDED, INT8_STATE, MASTER
 
 LARGE = 4_000_000  # elements from which a buffer outgrows the caches
 NOTHING = 0.01  # bytes per parameter; a step's scalars are a few bytes in all
@@ -96,6 +96,10 @@ def goals(cases: Iterable[Case]) -> list[Goal]:
         1.15,
         at_most=True,
     )
+    for layout, most in (("row-major", 1.25), ("column-major", 1.35)):
+        name = f"clipping and guard, over the plain step's time, 16M fp32, {layout}"
+        among = [c for c in at_16m if c["dtype"] == "float32" and c["gradient_layout"] == layout]
+        add(name, among, ratio(GUARDED, OURS), most, at_most=True)
     name = "peak extra bytes per parameter, eager and compiled"
     add(name, large, extra_bytes, NOTHING, at_most=True)
     name = "peak extra bytes in all, every option, eager and compiled"

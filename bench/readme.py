@@ -30,8 +30,15 @@ from bench.figures import (  # noqa: E402
     over_row_major,
     ratio,
 )
-from bench.names import OURS, OURS_COMPILED, STOCK, STOCK_COMPILED  # noqa: E402
-from bench.options import INT8_STATE, OPTIONS, as_code  # noqa: E402
+from bench.names import (  # noqa: E402
+    OURS,
+    OURS_COMPILED,
+    STOCK,
+    STOCK_CLIPPED,
+    STOCK_CLIPPED_COMPILED,
+    STOCK_COMPILED,
+)
+from bench.options import GUARDED, INT8_STATE, OPTIONS, as_code  # noqa: E402
 from bench.saved import Results, bytes_text, number, percent  # noqa: E402
 
 README = ROOT / "README.md"
@@ -224,6 +231,29 @@ def stock(results: Results) -> str:
     return f"{text}; with fewer, {both(small)}." if small else f"{text}."
 
 
+def guard(results: Results) -> str:
+    """What clipping and skipping cost, for ours and for stock, from a million parameters on."""
+    cases = [case for case in updates(results) if case["parameters"] >= LARGE]
+    ours = [x for x, _ in measured(cases, ratio(GUARDED, OURS))]
+    if not ours:
+        return NOT_YET
+    costs = {
+        "eager": [x for x, _ in measured(cases, ratio(STOCK_CLIPPED, STOCK))],
+        "compiled": [x for x, _ in measured(cases, ratio(STOCK_CLIPPED_COMPILED, STOCK_COMPILED))],
+    }
+    faster = [x for x, _ in measured(cases, ratio(STOCK_CLIPPED_COMPILED, GUARDED))]
+    models = [
+        f"{number(x)} ({case['case']}, {case['dtype']})"
+        for x, case in measured(cases, ratio(GUARDED, OURS))
+        if case["suite"] == "models"
+    ]
+    return (
+        f"Both options together make an update {span(ours)} times as long; of whole models {', '.join(models)}. "
+        f"`clip_grad_norm` makes stock's {span(costs['eager'])} times (eager) and {span(costs['compiled'])} times "
+        f"(compiled) as long. Ours with both is {span(faster)} times as fast as compiled stock with `clip_grad_norm`."
+    )
+
+
 def falls_short(results: Results) -> str:
     """A list: one weakness a line."""
     cases = updates(results)
@@ -261,6 +291,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "torch": torch,
     "stock": stock,
     "falls-short": falls_short,
+    "guard": guard,
     "origin": saved.origin,
 }
 
