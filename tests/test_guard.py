@@ -361,6 +361,19 @@ def test_schedules_do_not_advance(compiled):
     assert_same_bits(all_bits(found, optimizer.state), all_bits(expected, reference.state))
 
 
+def test_a_schedule_may_return_a_number_and_its_value_may_be_missing():
+    """As stock takes both: a state that was set without a learning rate, say."""
+    optimizer = fused.Adam(lambda step: 0.1, skip_nonfinite=True)
+    del optimizer.state["learning_rate"]
+    parameters = {"w": mx.ones(3)}
+    new = optimizer.apply_gradients(parameters, parameters)
+    expected = fused.Adam(0.1).apply_gradients(parameters, parameters)
+    assert mx.array_equal(new["w"], expected["w"])
+    optimizer.apply_gradients({"w": mx.full((3,), math.nan)}, new)
+    np.testing.assert_allclose(float(optimizer.learning_rate), 0.1)
+    assert optimizer.step.item() == optimizer.state["skipped"].item() == 1
+
+
 def test_accumulated_gradients_are_judged_as_a_whole():
     """As a loop with gradient accumulation has it: the mean of what several passes gave, one of them bad."""
     model = nn.Linear(8, 4)

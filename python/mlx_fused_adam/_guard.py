@@ -54,10 +54,11 @@ class Guard(NamedTuple):
         if self.gradient_scale is not None:
             state["grad_norm"] = self.norm
         if self.is_applied is not None:
-            skipped = state["skipped"]
+            skipped = state.get("skipped", 0)
             state["skipped"] = self.kept(skipped, skipped + 1)
             for name in counters:
-                state[name] = self.kept(state[name], before[name])
+                if name in before:
+                    state[name] = self.kept(state[name], before[name])
 
 
 def guard_of(
