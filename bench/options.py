@@ -31,4 +31,8 @@ ALL_OF_BFLOAT16 = (STOCHASTIC, INT8_STATE, INT8_STOCHASTIC, MASTER, MASTER_FP32,
 
 def as_code(options: dict[str, Any]) -> str:
     """As they are typed in a call."""
-    return ", ".join(f'{k}="{x}"' if isinstance(x, str) else f"{k}={x}" for k, x in options.items())
+
+    def typed(x: Any) -> str:
+        return f'"{x}"' if isinstance(x, str) else f"{x:g}" if isinstance(x, float) else str(x)
+
+    return ", ".join(f"{name}={typed(x)}" for name, x in options.items())

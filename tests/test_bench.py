@@ -123,8 +123,13 @@ def test_every_case_of_a_suite_has_all_figures(quick_run: Path, suite: str) -> N
 
 def test_options_take_the_bytes_that_they_promise(quick_run: Path) -> None:
     expected = {
-        "float32": {options.BF16_STATE: 8.0, options.INT8_STATE: 6.13},
-        "bfloat16": {options.MASTER: 8.0, options.INT8_STATE: 4.13, options.MASTER_INT8: 6.13},
+        "float32": {options.BF16_STATE: 8.0, options.INT8_STATE: 6.13, options.GUARDED: 12.0},
+        "bfloat16": {
+            options.MASTER: 8.0,
+            options.INT8_STATE: 4.13,
+            options.MASTER_INT8: 6.13,
+            options.GUARDED: 6.0,
+        },
     }
     at = "buffers: 250×400 · 100,000 × {} · row-major gradients"
     found = {case["title"]: case for case in saved.load_json(quick_run / "run.json")["cases"]}
