@@ -75,6 +75,17 @@ def what_is_missing(kind: str = "address") -> str:
     return ""
 
 
+def launcher(kind: str) -> list[str]:
+    """What has to stand before a command: libtsan of GCC below 14 knows addresses of the usual 28 random bits alone."""
+    bits = Path("/proc/sys/vm/mmap_rnd_bits")
+    is_too_random = kind == "thread" and bits.exists() and int(bits.read_text()) > 28
+    return ["setarch", "--addr-no-randomize"] if is_too_random else []
+
+
+def python(kind: str) -> list[str]:
+    return [*launcher(kind), sys.executable]
+
+
 def _output(*command: str | Path, env: dict[str, str] | None = None) -> str:
     arguments = [str(part) for part in command]
     result = subprocess.run(arguments, capture_output=True, text=True, env=env)
@@ -108,15 +119,16 @@ def plant(faults: Iterable[Fault], sources: Path) -> None:
         (sources / fault.file).write_text(text.replace(fault.text, fault.replacement))
 
 
-def _copy(faults: Iterable[Fault], to: Path) -> Path:
-    """A copy of the sources with faults; its unchanged files keep their times, so that ninja leaves what they make."""
-    sources = to / "sources"
-    shutil.rmtree(sources, ignore_errors=True)
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-        copy(ROOT / name, (sources / name).parent if copy is shutil.copy2 else sources / name)
-    plant(faults, sources)
-    return sources
+def copy(names: Iterable[str], to: Path) -> Path:
+    """A copy of these parts of the tree, whose files keep their times, so that ninja leaves what has been made of them."""
+    shutil.rmtree(to, ignore_errors=True)
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name)
+        else:
+            to.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    return to
 
 
 def build(kind: str, gpu: str = "none", faults: Iterable[Fault] = ()) -> Path:
@@ -126,7 +138,10 @@ def build(kind: str, gpu: str = "none", faults: Iterable[Fault] = ()) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        sources = _copy(faults, place) if faults else ROOT
+        sources = ROOT
+        if faults:
+            sources = copy(SOURCES, place / "sources")
+            plant(faults, sources)
         cmake = [sys.executable, "-m", "cmake"]
         if not (place / "build.ninja").exists():
             defines = {
@@ -142,7 +157,7 @@ def build(kind: str, gpu: str = "none", faults: Iterable[Fault] = ()) -> Path:
         _write_compilers(place)
         # The stub is made by importing the module; CMake would do that without the sanitizer's library.
         stub = ["-m", "nanobind.stubgen", "-q", "-i", place, "-m", "_ext", "-o", place / "_ext.pyi"]
-        _output(sys.executable, *stub, env=environment(kind, place))
+        _output(*python(kind), *stub, env=environment(kind, place))
         _link_package(place, sources)
     return place
 
@@ -172,13 +187,16 @@ def _write_compilers(place: Path) -> None:
             (programs / name).chmod(0o755)
 
 
-def environment(kind: str, place: Path) -> dict[str, str]:
+def environment(kind: str, place: Path, leaks: bool = False) -> dict[str, str]:
     """The environment variables in which Python imports the package of a build, and leaves reports in place/reports."""
     reports = place / "reports"
     reports.mkdir(exist_ok=True)
     variables = dict(os.environ)
     for name, options in OPTIONS[kind].items():
         variables[name] = ":".join([*options, f"log_path={reports / 'report'}", "log_exe_name=1"])
+    if leaks:
+        # libmlx keeps no frame pointers: without the slow way a stack would end in it.
+        variables["ASAN_OPTIONS"] += ":detect_leaks=1:fast_unwind_on_malloc=0"
     # libstdc++ too: Python does not bring it, and a sanitizer looks for __cxa_throw when it starts.
     libraries = [_library(LIBRARIES[kind]), _library("libstdc++.so.6").resolve()]
     variables["LD_PRELOAD"] = ":".join(map(str, libraries))

@@ -4,8 +4,8 @@
     python tests/sanitizers/run.py address tests/test_layouts.py -n0
     DEVICE=emulated python tests/sanitizers/run.py address    # the host code of the Metal path, its GPU emulated
     python tests/sanitizers/run.py thread                     # ThreadSanitizer: tests of threads, then streams.py
-    python tests/sanitizers/run.py leaks                      # LeakSanitizer: leaks.py
-    python tests/sanitizers/run.py faults                     # faults planted in the extension are reported
+    python tests/sanitizers/run.py leaks                      # LeakSanitizer, by leaks.py
+    python tests/sanitizers/run.py faults                     # faults planted in the extension are reported: faults.py
 
 What is not run, and why, stands in NOT_RUN. Needs GCC and the packages of the test extra. All is kept in build/sanitizers-….
 """
@@ -15,12 +15,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sanitizers import build, faults  # noqa: E402
 
-import build
-
-TESTS = build.ROOT / "tests"
-# Files and tests, by the start of their names in the suite.
+HERE = Path(__file__).resolve().parent
+WHAT = ("address", "thread", "leaks", "faults")
+# Files and tests, by the start of their names.
 EMULATED_ONLY = "about the emulated GPU: run with DEVICE=emulated"
 OTHER_BUILD = "about a build for another machine, in which nothing is instrumented"
 NOT_RUN = {
@@ -42,33 +44,51 @@ NOT_RUN_ON_CPU = {
 OF_THREADS = ["threads", "parallel_for", "in_place", "optimizers", "storage"]
 
 
+def deselected(device: str) -> list[str]:
+    """pytest's options for what is not run, which is printed."""
+    options = []
+    for name, reason in (NOT_RUN | (NOT_RUN_ON_CPU if device == "cpu" else {})).items():
+        print(f"not run: {name}: {reason}", flush=True)
+        options += ["--deselect", f"tests/{name}"]
+    return options
+
+
+def run(kind: str, device: str, *commands: list[str], leaks: bool = False) -> int:
+    """Runs commands of Python on the instrumented package; 0 if all end well and nobody reports."""
+    place = build.build(kind, "emulated" if device == "emulated" else "none")
+    environment = build.environment(kind, place, leaks) | {"DEVICE": device}
+    build.take_reports(place)
+    where = "import mlx_fused_adam._ext as x; print(x.__file__)"
+    commands = (["-c", where], *commands)
+    failed = 0
+    for command in commands:
+        done = subprocess.run([*build.python(kind), *command], cwd=build.ROOT, env=environment)
+        failed += done.returncode != 0
+    reports = build.take_reports(place)
+    print(*reports, sep="\n")
+    print(f"{failed} of {len(commands)} commands failed; {len(reports)} processes reported")
+    return int(bool(failed or reports))
+
+
 def main(what: str, *arguments: str) -> int:
     kind = "thread" if what == "thread" else "address"
     if missing := build.what_is_missing(kind):
         raise SystemExit(missing)
-    device = os.environ.setdefault("DEVICE", "cpu")
-    if device not in ("cpu", "emulated") or (kind == "thread" and device != "cpu"):
-        raise SystemExit(f"DEVICE={device} cannot be run under the sanitizer for {kind}")
-    place = build.build(kind, "emulated" if device == "emulated" else "none")
-    environment = build.environment(kind, place)
-    build.take_reports(place)
-    tests = list(arguments)
-    if kind == "thread" and not arguments:
-        tests = [str(TESTS / f"test_{name}.py") for name in OF_THREADS]
-    not_run = NOT_RUN | (NOT_RUN_ON_CPU if device == "cpu" else {})
-    for name, reason in not_run.items():
-        print(f"not run: {name}: {reason}")
-        tests += ["--deselect", f"tests/{name}"]
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
-    status = subprocess.run(pytest, cwd=build.ROOT, env=environment).returncode
-    reports = build.take_reports(place)
-    for report in reports:
-        print(report)
-    print(f"{len(reports)} reports")
-    return status or bool(reports)
+    device = os.environ.get("DEVICE", "cpu")
+    if device not in ("cpu", *(["emulated"] if what == "address" else [])):
+        raise SystemExit(f"{what} cannot be run with DEVICE={device}")
+    if what == "faults":
+        return int(any([faults.main(kind) for kind in build.KINDS]))
+    if what == "leaks":
+        return run(kind, device, [str(HERE / "leaks.py")], leaks=True)
+    pytest = ["-m", "pytest", "-p", "no:cacheprovider", *deselected(device), *arguments]
+    if what == "address" or arguments:
+        return run(kind, device, pytest)
+    tests = [f"tests/test_{name}.py" for name in OF_THREADS]
+    return run(kind, device, [*pytest, *tests], [str(HERE / "streams.py")])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("address", "thread", "leaks", "faults"):
+    if len(sys.argv) < 2 or sys.argv[1] not in WHAT:
         raise SystemExit(__doc__)
     raise SystemExit(main(*sys.argv[1:]))
