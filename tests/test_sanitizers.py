@@ -55,7 +55,6 @@ def test_nothing_is_found(programs, name, kind):
 @pytest.mark.parametrize(("name", "kind", "fault", "arguments"), PLANTED)
 def test_a_planted_fault_is_seen(programs, name, kind, fault, arguments):
     done = run(kind, programs[name, kind, True], *arguments)
-    assert done.returncode != 0
     assert faults.TRIGGERS[kind][fault].report in done.stderr
 
 

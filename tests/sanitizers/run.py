@@ -27,6 +27,7 @@ EMULATED_ONLY = "about the emulated GPU: run with DEVICE=emulated"
 OTHER_BUILD = "about a build for another machine, in which nothing is instrumented"
 NOT_RUN = {
     "test_arm64.py": OTHER_BUILD,
+    "test_bench.py": "measures, which takes hours here; the updates that it times are tested elsewhere",
     "test_cuda_compile.py": OTHER_BUILD,
     "test_cuda_link.py": OTHER_BUILD,
     "test_macos_build.py": OTHER_BUILD,
@@ -40,6 +41,7 @@ NOT_RUN_ON_CPU = {
     "test_hostile_gpu.py": EMULATED_ONLY,
     "test_metal_faults.py": EMULATED_ONLY,
 }
+TIMEOUT = ["-o", "faulthandler_timeout=3600"]  # the suite's own is for tests at full speed
 # Where threads meet; the rest of the suite is one thread's.
 OF_THREADS = ["threads", "parallel_for", "in_place", "optimizers", "storage"]
 
@@ -81,7 +83,7 @@ def main(what: str, *arguments: str) -> int:
         return int(any([faults.main(kind) for kind in build.KINDS]))
     if what == "leaks":
         return run(kind, device, [str(HERE / "leaks.py")], leaks=True)
-    pytest = ["-m", "pytest", "-p", "no:cacheprovider", *deselected(device), *arguments]
+    pytest = ["-m", "pytest", "-p", "no:cacheprovider", *TIMEOUT, *deselected(device), *arguments]
     if what == "address" or arguments:
         return run(kind, device, pytest)
     tests = [f"tests/test_{name}.py" for name in OF_THREADS]
