@@ -40,9 +40,11 @@ OPTIONS = {
             "detect_leaks=0",  # CPython's and libmlx's, by the thousand; leaks.py looks for ours
             "detect_stack_use_after_return=1",
             "handle_segv=2",  # before pytest's faulthandler
+            "handle_abort=2",
             "allocator_may_return_null=1",  # an allocation too large is MLX's error, as it is for users
         ],
-        "UBSAN_OPTIONS": ["print_stacktrace=1"],
+        # Beside AddressSanitizer, GCC's other library writes to stderr alone; an abort is in the first one's report.
+        "UBSAN_OPTIONS": ["print_stacktrace=1", "abort_on_error=1"],
     },
     "thread": {
         "TSAN_OPTIONS": [
@@ -100,11 +102,11 @@ def _library(name: str) -> Path:
 
 
 def folder(kind: str, gpu: str = "none", faults: Iterable[Fault] = ()) -> Path:
-    # CMake remembers the Python that it was configured for, so each environment has a build of its own.
-    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    # CMake remembers the Python that it was configured for, so each environment has a build of its own; and each set of faults.
+    environment = sys.prefix + "".join(map(str, faults))
+    digest = hashlib.sha256(environment.encode()).hexdigest()[:8]
     parts = ["sanitizers", kind, *([gpu] if gpu != "none" else [])]
-    parts += ["faults"] if tuple(faults) else []
-    return ROOT / "build" / "-".join([*parts, str(sys.implementation.cache_tag), environment])
+    return ROOT / "build" / "-".join([*parts, str(sys.implementation.cache_tag), digest])
 
 
 def plant(faults: Iterable[Fault], sources: Path) -> None:
@@ -116,7 +118,9 @@ def plant(faults: Iterable[Fault], sources: Path) -> None:
                 f"{fault.file} holds {text.count(fault.text)} times {fault.text!r}; "
                 "plant this fault elsewhere"
             )
-        (sources / fault.file).write_text(text.replace(fault.text, fault.replacement))
+        planted = sources / fault.file
+        planted.write_text(text.replace(fault.text, fault.replacement))
+        shutil.copystat(ROOT / fault.file, planted)
 
 
 def copy(names: Iterable[str], to: Path) -> Path:
@@ -151,9 +155,12 @@ def build(kind: str, gpu: str = "none", faults: Iterable[Fault] = ()) -> Path:
                 "CMAKE_BUILD_TYPE": "Sanitized",  # one that CMake and nanobind have no flags for
                 "CMAKE_CXX_FLAGS": " ".join(FLAGS[kind]),
             }
+            if gpu == "emulated":
+                defines["CMAKE_PROJECT_mlx_fused_adam_INCLUDE"] = str(HERE / "emulated.cmake")
             options = [f"-D{name}={value}" for name, value in defines.items()]
             _output(*cmake, "-S", sources, "-B", place, "-G", "Ninja", *options)
-        _output(*cmake, "--build", place, "--target", "_ext")
+        targets = ["_ext", *(["_emulator"] if gpu == "emulated" else [])]
+        _output(*cmake, "--build", place, "--target", *targets)
         _write_compilers(place)
         # The stub is made by importing the module; CMake would do that without the sanitizer's library.
         stub = ["-m", "nanobind.stubgen", "-q", "-i", place, "-m", "_ext", "-o", place / "_ext.pyi"]

@@ -120,10 +120,13 @@ def main(kind: str) -> int:
         environment = build.environment(kind, place, leaks=program == "leaks.py")
         build.take_reports(place)
         code = [str(build.HERE / program)] if program.endswith(".py") else ["-c", program]
-        subprocess.run([*build.python(kind), *code], env=environment, timeout=1200)
-        reports = "\n".join(build.take_reports(place))
-        is_seen = report in reports
-        print(reports)
+        command = [*build.python(kind), *code]
+        done = subprocess.run(
+            command, env=environment, timeout=1200, stderr=subprocess.PIPE, text=True
+        )
+        reports = build.take_reports(place)
+        is_seen = bool(reports) and report in "\n".join([done.stderr, *reports])
+        print(done.stderr, *reports, sep="\n")
         print(f"{kind}: {name}: {'seen' if is_seen else 'NOT SEEN'}")
         unseen += not is_seen
     return unseen

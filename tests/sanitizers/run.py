@@ -59,6 +59,8 @@ def run(kind: str, device: str, *commands: list[str], leaks: bool = False) -> in
     """Runs commands of Python on the instrumented package; 0 if all end well and nobody reports."""
     place = build.build(kind, "emulated" if device == "emulated" else "none")
     environment = build.environment(kind, place, leaks) | {"DEVICE": device}
+    if device == "emulated":
+        environment["FUSED_ADAM_EMULATOR_BUILD"] = str(place)
     build.take_reports(place)
     where = "import mlx_fused_adam._ext as x; print(x.__file__)"
     commands = (["-c", where], *commands)
