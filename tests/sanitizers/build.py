@@ -216,10 +216,12 @@ def environment(kind: str, place: Path, leaks: bool = False) -> dict[str, str]:
 
 
 def take_reports(place: Path) -> list[str]:
-    """The reports that processes have left, which are deleted."""
+    """The reports that processes have left, which are deleted; not the remark that the emulator's stacks are unknown."""
     found = []
     for path in sorted((place / "reports").glob("*")):
-        found.append(f"{path.name}\n{path.read_text(errors='replace')}")
+        text = path.read_text(errors="replace")
+        if "ignoring requested __asan_handle_no_return" not in text or "ERROR: " in text:
+            found.append(f"{path.name}\n{text}")
         path.unlink()
     return found
 
