@@ -45,7 +45,7 @@ void update(const Kernels& set, const TensorFormats& formats, size_t n, bool is_
   StepRounding rounding;
   if (is_random) rounding = {true, true, true, tensor_random(1, 2, 3, 4, formats.has_codes())};
   AdamConstants constants{0.9f, 0.1f, 0.999f, 0.001f, 1e-8f};
-  for (auto kernel : {set.adam, set.traffic}) {
+  for (auto kernel : {set.adam, set.traffic, set.keep}) {
     kernel(run, 0, n, formats, {1e-3f, 1.0f, 1.0f}, constants, rounding);
   }
 }
@@ -80,6 +80,9 @@ int main(int argument_count, char**) {
           update(set, {parameter, gradient, state, v}, n, is_random);
         }
       }
+    }
+    for (auto from : {Format::float32, Format::bfloat16, Format::float16}) {
+      set.sum_of_squares(Plane(from, n).source(), from, n);
     }
     for (auto from : kFormats) {
       for (auto to : kFormats) {

@@ -12,7 +12,13 @@ from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
 
-OPTIONS = [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}, {"master_weights": True}]
+OPTIONS = [
+    {},
+    {"state_dtype": "bfloat16"},
+    {"state_dtype": "int8"},
+    {"master_weights": True},
+    {"max_grad_norm": 1.0, "skip_nonfinite": True},
+]
 
 
 def train(dtype: mx.Dtype, options: dict, is_compiled: bool) -> None:

@@ -23,6 +23,7 @@ OPTIONS = [
     {"state_dtype": "bfloat16"},
     {"state_dtype": "int8"},
     {"master_weights": True},
+    {"max_grad_norm": 1.0, "skip_nonfinite": True},
 ]
 
 
@@ -57,7 +58,7 @@ def train(which: int, steps: int) -> list[np.ndarray]:
     return [np.array(x.astype(mx.float32)) for x in arrays]
 
 
-def main(steps: int = 300, threads: int = 4) -> None:
+def main(steps: int = 300, threads: int = 5) -> None:
     mx.set_default_device(mx.cpu)
     fused.set_num_threads(4)
     results: dict[int, list[np.ndarray]] = {}
