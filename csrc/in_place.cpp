@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "mlx/allocator.h"
+#include "allocate.h"
 #include "mlx/backend/common/utils.h"
 #include "mlx/stream.h"
 
@@ -41,7 +41,7 @@ static void allocate_in_place(const mx::array& input, mx::array& output) {
       input.size() == output.size() && mx::is_donatable(input, output)) {
     output.copy_shared_buffer(input);
   } else {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
+    allocate(output);
   }
 }
 

@@ -4,10 +4,10 @@
 #include <limits>
 #include <vector>
 
+#include "allocate.h"
 #include "cpu_blocks.h"
 #include "cpu_kernels.h"
 #include "layout.h"
-#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "norm.h"
 #include "storage.h"
@@ -83,7 +83,7 @@ float as_float(double sum) {
 }  // namespace
 
 void SumOfSquares::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+  allocate(outputs[0]);
   auto& encoder = mx::cpu::get_command_encoder(stream());
   std::vector<GradientSum> gradients;
   std::vector<size_t> first_units;

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "adam_args.h"
+#include "allocate.h"
 #include "layout.h"
 #include "metal_kernel.h"
-#include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "norm.h"
 #include "norm_args.h"
@@ -182,10 +182,10 @@ void SumOfSquares::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx
     }
   }
   auto& sum = outputs[0];
-  sum.set_data(mx::allocator::malloc(sum.nbytes()));
+  allocate(sum);
   // Of one element at least, since every buffer of a kernel must be bound.
   mx::array partials({int(std::max<int64_t>(count, 1))}, mx::float32, nullptr, {});
-  partials.set_data(mx::allocator::malloc(partials.nbytes()));
+  allocate(partials);
   auto& encoder = mx::metal::get_command_encoder(stream());
   encoder.add_temporary(partials);
   Encoding encoding(encoder, partials);

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "allocate.h"
 #include "cpu_kernels.h"
 #include "layout.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -24,7 +25,7 @@ class ConvertMoment : public mx::Primitive {
       : Primitive(stream), from_(from), to_(to) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    for (auto& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
+    for (auto& output : outputs) allocate(output);
     auto& encoder = mx::cpu::get_command_encoder(stream());
     for (auto& input : inputs) encoder.set_input_array(input);
     for (auto& output : outputs) encoder.set_output_array(output);

@@ -93,8 +93,9 @@ def run(library: Path, program: str, workers: int) -> str:
         [sys.executable, "-c", BEGINNING + program.format(workers=workers)],
         capture_output=True,
         text=True,
-        timeout=120,
-        env={**os.environ, "LD_PRELOAD": str(library)},
+        timeout=600,
+        # Beside what is loaded already, a sanitizer's library say.
+        env={**os.environ, "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()},
     )
     assert result.returncode == 0, f"exit status {result.returncode}\n{result.stderr}"
     return result.stdout

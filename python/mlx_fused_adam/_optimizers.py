@@ -106,6 +106,7 @@ class _Fused(_StockOptimizer):
         was_initialized = self._initialized
         copy_all = has_own_rule or not was_initialized
         before = tree_map(lambda x: x, self._state) if copy_all else dict(self._state)
+        written: list[tuple[dict, dict]] = []
         try:
             if has_own_rule:
                 if self._options.has_guard:
@@ -121,12 +122,18 @@ class _Fused(_StockOptimizer):
             for name, scheduler in self._schedulers.items():
                 self.state[name] = scheduler(step)
             self.state["step"] = step + 1
-            result, guard = self._apply_tree(gradients, parameters, self.state)
+            result, changes, guard = self._updated(gradients, parameters, self.state)
+            written = [(state, dict(state)) for state, _ in changes]
+            for state, changed in changes:
+                state.update(changed)
             if guard:
                 guard.record(self.state, before, ("step", *self._schedulers))
             return result
         except BaseException as error:
-            # A refused update is no step, and leaves no moments of a wrong shape behind.
+            # A refused or interrupted update is no step, and leaves no moments of a wrong shape behind.
+            for state, old in written:
+                state.clear()
+                state.update(old)
             self._state.clear()
             self._state.update(before)
             self._initialized = was_initialized
@@ -140,10 +147,15 @@ class _Fused(_StockOptimizer):
 
         The options that look at all gradients take this one for all; what they record is not written.
         """
-        return self._apply_tree(gradient, parameter, state)[0]
+        result, changes, _ = self._updated(gradient, parameter, state)
+        for old, changed in changes:
+            old.update(changed)
+        return result
 
-    def _apply_tree(self, gradients: Any, parameters: Any, states: Any) -> tuple[Any, Guard | None]:
-        """The new parameters, and what the gradients as a whole have said."""
+    def _updated(
+        self, gradients: Any, parameters: Any, states: Any
+    ) -> tuple[Any, list[tuple[dict, dict]], Guard | None]:
+        """The new parameters; each state and what is new in it; what the gradients as a whole have said. Changes nothing."""
         walk = Walk(gradients, parameters, states)
         guard = guard_of(walk.gradients, self._options, walk.paths)
         step = Step(
@@ -161,11 +173,7 @@ class _Fused(_StockOptimizer):
         )
         new, states = step.update(Leaves(walk.gradients, walk.parameters, walk.states, walk.paths))
         walk.fill(new)
-        result = walk.result()
-        # Only once nothing can go wrong any more.
-        for old, changed in zip(walk.states, states, strict=True):
-            old.update(changed)
-        return result, guard
+        return walk.result(), list(zip(walk.states, states, strict=True)), guard
 
     def _description(self) -> dict[str, Any]:
         """Hyper-parameters and options, in what JSON can say."""

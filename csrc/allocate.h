@@ -1,0 +1,14 @@
+// Memory for results: MLX's allocator, whose answer that there is none is an error here.
+#pragma once
+
+#include <cstddef>
+
+#include "mlx/allocator.h"
+#include "mlx/array.h"
+
+namespace fused_adam {
+
+// Gives an output a buffer of its own, row-major. Throws if there is no memory.
+void allocate(mlx::core::array& output);
+
+}  // namespace fused_adam
