@@ -190,14 +190,10 @@ def test_a_failing_evaluation_neither_hangs_nor_spoils_what_is_held(process_devi
 
 
 @pytest.mark.cpu_only
-@pytest.mark.xfail(
-    strict=True, reason="MLX's allocator returns null on the CPU, which is not looked at"
-)
 def test_buffers_that_there_is_no_memory_for_are_an_error(process_device):
     assert "right" in run("too_large", process_device)
 
 
-@pytest.mark.xfail(strict=True, reason="states are written one after the other")
 def test_an_interrupt_between_any_two_lines_is_no_step(device):
     """KeyboardInterrupt, raised at each line of the package in turn: the state is that of before, all of it."""
     package = str(Path(fused.__file__).parent)
@@ -247,7 +243,6 @@ def test_an_interrupt_between_any_two_lines_is_no_step(device):
 
 
 @pytest.mark.cpu_only
-@pytest.mark.xfail(reason="as above; not at each run")
 def test_interrupts_by_the_clock(process_device):
     """Ctrl-C at random instants of a loop, mx.eval included: it arrives, nothing hangs, each step is whole or was not."""
     assert "right" in run("interrupts", process_device)

@@ -227,5 +227,9 @@ def _fitting_state(
         return plain | {k: arrays[inner + k] for k in EXTRAS if inner + k in arrays}
 
     state = tree_map_with_path(lambda name, x: arrays.get(name, x), optimizer.state)
-    state |= {name: arrays[name] for name in GUARD_STATE if name in arrays}
+    for name in GUARD_STATE:
+        if isinstance(state.get(name), mx.array):
+            del state[name]
+        if name in arrays:
+            state[name] = arrays[name]
     return map_states(of_file, state)
