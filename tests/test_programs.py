@@ -841,9 +841,16 @@ def run_programs(
         if operations:
             with capsys.disabled():
                 print(f"\n{told}", flush=True)
-    # Nothing is left out by what other rules make of a program; of so few as the suite has, chance may leave out any.
-    for name in ("update, eager", "update, compiled", "load", "refused update", "stock's state"):
-        assert counts[name] > programs // 5 or not operations, f"too few of {name!r}: {told}"
+    # Nothing is left out by what other rules make of a program; in few operations chance may leave out any.
+    if counts["operations"] >= 10_000:
+        for name in (
+            "update, eager",
+            "update, compiled",
+            "load",
+            "refused update",
+            "stock's state",
+        ):
+            assert counts[name] > counts["operations"] // 500, f"too few of {name!r}: {told}"
 
 
 @pytest.fixture
