@@ -64,7 +64,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only: about the CPU back end, whatever else there is")
 
 
+# Files whose few tests take minutes: one that comes last would keep a single process busy.
+LONG = ("test_macos_build.py", "test_arm64.py", "test_cuda_compile.py", "test_sanitizers.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         if item.get_closest_marker("cpu_only"):
             callspec = getattr(item, "callspec", None)
