@@ -9,7 +9,6 @@
 #include <typeinfo>
 
 #include "mlx/ops.h"
-#include "mlx/transforms.h"
 #include "refuse.h"
 #include "state_codes.h"
 #include "storage.h"
@@ -360,31 +359,6 @@ std::function<std::vector<mx::array>(const std::vector<mx::array>&)> AdamUpdate:
     }
     return outputs;
   };
-}
-
-std::vector<mx::array> AdamUpdate::jvp(const std::vector<mx::array>& primals,
-                                       const std::vector<mx::array>& tangents,
-                                       const std::vector<int>& argnums) {
-  std::vector<mx::array> all_tangents;
-  for (auto& primal : primals) all_tangents.push_back(mx::zeros_like(primal, stream()));
-  for (size_t i = 0; i < argnums.size(); ++i) all_tangents[argnums[i]] = tangents[i];
-  return mx::jvp(composed(), primals, all_tangents).second;
-}
-
-std::vector<mx::array> AdamUpdate::vjp(const std::vector<mx::array>& primals,
-                                       const std::vector<mx::array>& cotangents,
-                                       const std::vector<int>& argnums,
-                                       const std::vector<mx::array>&) {
-  auto all = mx::vjp(composed(), primals, cotangents).second;
-  std::vector<mx::array> asked;
-  for (int argnum : argnums) asked.push_back(all[argnum]);
-  return asked;
-}
-
-std::pair<std::vector<mx::array>, std::vector<int>> AdamUpdate::vmap(
-    const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
-  auto outputs = mx::vmap(composed(), axes)(inputs);
-  return {outputs, std::vector<int>(outputs.size(), 0)};
 }
 
 // Asked for by shapeless compilation, whose later calls no other check sees.

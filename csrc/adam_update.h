@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "adam_rule.h"
-#include "mlx/primitives.h"
+#include "composed.h"
 #include "mlx/utils.h"
 #include "storage.h"
 
@@ -76,9 +76,9 @@ using IsFused = std::function<bool(mlx::core::Dtype, mlx::core::Dtype, mlx::core
 
 // Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction. Tensors of which `is_fused`
 // says false get the same update as a composition of MLX's operations, which rounds to nearest; those with extras, which MLX's
-// operations cannot store, from the CPU's kernel. Stochastic rounding needs a
-// step; a step that the guard does not let pass gives back what it was given, bit for bit; `numbers` are the tensors' in its hash, or empty: their places in the lists. `wide_indices` makes kernels index in 64
-// bits where 32 would do, so that a self-check can run what only huge tensors need.
+// operations cannot store, from the CPU's kernel. A step that the guard does not let pass gives back what it was given, bit for
+// bit. Stochastic rounding needs a step; `numbers` are the tensors' in its hash, or empty: their places in the lists.
+// `wide_indices` makes kernels index in 64 bits where 32 would do, so that a self-check can run what only huge tensors need.
 AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
                         const std::optional<mlx::core::array>& step, const AdamGuard& guard,
                         const AdamHyperparameters& hyperparameters, const AdamRounding& rounding,
@@ -98,7 +98,7 @@ enum class UpdateRule { adam, traffic };
 // (uint32) if any result is rounded stochastically, then for each tensor parameter, gradient, m, v and extras.
 // Outputs: for each tensor parameter, m, v and extras. Extras are remainder, m_scale, v_scale, as far as the formats have them.
 // All tensors of a node share their formats.
-class AdamUpdate : public mlx::core::Primitive {
+class AdamUpdate : public ComposedPrimitive {
  public:
   static constexpr size_t kFirstExtraInput = 4;
   static constexpr size_t kFirstExtraOutput = 3;
@@ -107,7 +107,7 @@ class AdamUpdate : public mlx::core::Primitive {
   AdamUpdate(mlx::core::Stream stream, UpdateRule rule, AdamConstants constants,
              TensorFormats formats, AdamRounding rounding = {}, std::vector<uint32_t> numbers = {},
              bool wide_indices = false)
-      : Primitive(stream),
+      : ComposedPrimitive(stream),
         rule_(rule),
         constants_(constants),
         formats_(formats),
@@ -125,23 +125,14 @@ class AdamUpdate : public mlx::core::Primitive {
   void eval_gpu(const std::vector<mlx::core::array>& inputs,
                 std::vector<mlx::core::array>& outputs) override;
 
-  std::vector<mlx::core::array> jvp(const std::vector<mlx::core::array>& primals,
-                                    const std::vector<mlx::core::array>& tangents,
-                                    const std::vector<int>& argnums) override;
-  std::vector<mlx::core::array> vjp(const std::vector<mlx::core::array>& primals,
-                                    const std::vector<mlx::core::array>& cotangents,
-                                    const std::vector<int>& argnums,
-                                    const std::vector<mlx::core::array>& outputs) override;
-  std::pair<std::vector<mlx::core::array>, std::vector<int>> vmap(
-      const std::vector<mlx::core::array>& inputs, const std::vector<int>& axes) override;
-
   const char* name() const override { return "AdamUpdate"; }
   // Never: mx.compile would merge equal updates, and loses outputs when it merges nodes that have several.
   bool is_equivalent(const Primitive&) const override { return false; }
   std::vector<mlx::core::Shape> output_shapes(const std::vector<mlx::core::array>& inputs) override;
 
   // The same update as a composition of MLX's own operations, whose derivatives MLX knows. Refuses formats with extras.
-  std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)> composed();
+  std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)> composed()
+      override;
 
  private:
   // What the graph cannot see: throws for codes and extras that are not row-major.

@@ -1,8 +1,6 @@
 // Memory for results: MLX's allocator, whose answer that there is none is an error here.
 #pragma once
 
-#include <cstddef>
-
 #include "mlx/allocator.h"
 #include "mlx/array.h"
 

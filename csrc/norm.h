@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "mlx/primitives.h"
+#include "composed.h"
 #include "mlx/utils.h"
 
 namespace fused_adam {
@@ -20,32 +20,22 @@ mlx::core::array sum_of_squares(const std::vector<mlx::core::array>& gradients,
                                 const IsNormFused& is_fused, mlx::core::StreamOrDevice stream);
 
 // Inputs: gradients of plain dtypes. Output: the sum, a scalar.
-class SumOfSquares : public mlx::core::Primitive {
+class SumOfSquares : public ComposedPrimitive {
  public:
-  explicit SumOfSquares(mlx::core::Stream stream) : Primitive(stream) {}
+  using ComposedPrimitive::ComposedPrimitive;
 
   void eval_cpu(const std::vector<mlx::core::array>& inputs,
                 std::vector<mlx::core::array>& outputs) override;
   void eval_gpu(const std::vector<mlx::core::array>& inputs,
                 std::vector<mlx::core::array>& outputs) override;
 
-  std::vector<mlx::core::array> jvp(const std::vector<mlx::core::array>& primals,
-                                    const std::vector<mlx::core::array>& tangents,
-                                    const std::vector<int>& argnums) override;
-  std::vector<mlx::core::array> vjp(const std::vector<mlx::core::array>& primals,
-                                    const std::vector<mlx::core::array>& cotangents,
-                                    const std::vector<int>& argnums,
-                                    const std::vector<mlx::core::array>& outputs) override;
-  std::pair<std::vector<mlx::core::array>, std::vector<int>> vmap(
-      const std::vector<mlx::core::array>& inputs, const std::vector<int>& axes) override;
+  std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)> composed()
+      override;
 
   const char* name() const override { return "SumOfSquares"; }
   std::vector<mlx::core::Shape> output_shapes(const std::vector<mlx::core::array>&) override {
     return {{}};
   }
-
- private:
-  std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)> composed();
 };
 
 }  // namespace fused_adam
