@@ -5,9 +5,9 @@
 #include "cpu_kernels.h"
 
 #include <type_traits>
-#include <utility>
 
 #include "cpu_formats.h"
+#include "cpu_transpose.h"
 
 namespace fused_adam::cpu {
 namespace {
@@ -229,69 +229,6 @@ void convert(Source from, Format from_format, Target to, Format to_format, std::
   PaddedChunk old, converted;
   one(old.load(from, from_format, at, n - at), converted.target(to, to_format, at), 0);
   converted.store(to, to_format, at, n - at);
-}
-
-// Square blocks as wide as a vector, FUSED_ADAM_VECTOR_BYTES bytes: whole cache lines where the target has such vectors, so
-// that many lines are asked for at once.
-template <typename Element>
-struct Block {
-  static constexpr std::size_t kSide = FUSED_ADAM_VECTOR_BYTES / sizeof(Element) > 16
-                                           ? 16
-                                           : FUSED_ADAM_VECTOR_BYTES / sizeof(Element);
-  typedef Element Vector __attribute__((vector_size(kSide * sizeof(Element))));
-
-  // Interleaves the lower (from = 0) or upper (from = kSide / 2) halves of two rows.
-  template <std::size_t from, std::size_t... i>
-  static Vector interleave(Vector a, Vector b, std::index_sequence<i...>) {
-    return __builtin_shufflevector(a, b, (i % 2 * kSide + from + i / 2)...);
-  }
-
-  // log2(kSide) rounds of interleaving row i with row i + kSide / 2 transpose the block.
-  static void transpose(Vector (&r)[kSide]) {
-    using Lanes = std::make_index_sequence<kSide>;
-    for (std::size_t round = 1; round < kSide; round *= 2) {
-      Vector t[kSide];
-      for (std::size_t i = 0; i < kSide / 2; ++i) {
-        t[2 * i] = interleave<0>(r[i], r[i + kSide / 2], Lanes());
-        t[2 * i + 1] = interleave<kSide / 2>(r[i], r[i + kSide / 2], Lanes());
-      }
-      for (std::size_t i = 0; i < kSide; ++i) r[i] = t[i];
-    }
-  }
-};
-
-template <typename Element>
-void transpose(const char* from_bytes, std::ptrdiff_t from_stride, std::size_t rows,
-               std::size_t columns, char* to_bytes) {
-  using Tile = Block<Element>;
-  using Vector = typename Tile::Vector;
-  constexpr std::size_t side = Tile::kSide;
-  auto from = reinterpret_cast<const Element*>(from_bytes);
-  auto to = reinterpret_cast<Element*>(to_bytes);
-  std::size_t whole_rows = rows - rows % side;
-  std::size_t whole_columns = columns - columns % side;
-  for (std::size_t j = 0; j < whole_columns; j += side) {
-    for (std::size_t i = 0; i < whole_rows; i += side) {
-      Vector block[side];
-      for (std::size_t k = 0; k < side; ++k) {
-        __builtin_memcpy(&block[k], from + i + std::ptrdiff_t(j + k) * from_stride, sizeof(Vector));
-      }
-      Tile::transpose(block);
-      for (std::size_t k = 0; k < side; ++k) {
-        __builtin_memcpy(to + (i + k) * columns + j, &block[k], sizeof(Vector));
-      }
-    }
-    for (std::size_t i = whole_rows; i < rows; ++i) {
-      for (std::size_t k = 0; k < side; ++k) {
-        to[i * columns + j + k] = from[i + std::ptrdiff_t(j + k) * from_stride];
-      }
-    }
-  }
-  for (std::size_t j = whole_columns; j < columns; ++j) {
-    for (std::size_t i = 0; i < rows; ++i) {
-      to[i * columns + j] = from[i + std::ptrdiff_t(j) * from_stride];
-    }
-  }
 }
 
 template <typename Element>

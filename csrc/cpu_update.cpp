@@ -3,6 +3,8 @@
 #include "cpu_update.h"
 
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "in_place.h"
@@ -20,16 +22,15 @@ constexpr size_t kBlocksPerUnit = 8;
 // How many row-major elements cost as much as one of the other layouts, roughly.
 constexpr size_t kTiledCost = 2;
 constexpr size_t kGeneralCost = 4;
-// Bytes of a transposed tile's sides: down the gradient's columns, whole cache lines; along the parameter's rows, long
-// enough for hardware prefetchers to take up (prefetching by hand gained nothing beside them).
-constexpr size_t kTileRowBytes = 256;
-constexpr size_t kTileColumnBytes = 1024;
-// Elements of the sides of the block of tiles that is a unit of work ...
-constexpr size_t kBlockColumns = 1024;
-constexpr size_t kBlockRows = 256;
-// ... but one row of tiles in tensors below this many elements, so that there is work for every thread.
-constexpr size_t kSmallTensor = 1 << 20;
 constexpr size_t kCacheLine = 64;
+// Bytes of the sides of a transposed tile, a unit of tiled work: down the gradient's columns, whole cache lines, several of
+// them since memory hands out neighbours faster; along the parameter's rows, a page, since hardware prefetchers take time to
+// take up a row (prefetching rows by hand was slower than they are). So the tile lies in the second-level cache.
+constexpr size_t kTileRowBytes = 4 * kCacheLine;
+constexpr size_t kTileColumnBytes = 4096;
+// A tensor has about so many tiles at least, so that there is work for every thread, unless they become smaller than this.
+constexpr size_t kFewestTiles = 16;
+constexpr size_t kSmallestTileElements = 1 << 14;
 // Below these sides of a matrix, gathering by a table was measured to be faster than tiles: an update's rows are short there.
 constexpr TileSides kSmallestTile{4, 12};
 
@@ -51,14 +52,19 @@ size_t row_of(const mx::array& parameter, const TensorFormats& formats) {
   return length % kBlockElements == 0 ? parameter.size() : length;
 }
 
-}  // namespace
+// A thread's own room for a transposed tile of the widest gradients, kept for its next ones: too much for the stacks that
+// macOS gives to threads.
+char* tile_buffer() {
+  struct Free {
+    void operator()(char* bytes) const { ::operator delete(bytes, std::align_val_t(kCacheLine)); }
+  };
+  constexpr size_t kBytes = kTileRowBytes * kTileColumnBytes / sizeof(uint16_t);
+  thread_local std::unique_ptr<char, Free> buffer(
+      static_cast<char*>(::operator new(kBytes, std::align_val_t(kCacheLine))));
+  return buffer.get();
+}
 
-// A part of one of the matrices of a tiled layout.
-struct TensorUpdate::Tile {
-  int64_t state;     // offset of the matrix in parameter, m and v
-  int64_t gradient;  // and in the gradient
-  size_t row, column, rows, columns;
-};
+}  // namespace
 
 TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, const TensorFormats& formats,
                            UpdateRule rule)
@@ -96,7 +102,7 @@ TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, const TensorForm
       units_ = divide_up(size_, linear_unit());
       break;
     case LayoutKind::tiled:
-      units_ = size_t(layout_.batches()) * blocks_down() * blocks_across();
+      cut_into_tiles();
       break;
     case LayoutKind::general: {
       bool gathered[kArrays];
@@ -150,16 +156,19 @@ size_t TensorUpdate::column_shift() const {
   return reinterpret_cast<uintptr_t>(base_.parameter.values) % kCacheLine / parameter_bytes_;
 }
 
-size_t TensorUpdate::tile_rows() const { return kTileRowBytes / gradient_bytes_; }
-size_t TensorUpdate::tile_columns() const { return kTileColumnBytes / parameter_bytes_; }
-
-size_t TensorUpdate::block_rows() const { return size_ < kSmallTensor ? tile_rows() : kBlockRows; }
-
-size_t TensorUpdate::blocks_across() const {
-  return divide_up(layout_.columns + column_shift(), kBlockColumns);
-}
-size_t TensorUpdate::blocks_down() const {
-  return divide_up(layout_.rows + row_shift(), block_rows());
+void TensorUpdate::cut_into_tiles() {
+  size_t grid_rows = layout_.rows + row_shift(), grid_columns = layout_.columns + column_shift();
+  size_t line = kCacheLine / gradient_bytes_;
+  size_t most_columns = kTileColumnBytes / parameter_bytes_;
+  size_t even = divide_up(grid_columns, divide_up(grid_columns, most_columns));
+  tile_columns_ = divide_up(even, kBlockElements) * kBlockElements;
+  size_t most = kTileRowBytes / gradient_bytes_ * most_columns;
+  size_t wanted = std::clamp(size_ / kFewestTiles, kSmallestTileElements, most);
+  tile_rows_ =
+      std::min(divide_up(wanted / tile_columns_, line), most / tile_columns_ / line) * line;
+  tiles_across_ = divide_up(grid_columns, tile_columns_);
+  tiles_down_ = divide_up(grid_rows, tile_rows_);
+  units_ = size_t(layout_.batches()) * tiles_down_ * tiles_across_;
 }
 
 RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) const {
@@ -212,56 +221,29 @@ void TensorUpdate::run_linear(size_t unit, AdamScalars<float> scalars,
   update(at(start, start), start, std::min(linear_unit(), size_ - start), scalars, constants);
 }
 
-const char* TensorUpdate::gradient_column(const Tile& tile, size_t j) const {
-  int64_t column = int64_t(tile.column + j) * layout_.gradient_column_stride;
-  return base_.gradient.values +
-         (tile.gradient + int64_t(tile.row) + column) * int64_t(gradient_bytes_);
-}
-
-int64_t TensorUpdate::state_row(const Tile& tile, size_t i) const {
-  return tile.state + int64_t(tile.row + i) * layout_.row_stride + int64_t(tile.column);
-}
-
 void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
                              AdamConstants constants) const {
-  alignas(kCacheLine) char transposed[kTileRowBytes * kTileColumnBytes / sizeof(uint16_t)];
-  int64_t batch = unit / (blocks_down() * blocks_across());
-  // Rows and columns of the grid, which begins row_shift() and column_shift() before the matrix.
-  size_t first_row = unit / blocks_across() % blocks_down() * block_rows();
-  size_t first_column = unit % blocks_across() * kBlockColumns;
-  size_t grid_rows = layout_.rows + row_shift();
-  size_t grid_columns = layout_.columns + column_shift();
-  size_t end_row = std::min(first_row + block_rows(), grid_rows);
-  size_t end_column = std::min(first_column + kBlockColumns, grid_columns);
-  size_t tiles_across = divide_up(end_column - first_column, tile_columns());
-  size_t tiles = tiles_across * divide_up(end_row - first_row, tile_rows());
-  int64_t state = offset_of(batch, layout_.shape, layout_.strides[0]);
-  int64_t gradient = offset_of(batch, layout_.shape, layout_.strides[1]);
-  auto tile_at = [&](size_t index) {
-    size_t row = first_row + index / tiles_across * tile_rows();
-    size_t column = first_column + index % tiles_across * tile_columns();
-    size_t next_row = std::min(row + tile_rows(), end_row);
-    size_t next_column = std::min(column + tile_columns(), end_column);
-    row = std::max(row, row_shift());
-    column = std::max(column, column_shift());
-    return Tile{state,
-                gradient,
-                row - row_shift(),
-                column - column_shift(),
-                next_row - row,
-                next_column - column};
+  char* transposed = tile_buffer();
+  int64_t batch = unit / (tiles_down_ * tiles_across_);
+  // A tile's part of the grid, which begins before the matrix.
+  auto part = [](size_t index, size_t side, size_t shift, size_t length) {
+    size_t first = std::max(index * side, shift) - shift;
+    return std::pair(first, std::min((index + 1) * side - shift, length) - first);
   };
-
-  for (size_t index = 0; index < tiles; ++index) {
-    Tile tile = tile_at(index);
-    transpose_(gradient_column(tile, 0), layout_.gradient_column_stride, tile.rows, tile.columns,
-               transposed);
-    for (size_t i = 0; i < tile.rows; ++i) {
-      int64_t first = state_row(tile, i);
-      RunPointers row = at(first, 0);
-      row.gradient.values = transposed + i * tile.columns * gradient_bytes_;
-      update(row, first, tile.columns, scalars, constants);
-    }
+  auto [row, rows] =
+      part(unit / tiles_across_ % tiles_down_, tile_rows_, row_shift(), layout_.rows);
+  auto [column, columns] =
+      part(unit % tiles_across_, tile_columns_, column_shift(), layout_.columns);
+  int64_t gradient = offset_of(batch, layout_.shape, layout_.strides[1]) + int64_t(row) +
+                     int64_t(column) * layout_.gradient_column_stride;
+  transpose_(base_.gradient.values + gradient * int64_t(gradient_bytes_),
+             layout_.gradient_column_stride, rows, columns, transposed);
+  int64_t first = offset_of(batch, layout_.shape, layout_.strides[0]) +
+                  int64_t(row) * layout_.row_stride + int64_t(column);
+  for (size_t i = 0; i < rows; ++i, first += layout_.row_stride) {
+    RunPointers run = at(first, 0);
+    run.gradient.values = transposed + i * columns * gradient_bytes_;
+    update(run, first, columns, scalars, constants);
   }
 }
 

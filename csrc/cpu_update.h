@@ -31,30 +31,22 @@ class TensorUpdate {
   void run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const;
 
  private:
-  struct Tile;
-
   void run_linear(size_t unit, AdamScalars<float>, AdamConstants) const;
   void run_tiled(size_t unit, AdamScalars<float>, AdamConstants) const;
   void run_general(size_t unit, AdamScalars<float>, AdamConstants) const;
   // Updates n elements from the tensor's `first` on, row by row where rows matter.
   void update(RunPointers run, size_t first, size_t n, AdamScalars<float>, AdamConstants) const;
   size_t linear_unit() const;
-  size_t tile_rows() const;
-  size_t tile_columns() const;
+  void cut_into_tiles();
   size_t row_shift() const;
   size_t column_shift() const;
-  size_t block_rows() const;
-  size_t blocks_across() const;
-  size_t blocks_down() const;
   // The pointers moved on, those of the gradient by another number of elements than those of the state.
   RunPointers at(int64_t state_offset, int64_t gradient_offset) const;
-  // Where a tile's gradient column begins, and in row-major order its row of parameter, m and v.
-  const char* gradient_column(const Tile&, size_t j) const;
-  int64_t state_row(const Tile&, size_t i) const;
 
   std::shared_ptr<mlx::core::array::Data> held_[kArrays + kMostExtras];  // what the task reads
   Layout layout_;
-  Blocks blocks_;  // of a general layout
+  size_t tile_rows_, tile_columns_, tiles_down_, tiles_across_;  // of a tiled layout
+  Blocks blocks_;                                                // of a general layout
   RunPointers base_;
   size_t size_;
   size_t
