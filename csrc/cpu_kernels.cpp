@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cpu_formats.h"
+#include "cpu_pairs.h"
 #include "cpu_transpose.h"
 
 namespace fused_adam::cpu {
@@ -107,20 +108,42 @@ FUSED_ADAM_INLINE void update_as(const RunPointers& run, std::size_t first, std:
   }
 }
 
+// The ways of rounding that the options lead to are known when the kernel is compiled.
+template <typename Rule, typename Formats>
+FUSED_ADAM_INLINE void update_pairs(const RunPointers& run, std::size_t first, std::size_t n,
+                                    const Formats& formats, AdamScalars<float> scalars,
+                                    AdamConstants constants, const StepRounding& rounding) {
+  auto with = [&](const StepRounding& known) FUSED_ADAM_INLINE_LAMBDA {
+    update_as<kChunk, Rule>(run, first, n, formats, scalars, constants, known);
+  };
+  if (!rounding.parameter && !rounding.m && rounding.v) {
+    with({false, false, true, rounding.random});
+  } else if (rounding.parameter && rounding.m && rounding.v) {
+    with({true, true, true, rounding.random});
+  } else if (!rounding.parameter && !rounding.m && !rounding.v) {
+    with({});
+  } else {
+    with(rounding);
+  }
+}
+
 template <typename Rule>
 void update(const RunPointers& run, std::size_t first, std::size_t n, const TensorFormats& formats,
             AdamScalars<float> scalars, AdamConstants constants, const StepRounding& rounding) {
-  auto all_are = [&](Format format) {
-    return formats.parameter == format && formats.gradient == format && formats.m == format &&
-           formats.v == format;
+  constexpr Format f32 = Format::float32, bf16 = Format::bfloat16, f16 = Format::float16,
+                   split = Format::bfloat16_remainder;
+  auto are = [&](Format parameter, Format gradient, Format state) {
+    return formats.parameter == parameter && formats.gradient == gradient && formats.m == state &&
+           formats.v == state;
   };
-  if (all_are(Format::float32)) {
-    update_as<kChunk, Rule>(run, first, n, AllIn<Format::float32>(), scalars, constants,
-                            StepRounding());
-  } else if (all_are(Format::bfloat16) && !rounding.parameter && !rounding.m) {
-    StepRounding of_v{false, false, rounding.v, rounding.random};
-    of_v.random.advance = 0;
-    update_as<kChunk, Rule>(run, first, n, AllIn<Format::bfloat16>(), scalars, constants, of_v);
+  if (are(f32, f32, f32)) {
+    update_as<kChunk, Rule>(run, first, n, AllIn<f32>(), scalars, constants, StepRounding());
+  } else if (are(bf16, bf16, bf16)) {
+    update_pairs<Rule>(run, first, n, InPairs<bf16, bf16>(), scalars, constants, rounding);
+  } else if (are(f16, f16, bf16)) {
+    update_pairs<Rule>(run, first, n, InPairs<f16, f16>(), scalars, constants, rounding);
+  } else if (are(split, bf16, bf16)) {
+    update_pairs<Rule>(run, first, n, InPairs<split, bf16>(), scalars, constants, rounding);
   } else {
     update_as<4 * kChunk, Rule>(run, first, n, formats, scalars, constants, rounding);
   }
