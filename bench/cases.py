@@ -1,11 +1,14 @@
 """The benchmark's cases: which tensors, in which dtype and layout. compare.py runs one.
 
 buffers: one tensor of every size; models, lora: published models' parameters; many: hundreds of
-small tensors; step: whole training steps; memory: the peak memory of one of a published model, not timed.
+small tensors; layouts: gradients as layers of many kinds leave them; growth: from little to much, with
+one thread and with more; step: whole training steps; memory: the peak memory of one of a published
+model, not timed.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
@@ -17,6 +20,7 @@ from .training import LanguageTask, LinearTask, Task
 TINY_LLAMA = shapes.SMOLLM_135M._replace(vocabulary=512, dims=64, feed_forward=128, layers=2)
 OPTIONS_FROM = 1_000_000  # elements of a buffer
 SIDES = [(25, 40), (250, 400), (1000, 1000), (2048, 2048), (4096, 4096)]
+GROWTH_THREADS = (1, 2, 8)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 OPTIONS_OF = {"float32": options.OF_FLOAT32, "bfloat16": options.OF_BFLOAT16}
 TIMED_OPTIONS_OF = {
@@ -36,6 +40,7 @@ class Case:
     # A whole training step instead of an update.
     task: Task | None = field(default=None, repr=False)
     options: tuple[str, ...] = ()  # of ours, that take part besides
+    threads: tuple[int, ...] = ()  # of the CPU, with which ours takes part besides
     is_timed: bool = True  # or else its memory is all that counts
 
     @property
@@ -95,6 +100,57 @@ def many(quick: bool) -> Iterator[Case]:
         yield Case("many", f"{count}×1000", dtype, "row-major", tensors)
 
 
+def layouts(quick: bool) -> Iterator[Case]:
+    """Large matrices, narrow ones, and the layouts that other layers than nn.Linear leave behind."""
+
+    def matrix(rows: int, columns: int) -> dict[str, ParameterShape]:
+        shape = (rows, columns)
+        return {
+            "row-major": ParameterShape("weight", shape),
+            "column-major": ParameterShape("weight", shape, column_major=True),
+        }
+
+    def other(layout: str, *shape: int, **gradient: Any) -> dict[str, ParameterShape]:
+        return {layout: ParameterShape("weight", shape, **gradient)}
+
+    some: dict[str, dict[str, ParameterShape]] = {
+        "every second": other("scattered", *((30, 40) if quick else (2048, 1024)), spread=2),
+        "ConvTranspose2d": other(
+            "permuted, flipped",
+            *((4, 3, 3, 8) if quick else (512, 3, 3, 512)),
+            axes=(3, 1, 2, 0),
+            flipped=(1, 2),
+        ),
+    }
+    if not quick:
+        some |= {
+            "5120×5120": matrix(5120, 5120),
+            "head 49152×576": matrix(49152, 576),
+            "tall 131072×16": matrix(131072, 16),
+            "wide 16×131072": matrix(16, 131072),
+            "Conv2d": other("row-major", 512, 3, 3, 512),
+            "Bilinear": other("permuted", 128, 128, 128, axes=(2, 0, 1)),
+            "experts 8×1024×512": other("row-major", 8, 1024, 512),
+            "experts 8×1024×512, transposed": other("permuted", 8, 1024, 512, axes=(0, 2, 1)),
+        }
+    for name, tensors in some.items():
+        for dtype in ("float32", "bfloat16"):
+            for layout, tensor in tensors.items():
+                yield Case("layouts", name, dtype, layout, [tensor])
+
+
+def growth(quick: bool) -> Iterator[Case]:
+    """Float32, row-major: one tensor of more and more elements, and more and more tensors of 1000."""
+    for elements in (1000, 30_000) if quick else [10**k for k in range(3, 9)]:
+        tensor = ParameterShape("weight", (elements,))
+        name = f"1 tensor of {elements:,}"
+        yield Case("growth", name, "float32", "row-major", [tensor], threads=GROWTH_THREADS)
+    for count in (3, 5) if quick else [10**k for k in range(1, 4)]:
+        tensors = [ParameterShape(f"tensors.{i}", (1000,)) for i in range(count)]
+        name = f"{count} tensors of 1,000"
+        yield Case("growth", name, "float32", "row-major", tensors, threads=GROWTH_THREADS)
+
+
 def step(quick: bool) -> Iterator[Case]:
     if quick:
         sizes = shapes.LlamaSizes(64, 32, 64, 1, 2, 2, 16)
@@ -135,6 +191,8 @@ SUITES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "models": models,
     "lora": lora,
     "many": many,
+    "layouts": layouts,
+    "growth": growth,
     "step": step,
     "memory": memory,
 }

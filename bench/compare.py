@@ -55,7 +55,8 @@ def run_case(
     if case.task:
         makers = _training_steps(case, problem)
     else:
-        makers = make_contenders(problem, device, bias_correction, case.options)
+        threads = case.threads if device == "cpu" else ()
+        makers = make_contenders(problem, device, bias_correction, case.options, threads)
 
     results: dict[str, dict[str, Any]] = {}
     traffic: dict[str, int] = {}

@@ -31,6 +31,7 @@ from .names import (
     STOCK_CLIPPED_COMPILED,
     STOCK_COMPILED,
     TORCH,
+    with_threads,
 )
 from .options import GUARDED, OPTIONS
 from .problem import BETAS, SETTINGS, Problem, Values, adam_step
@@ -114,6 +115,20 @@ class MlxAdam:
     def expect(self, before: Values) -> Values:
         step = self.optimizer.step.item() + 1 if self.optimizer.bias_correction else None
         return adam_step(before, step)
+
+
+class ThreadedAdam(MlxAdam):
+    """Ours with so many threads of the CPU."""
+
+    def __init__(self, threads: int, problem: Problem, bias_correction: bool):
+        super().__init__(fused.Adam, problem, False, bias_correction)
+        self.threads = threads
+        self.usual_threads = _ext.num_threads()
+
+    def step(self) -> None:
+        fused.set_num_threads(self.threads)
+        super().step()
+        fused.set_num_threads(self.usual_threads)
 
 
 class ClippedStock(MlxAdam):
@@ -217,9 +232,16 @@ def torch_device(device: str) -> str | None:
 
 
 def make_contenders(
-    problem: Problem, device: str, bias_correction: bool, options: Iterable[str] = ()
+    problem: Problem,
+    device: str,
+    bias_correction: bool,
+    options: Iterable[str] = (),
+    threads: Iterable[int] = (),
 ) -> dict[str, Callable[[], Any]]:
-    """Name to a function that makes the contender, so that one may fail without the others; `options` of ours besides."""
+    """Name to a function that makes the contender, so that one may fail without the others.
+
+    `options` of ours and ours with other numbers of `threads` besides.
+    """
     makers: dict[str, Callable[[], Any]] = {
         name: lambda kind=kind, compiled=compiled: MlxAdam(kind, problem, compiled, bias_correction)
         for name, (kind, compiled) in MLX_CONTENDERS.items()
@@ -229,6 +251,10 @@ def make_contenders(
         if name == GUARDED:
             makers[STOCK_CLIPPED] = lambda: ClippedStock(problem, False, bias_correction)
             makers[STOCK_CLIPPED_COMPILED] = lambda: ClippedStock(problem, True, bias_correction)
+    for count in threads:
+        makers[with_threads(count)] = lambda count=count: ThreadedAdam(
+            count, problem, bias_correction
+        )
     if where := torch_device(device):
         from .torch_adam import TorchAdam
 

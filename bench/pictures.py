@@ -1,4 +1,4 @@
-"""Pictures of a run: real models' updates and whole steps' memory for the README, and all updates' memory traffic."""
+"""Pictures of a run: real models' updates, how time grows and whole steps' memory for the README; all updates' traffic."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 
 from .figures import Case, figure, seconds
-from .names import OURS, OURS_COMPILED, PROBE, STOCK, STOCK_COMPILED, TORCH
+from .names import OURS, OURS_COMPILED, PROBE, STOCK, STOCK_COMPILED, TORCH, with_threads
 from .saved import Results, bytes_text, machine_text, seconds_text
 
 matplotlib.use("Agg")
@@ -114,12 +114,48 @@ def save_memory(path: Path, results: Results) -> None:
     plt.close(picture)
 
 
+GROWTH_LINES = {
+    with_threads(1): ("#56b4e9", "-"),
+    with_threads(2): ("#0072b2", "-"),
+    with_threads(8): ("#009e73", "--"),
+    STOCK: (COLOURS[STOCK], "-"),
+    STOCK_COMPILED: (COLOURS[STOCK_COMPILED], "--"),
+    TORCH: (COLOURS[TORCH], "-"),
+}
+
+
+def save_growth(path: Path, results: Results) -> None:
+    """Time of an update over elements and over tensors, by threads. Nothing is drawn if the run has no such cases."""
+    cases = [case for case in results["cases"] if case["suite"] == "growth"]
+    if not cases:
+        return
+    one = [case for case in cases if case["tensors"] == 1]
+    many = [case for case in cases if case["parameters"] == 1000 * case["tensors"]]
+    panels = {
+        "elements of one tensor": ("parameters", one),
+        "tensors of 1000 elements": ("tensors", many),
+    }
+    picture, all_axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, (label, (key, chosen)) in zip(all_axes, panels.items(), strict=True):
+        for name, (colour, line) in GROWTH_LINES.items():
+            points = [(case[key], 1e3 * t) for case in chosen if (t := seconds(case, name))]
+            if points:
+                axes.plot(*zip(*points, strict=True), line, color=colour, label=name, marker=".")
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ms")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].legend(fontsize=8)
+    picture.suptitle(f"time of one update, float32, {results['machine']['cores']} cores", size=11)
+    picture.savefig(path, dpi=110)
+    plt.close(picture)
+
+
 def save_traffic(path: Path, results: Results) -> None:
     """GB/s over size for single buffers, and of each set of parameters; black dashes are the probe."""
     updates = [case for case in results["cases"] if not case["is_training_step"]]
     buffers = [case for case in updates if case["suite"] == "buffers"]
     panels = list(dict.fromkeys((c["dtype"], c["gradient_layout"]) for c in buffers))
-    others = [case for case in updates if case["suite"] != "buffers"]
+    others = [case for case in updates if case["suite"] in ("models", "lora", "many")]
     rows = (1 if panels else 0) + (1 if others else 0)
     if not rows:
         return

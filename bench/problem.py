@@ -75,9 +75,15 @@ class Problem:
             return x
 
         def gradient(tensor: ParameterShape) -> mx.array:
-            x = uniform(tensor.shape[::-1] if tensor.column_major else tensor.shape, -0.7, 0.7)
+            order = tensor.memory_order
+            *outer, inner = (tensor.shape[axis] for axis in order)
+            x = uniform((*outer, inner * tensor.spread), -0.7, 0.7)
             x = x + mx.where(x < 0, mx.array(-0.3, dtype), mx.array(0.3, dtype))
-            x = x.T if tensor.column_major else x
+            if tensor.spread > 1:
+                x = x[..., :: tensor.spread]
+            x = x.transpose([order.index(axis) for axis in range(len(order))])
+            for axis in tensor.flipped:
+                x = x[(*[slice(None)] * axis, slice(None, None, -1))]
             mx.eval(x)
             return x
 

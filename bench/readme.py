@@ -72,7 +72,7 @@ def group(case: Case) -> tuple[str, ...]:
 
 def chosen(results: Results) -> list[Case]:
     """The rows of the README's table: all sets of parameters, large float32 buffers, each group's worst against torch."""
-    cases = updates(results)
+    cases = [case for case in updates(results) if case["suite"] not in ("layouts", "growth")]
     worst: dict[tuple[str, ...], Case] = {}
     for _, case in reversed(measured(cases, TIMES_TORCH)):
         worst[group(case)] = case
@@ -231,6 +231,19 @@ def stock(results: Results) -> str:
     return f"{text}; with fewer, {both(small)}." if small else f"{text}."
 
 
+def layouts(results: Results) -> str:
+    """The worst layout, against stock."""
+    cases = [case for case in updates(results) if case["suite"] == "layouts"]
+    eager, compiled = measured(cases, TIMES_STOCK), measured(cases, TIMES_STOCK_COMPILED)
+    if not eager or not compiled:
+        return NOT_YET
+    return (
+        f"Gradients of other layers and shapes (convolutions, experts, narrow matrices, scattered strides): "
+        f"{span([x for x, _ in eager])} times (eager) and {span([x for x, _ in compiled])} times (compiled) as fast as "
+        f"stock. Least: {named(eager[0][1])}, and compiled {named(compiled[0][1])}."
+    )
+
+
 def guard(results: Results) -> str:
     """What clipping and skipping cost, for ours and for stock, from a million parameters on."""
     cases = [case for case in updates(results) if case["parameters"] >= LARGE]
@@ -291,6 +304,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "torch": torch,
     "stock": stock,
     "falls-short": falls_short,
+    "layouts": layouts,
     "guard": guard,
     "origin": saved.origin,
 }

@@ -92,6 +92,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="save all figures")
     add("--plot", type=Path, metavar="FILE", help="save a picture of all updates (.png, .svg)")
     add("--models-plot", type=Path, metavar="FILE", help="save a small picture of the real models")
+    add("--growth-plot", type=Path, metavar="FILE", help="save a picture of how time grows")
     add("--memory-plot", type=Path, metavar="FILE", help="save a picture of steps' peak memory")
     add("--markdown", type=Path, metavar="FILE", help="save the tables as Markdown")
     add("--case", default="", metavar="TEXT", help="only cases whose title contains TEXT")
@@ -126,9 +127,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         options.markdown = RESULTS / f"{options.device}.md"
         options.plot = RESULTS / f"{options.device}.png"
         options.models_plot = RESULTS / f"{options.device}-models.png"
+        options.growth_plot = RESULTS / f"{options.device}-growth.png"
         of_device = "" if options.device == "cpu" else f"{options.device}-"
         options.memory_plot = RESULTS / f"{of_device}memory.png"
-    plots = (options.plot, options.models_plot, options.memory_plot)
+    plots = (options.plot, options.models_plot, options.growth_plot, options.memory_plot)
     for path in plots:
         if path and path.suffix not in PICTURES:
             parser.error(f"{path} must end in one of {', '.join(PICTURES)}")
@@ -238,6 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
         pictures.save_traffic(options.plot, results)
     if options.models_plot:
         pictures.save_models(options.models_plot, results)
+    if options.growth_plot:
+        pictures.save_growth(options.growth_plot, results)
     if options.memory_plot:
         pictures.save_memory(options.memory_plot, results)
     if options.markdown:

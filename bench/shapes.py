@@ -1,7 +1,7 @@
 """The parameter tensors of published models, by the shapes in their released configurations.
 
 Each shape says how MLX's autograd lays out its gradient: `nn.Linear` weights column-major (strides
-(1, rows)), all else row-major. `cases.py` builds benchmark cases from these lists.
+(1, rows)), nearly all else row-major. `cases.py` builds benchmark cases from these lists.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,16 @@ class ParameterShape(NamedTuple):
     path: str
     shape: tuple[int, ...]
     column_major: bool = False
+    # Of the gradient besides: its axes as they lie in memory, outermost first (default: in order, or reversed where it is
+    # column-major), those that lie backwards, and how many elements of memory there are for each one.
+    axes: tuple[int, ...] = ()
+    flipped: tuple[int, ...] = ()
+    spread: int = 1
+
+    @property
+    def memory_order(self) -> tuple[int, ...]:
+        in_order = tuple(range(len(self.shape)))
+        return self.axes or (in_order[::-1] if self.column_major else in_order)
 
     @property
     def size(self) -> int:

@@ -58,7 +58,7 @@ char* tile_buffer() {
   struct Free {
     void operator()(char* bytes) const { ::operator delete(bytes, std::align_val_t(kCacheLine)); }
   };
-  constexpr size_t kBytes = kTileRowBytes * kTileColumnBytes / sizeof(uint16_t);
+  constexpr size_t kBytes = kTileRowBytes * (kTileColumnBytes / sizeof(uint16_t) + kBlockElements);
   thread_local std::unique_ptr<char, Free> buffer(
       static_cast<char*>(::operator new(kBytes, std::align_val_t(kCacheLine))));
   return buffer.get();
@@ -148,26 +148,24 @@ void TensorUpdate::run(size_t unit, AdamScalars<float> scalars, AdamConstants co
 
 // The tiles' grid begins before the matrix by what its first element lies past a cache line, so that the edges of tiles
 // fall on the edges of lines: MLX's buffers begin in the middle of one.
-size_t TensorUpdate::row_shift() const {
-  return reinterpret_cast<uintptr_t>(base_.gradient.values) % kCacheLine / gradient_bytes_;
-}
-size_t TensorUpdate::column_shift() const {
-  if (formats_.has_codes()) return 0;  // tiles begin where blocks do
-  return reinterpret_cast<uintptr_t>(base_.parameter.values) % kCacheLine / parameter_bytes_;
-}
-
 void TensorUpdate::cut_into_tiles() {
-  size_t grid_rows = layout_.rows + row_shift(), grid_columns = layout_.columns + column_shift();
-  size_t line = kCacheLine / gradient_bytes_;
-  size_t most_columns = kTileColumnBytes / parameter_bytes_;
-  size_t even = divide_up(grid_columns, divide_up(grid_columns, most_columns));
-  tile_columns_ = divide_up(even, kBlockElements) * kBlockElements;
-  size_t most = kTileRowBytes / gradient_bytes_ * most_columns;
+  auto past_line = [](const char* values, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(values) % kCacheLine / bytes;
+  };
+  size_t columns = layout_.columns, most_columns = kTileColumnBytes / parameter_bytes_;
+  size_t across = divide_up(columns, most_columns), line = kCacheLine / gradient_bytes_;
+  row_shift_ = past_line(base_.gradient.values, gradient_bytes_);
+  // Whole rows have no edges within, and tiles of codes begin where blocks do.
+  bool is_shifted = across > 1 && !formats_.has_codes();
+  column_shift_ = is_shifted ? past_line(base_.parameter.values, parameter_bytes_) : 0;
+  tile_columns_ =
+      divide_up(divide_up(columns + column_shift_, across), kBlockElements) * kBlockElements;
+  size_t most = kTileRowBytes / gradient_bytes_ * (most_columns + kBlockElements);
   size_t wanted = std::clamp(size_ / kFewestTiles, kSmallestTileElements, most);
   tile_rows_ =
       std::min(divide_up(wanted / tile_columns_, line), most / tile_columns_ / line) * line;
-  tiles_across_ = divide_up(grid_columns, tile_columns_);
-  tiles_down_ = divide_up(grid_rows, tile_rows_);
+  tiles_across_ = divide_up(columns + column_shift_, tile_columns_);
+  tiles_down_ = divide_up(layout_.rows + row_shift_, tile_rows_);
   units_ = size_t(layout_.batches()) * tiles_down_ * tiles_across_;
 }
 
@@ -230,20 +228,21 @@ void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
     size_t first = std::max(index * side, shift) - shift;
     return std::pair(first, std::min((index + 1) * side - shift, length) - first);
   };
-  auto [row, rows] =
-      part(unit / tiles_across_ % tiles_down_, tile_rows_, row_shift(), layout_.rows);
+  auto [row, rows] = part(unit / tiles_across_ % tiles_down_, tile_rows_, row_shift_, layout_.rows);
   auto [column, columns] =
-      part(unit % tiles_across_, tile_columns_, column_shift(), layout_.columns);
+      part(unit % tiles_across_, tile_columns_, column_shift_, layout_.columns);
   int64_t gradient = offset_of(batch, layout_.shape, layout_.strides[1]) + int64_t(row) +
                      int64_t(column) * layout_.gradient_column_stride;
   transpose_(base_.gradient.values + gradient * int64_t(gradient_bytes_),
              layout_.gradient_column_stride, rows, columns, transposed);
   int64_t first = offset_of(batch, layout_.shape, layout_.strides[0]) +
                   int64_t(row) * layout_.row_stride + int64_t(column);
-  for (size_t i = 0; i < rows; ++i, first += layout_.row_stride) {
+  // Whole rows that follow each other are one run.
+  size_t length = int64_t(columns) == layout_.row_stride ? rows * columns : columns;
+  for (size_t done = 0; done < rows * columns; done += length, first += layout_.row_stride) {
     RunPointers run = at(first, 0);
-    run.gradient.values = transposed + i * columns * gradient_bytes_;
-    update(run, first, columns, scalars, constants);
+    run.gradient.values = transposed + done * gradient_bytes_;
+    update(run, first, length, scalars, constants);
   }
 }
 

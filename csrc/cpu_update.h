@@ -38,15 +38,14 @@ class TensorUpdate {
   void update(RunPointers run, size_t first, size_t n, AdamScalars<float>, AdamConstants) const;
   size_t linear_unit() const;
   void cut_into_tiles();
-  size_t row_shift() const;
-  size_t column_shift() const;
   // The pointers moved on, those of the gradient by another number of elements than those of the state.
   RunPointers at(int64_t state_offset, int64_t gradient_offset) const;
 
   std::shared_ptr<mlx::core::array::Data> held_[kArrays + kMostExtras];  // what the task reads
   Layout layout_;
-  size_t tile_rows_, tile_columns_, tiles_down_, tiles_across_;  // of a tiled layout
-  Blocks blocks_;                                                // of a general layout
+  size_t tile_rows_, tile_columns_, tiles_down_, tiles_across_, row_shift_,
+      column_shift_;  // of a tiled layout
+  Blocks blocks_;     // of a general layout
   RunPointers base_;
   size_t size_;
   size_t

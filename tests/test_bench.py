@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as stock
 import numpy as np
 import pytest
 
-from mlx_fused_adam import _timing
+from mlx_fused_adam import _ext, _timing
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
@@ -56,7 +57,8 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     command = [sys.executable, ROOT / "bench" / "run.py", "--quick", "--device", "cpu"]
     files = ["--json", "run.json", "--plot", "run.png", "--markdown", "run.md"]
-    files += ["--models-plot", "models.png", "--memory-plot", "memory.png"]
+    files += ["--models-plot", "models.png", "--growth-plot", "growth.png"]
+    files += ["--memory-plot", "memory.png"]
     done = subprocess.run([*command, *files], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
@@ -92,7 +94,9 @@ def test_every_case_of_a_suite_has_all_figures(quick_run: Path, suite: str) -> N
     for case, wanted in zip(found, asked, strict=True):
         whole = case["is_training_step"]
         expected = (WHOLE_STEPS if whole else UPDATES) | set(wanted.options)
-        if suite == "buffers" and case["dtype"] != "float32":
+        if suite == "growth":
+            expected = expected | {"ours, 1 thread", "ours, 2 threads", "ours, 8 threads"}
+        if len(wanted.tensors) == 1 and case["dtype"] != "float32":
             expected = expected | {"16-bit probe"}
         if options.GUARDED in wanted.options:
             expected = expected | {"stock, clipped", "stock, clipped, compiled"}
@@ -183,7 +187,7 @@ def test_the_summary_divides_like_by_like(quick_run: Path) -> None:
 
 
 def test_tables_plot_and_markdown_are_saved(quick_run: Path) -> None:
-    for name in ("run.png", "models.png", "memory.png"):
+    for name in ("run.png", "models.png", "growth.png", "memory.png"):
         assert (quick_run / name).read_bytes().startswith(b"\x89PNG")
     markdown = (quick_run / "run.md").read_text()
     printed = (quick_run / "stdout").read_text()
@@ -402,6 +406,35 @@ def test_problem_has_the_layouts_it_says() -> None:
     assert np.array(tensors.parameters["weight"], copy=False).strides == (4 * 70, 4)
 
 
+def test_layouts_are_those_that_layers_leave_behind() -> None:
+    """A transposed convolution's gradient is permuted and flipped, as the suite has it; and elements can lie apart."""
+    layer = nn.ConvTranspose2d(8, 4, 3)
+    loss = nn.value_and_grad(layer, lambda layer, x: layer(x).square().mean())
+    real = loss(layer, mx.random.normal((2, 6, 6, 8)))[1]["weight"]
+    quick = {case.name: case.tensors[0] for case in cases.layouts(True)}
+    tensor = quick["ConvTranspose2d"]
+    assert real.shape == tensor.shape
+    made = problem.Problem.random([tensor], mx.float32).gradients["weight"]
+    mx.eval(real)
+    strides = [np.array(x, copy=False).strides for x in (made, real)]
+    assert strides[0] == strides[1] == (4, -4 * 12, -4 * 4, 4 * 36)
+
+    apart = problem.Problem.random([quick["every second"]], mx.float32).gradients["weight"]
+    assert np.array(apart, copy=False).strides == (4 * 2 * 40, 8)
+    order = [case.tensors[0] for case in cases.layouts(False) if case.name == "Bilinear"]
+    assert order[0].memory_order == (2, 0, 1)
+
+
+def test_ours_with_other_numbers_of_threads_leaves_the_number_as_it_was() -> None:
+    before = _ext.num_threads()
+    made = problem.Problem.random(MATRIX, mx.float32)
+    contender = contenders.ThreadedAdam(before + 1, made, False)
+    seen = []
+    contender.apply = lambda gradients: seen.append(_ext.num_threads())
+    contender.step()
+    assert (seen, _ext.num_threads()) == ([before + 1], before)
+
+
 def case(name: str, layout: str, **medians: float) -> dict:
     return {
         "suite": "buffers", "case": name, "dtype": "float32", "gradient_layout": layout,
@@ -421,9 +454,9 @@ def test_goals_name_the_worst_case_and_whether_it_is_met() -> None:
     torch = by_name["times torch's speed, every update"]
     assert (torch.met, torch.worst_case) == (False, "4096×4096 column-major")
     assert torch.measured == pytest.approx(1.2 / 1.3)
-    assert by_name["column-major over row-major time, 4096×4096 fp32"].measured == pytest.approx(
-        1.3
-    )
+    assert by_name[
+        "column-major over row-major time, 4096×4096 and 5120×5120 float32"
+    ].measured == pytest.approx(1.3)
     probe = [goal for name, goal in by_name.items() if name.startswith("of the probe's speed")]
     assert [goal.met for goal in probe] == [True, False]
     assert by_name["times stock's speed, 16M fp32 and bf16"].met
