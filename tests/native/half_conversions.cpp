@@ -1,5 +1,6 @@
 // Compares float16 conversions by instructions (HALF_HEADER) with those in integer arithmetic: every float16, and float32
-// at and around every point where rounding changes. Compiled and run by test_half_conversions.py.
+// at and around every point where rounding changes; and those that put even and odd places apart with those that do not.
+// Compiled and run by test_half_conversions.py.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #else
@@ -60,6 +61,24 @@ int main() {
     bool equal = std::isnan(numbers[i]) ? is_nan : rounded[i] == wanted[i];
     if (!equal)
       return std::printf("%a: %04x instead of %04x\n", numbers[i], rounded[i], wanted[i]), 1;
+  }
+
+  // Apart: even places in the lower half, odd ones in the upper.
+  std::size_t half = halves.size() / 2;
+  std::vector<float> apart(halves.size());
+  tested::to_floats_apart(halves.data(), halves.size(), &apart[0], &apart[half]);
+  for (std::size_t i = 0; i < halves.size(); ++i) {
+    if (bits(apart[i / 2 + i % 2 * half]) != bits(actual[i]))
+      return std::printf("apart, float16 %04x at place %zu\n", halves[i], i), 1;
+  }
+  half = numbers.size() / 2;
+  apart.resize(numbers.size());
+  for (std::size_t i = 0; i < numbers.size(); ++i) apart[i / 2 + i % 2 * half] = numbers[i];
+  std::vector<std::uint16_t> together(numbers.size());
+  tested::from_floats_apart(&apart[0], &apart[half], numbers.size(), together.data());
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    if (together[i] != rounded[i])
+      return std::printf("from apart, %a at place %zu\n", numbers[i], i), 1;
   }
   std::puts("equal");
 }

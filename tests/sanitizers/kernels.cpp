@@ -37,13 +37,18 @@ struct Plane {
   std::unique_ptr<char[]> values, extra;
 };
 
-void update(const Kernels& set, const TensorFormats& formats, size_t n, bool is_random) {
+enum class Random { none, of_v, of_all };
+
+void update(const Kernels& set, const TensorFormats& formats, size_t n, Random random) {
   Plane parameter(formats.parameter, n), gradient(formats.gradient, n), m(formats.m, n),
       v(formats.v, n);
   RunPointers run{parameter.source(), gradient.source(), m.source(), v.source(),
                   parameter.target(), m.target(),        v.target()};
   StepRounding rounding;
-  if (is_random) rounding = {true, true, true, tensor_random(1, 2, 3, 4, formats.has_codes())};
+  bool is_all = random == Random::of_all;
+  if (random != Random::none) {
+    rounding = {is_all, is_all, true, tensor_random(1, 2, 3, 4, formats.has_codes())};
+  }
   AdamConstants constants{0.9f, 0.1f, 0.999f, 0.001f, 1e-8f};
   for (auto kernel : {set.adam, set.traffic, set.keep}) {
     kernel(run, 0, n, formats, {1e-3f, 1.0f, 1.0f}, constants, rounding);
@@ -76,8 +81,8 @@ int main(int argument_count, char**) {
       auto gradient = parameter == Format::bfloat16_remainder ? Format::bfloat16 : parameter;
       for (auto state : {Format::float32, Format::bfloat16, Format::float16, Format::int8}) {
         auto v = state == Format::int8 ? Format::uint8 : state;
-        for (bool is_random : {false, true}) {
-          update(set, {parameter, gradient, state, v}, n, is_random);
+        for (auto random : {Random::none, Random::of_v, Random::of_all}) {
+          update(set, {parameter, gradient, state, v}, n, random);
         }
       }
     }
