@@ -72,14 +72,15 @@ def group(case: Case) -> tuple[str, ...]:
 
 def chosen(results: Results) -> list[Case]:
     """The rows of the README's table: all sets of parameters, large float32 buffers, each group's worst against torch."""
-    cases = [case for case in updates(results) if case["suite"] not in ("layouts", "growth")]
+    cases = updates(results)
     worst: dict[tuple[str, ...], Case] = {}
     for _, case in reversed(measured(cases, TIMES_TORCH)):
         worst[group(case)] = case
 
     def is_chosen(case: Case) -> bool:
         is_large = case["case"] == "4096×4096" and case["dtype"] == "float32"
-        return case["suite"] != "buffers" or is_large or case is worst.get(group(case))
+        is_model = case["suite"] in ("models", "lora", "many")
+        return is_model or is_large or case is worst.get(group(case))
 
     return [case for case in cases if is_chosen(case)]
 
