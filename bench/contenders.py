@@ -127,8 +127,10 @@ class ThreadedAdam(MlxAdam):
 
     def step(self) -> None:
         fused.set_num_threads(self.threads)
-        super().step()
-        fused.set_num_threads(self.usual_threads)
+        try:
+            super().step()
+        finally:
+            fused.set_num_threads(self.usual_threads)
 
 
 class ClippedStock(MlxAdam):

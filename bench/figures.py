@@ -10,6 +10,7 @@ from .names import FORWARD_BACKWARD, OURS, OURS_COMPILED, PROBE, STOCK, STOCK_CO
 from .options import OPTIONS
 
 Case = dict[str, Any]
+WHOLE_SETS = ("models", "lora", "many")  # the suites whose cases are sets of parameters
 Measure = Callable[[Case], float | None]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-from .figures import Case, figure, seconds
+from .figures import WHOLE_SETS, Case, figure, seconds
 from .names import OURS, OURS_COMPILED, PROBE, STOCK, STOCK_COMPILED, TORCH, with_threads
 from .saved import Results, bytes_text, machine_text, seconds_text
 
@@ -155,7 +155,7 @@ def save_traffic(path: Path, results: Results) -> None:
     updates = [case for case in results["cases"] if not case["is_training_step"]]
     buffers = [case for case in updates if case["suite"] == "buffers"]
     panels = list(dict.fromkeys((c["dtype"], c["gradient_layout"]) for c in buffers))
-    others = [case for case in updates if case["suite"] in ("models", "lora", "many")]
+    others = [case for case in updates if case["suite"] in WHOLE_SETS]
     rows = (1 if panels else 0) + (1 if others else 0)
     if not rows:
         return

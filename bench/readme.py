@@ -23,6 +23,7 @@ from bench.figures import (  # noqa: E402
     TIMES_STOCK,
     TIMES_STOCK_COMPILED,
     TIMES_TORCH,
+    WHOLE_SETS,
     Case,
     Measure,
     extra_bytes,
@@ -79,8 +80,8 @@ def chosen(results: Results) -> list[Case]:
 
     def is_chosen(case: Case) -> bool:
         is_large = case["case"] == "4096×4096" and case["dtype"] == "float32"
-        is_model = case["suite"] in ("models", "lora", "many")
-        return is_model or is_large or case is worst.get(group(case))
+        is_set = case["suite"] in WHOLE_SETS
+        return is_set or is_large or case is worst.get(group(case))
 
     return [case for case in cases if is_chosen(case)]
 
