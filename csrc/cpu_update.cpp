@@ -154,19 +154,19 @@ void TensorUpdate::cut_into_tiles() {
   };
   size_t columns = layout_.columns, most_columns = kTileColumnBytes / parameter_bytes_;
   size_t across = divide_up(columns, most_columns), line = kCacheLine / gradient_bytes_;
-  row_shift_ = past_line(base_.gradient.values, gradient_bytes_);
+  tiles_.row_shift = past_line(base_.gradient.values, gradient_bytes_);
   // Whole rows have no edges within, and tiles of codes begin where blocks do.
   bool is_shifted = across > 1 && !formats_.has_codes();
-  column_shift_ = is_shifted ? past_line(base_.parameter.values, parameter_bytes_) : 0;
-  tile_columns_ =
-      divide_up(divide_up(columns + column_shift_, across), kBlockElements) * kBlockElements;
+  tiles_.column_shift = is_shifted ? past_line(base_.parameter.values, parameter_bytes_) : 0;
+  tiles_.columns =
+      divide_up(divide_up(columns + tiles_.column_shift, across), kBlockElements) * kBlockElements;
   size_t most = kTileRowBytes / gradient_bytes_ * (most_columns + kBlockElements);
   size_t wanted = std::clamp(size_ / kFewestTiles, kSmallestTileElements, most);
-  tile_rows_ =
-      std::min(divide_up(wanted / tile_columns_, line), most / tile_columns_ / line) * line;
-  tiles_across_ = divide_up(columns + column_shift_, tile_columns_);
-  tiles_down_ = divide_up(layout_.rows + row_shift_, tile_rows_);
-  units_ = size_t(layout_.batches()) * tiles_down_ * tiles_across_;
+  tiles_.rows =
+      std::min(divide_up(wanted / tiles_.columns, line), most / tiles_.columns / line) * line;
+  tiles_.across = divide_up(columns + tiles_.column_shift, tiles_.columns);
+  tiles_.down = divide_up(layout_.rows + tiles_.row_shift, tiles_.rows);
+  units_ = size_t(layout_.batches()) * tiles_.down * tiles_.across;
 }
 
 RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) const {
@@ -222,15 +222,16 @@ void TensorUpdate::run_linear(size_t unit, AdamScalars<float> scalars,
 void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
                              AdamConstants constants) const {
   char* transposed = tile_buffer();
-  int64_t batch = unit / (tiles_down_ * tiles_across_);
+  int64_t batch = unit / (tiles_.down * tiles_.across);
   // A tile's part of the grid, which begins before the matrix.
   auto part = [](size_t index, size_t side, size_t shift, size_t length) {
     size_t first = std::max(index * side, shift) - shift;
     return std::pair(first, std::min((index + 1) * side - shift, length) - first);
   };
-  auto [row, rows] = part(unit / tiles_across_ % tiles_down_, tile_rows_, row_shift_, layout_.rows);
+  auto [row, rows] =
+      part(unit / tiles_.across % tiles_.down, tiles_.rows, tiles_.row_shift, layout_.rows);
   auto [column, columns] =
-      part(unit % tiles_across_, tile_columns_, column_shift_, layout_.columns);
+      part(unit % tiles_.across, tiles_.columns, tiles_.column_shift, layout_.columns);
   int64_t gradient = offset_of(batch, layout_.shape, layout_.strides[1]) + int64_t(row) +
                      int64_t(column) * layout_.gradient_column_stride;
   transpose_(base_.gradient.values + gradient * int64_t(gradient_bytes_),

@@ -31,6 +31,11 @@ class TensorUpdate {
   void run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const;
 
  private:
+  // How a matrix is cut: a grid that begins before it by the shifts.
+  struct Tiles {
+    size_t rows, columns, down, across, row_shift, column_shift;
+  };
+
   void run_linear(size_t unit, AdamScalars<float>, AdamConstants) const;
   void run_tiled(size_t unit, AdamScalars<float>, AdamConstants) const;
   void run_general(size_t unit, AdamScalars<float>, AdamConstants) const;
@@ -43,9 +48,8 @@ class TensorUpdate {
 
   std::shared_ptr<mlx::core::array::Data> held_[kArrays + kMostExtras];  // what the task reads
   Layout layout_;
-  size_t tile_rows_, tile_columns_, tiles_down_, tiles_across_, row_shift_,
-      column_shift_;  // of a tiled layout
-  Blocks blocks_;     // of a general layout
+  Tiles tiles_;    // of a tiled layout
+  Blocks blocks_;  // of a general layout
   RunPointers base_;
   size_t size_;
   size_t

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_fused_adam import _ext
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,15 +23,26 @@ def compile_and_run(folder: Path, compiler: str, options: list[str], launcher: l
     return result.stdout.strip() + result.stderr.strip()
 
 
+OF_SETS = {
+    "x86_64_v3": ["half_f16c.h", "-march=x86-64-v3"],
+    "x86_64_v4": ["half_avx512.h", "-march=x86-64-v4"],
+}
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
-def test_on_this_processor(tmp_path):
-    if platform.machine() in ("arm64", "aarch64"):
-        options = ["half_neon.h"]
-    elif platform.machine() == "x86_64":
-        options = ["half_f16c.h", "-march=x86-64-v3"]
-    else:
-        pytest.skip(f"no conversions of its own for {platform.machine()}")
-    assert compile_and_run(tmp_path, "c++", options, []) == "equal"
+@pytest.mark.parametrize("isa", OF_SETS)
+def test_on_x86(isa, tmp_path):
+    if isa not in _ext.supported_cpu_isas():
+        pytest.skip(f"this processor cannot run {isa}")
+    assert compile_and_run(tmp_path, "c++", OF_SETS[isa], []) == "equal"
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    platform.machine() not in ("arm64", "aarch64"), reason="needs an arm64 processor"
+)
+def test_on_arm64(tmp_path):
+    assert compile_and_run(tmp_path, "c++", ["half_neon.h"], []) == "equal"
 
 
 def test_on_arm64_emulated(tmp_path):
