@@ -39,12 +39,14 @@ from bench.names import (  # noqa: E402
     STOCK_CLIPPED_COMPILED,
     STOCK_COMPILED,
 )
+from bench import finetuning as finetuned  # noqa: E402
 from bench.options import GUARDED, INT8_STATE, OPTIONS, as_code  # noqa: E402
 from bench.saved import Results, bytes_text, number, percent  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results" / "cpu.json"
 PRECISION = RESULTS.with_name("precision.json")
+FINETUNING = RESULTS.with_name("finetuning.json")
 NOT_YET = "Not measured yet."
 MODEL_OF_OPTIONS = "SmolLM-135M"  # whose updates give the options' times
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->).*?(<!-- end -->)", re.DOTALL)
@@ -97,9 +99,10 @@ def span(values: list[float], form: Callable[[float], str] = number) -> str:
 
 
 def load_results() -> Results:
-    """Of the published runs; without the one of precision.py where it is not there."""
-    precision = saved.load_json(PRECISION) if PRECISION.exists() else None
-    return saved.load_json(RESULTS) | {"precision": precision}
+    """Of the published runs; None for one of precision.py or finetuning.py that is not there."""
+    others = {"precision": PRECISION, "finetuning": FINETUNING}
+    found = {name: saved.load_json(path) if path.exists() else None for name, path in others.items()}
+    return saved.load_json(RESULTS) | found
 
 
 def memory(results: Results) -> str:
@@ -246,6 +249,19 @@ def layouts(results: Results) -> str:
     )
 
 
+def finetuning(results: Results) -> str:
+    """Peak memory of full fine-tuning by mlx-lm."""
+    found = results.get("finetuning")
+    if not found:
+        return NOT_YET
+    versions = found["machine"]["versions"]
+    return (
+        f"{saved.table(finetuned.COLUMNS, finetuned.cells(found['rows']), left=2)}\n\n"
+        f"`{found['settings']['command']}`: shapes of SmolLM-135M, batch 1; mlx-lm {found['settings']['mlx-lm']}, "
+        f"mlx {versions['mlx']}, device {found['machine']['device']}."
+    )
+
+
 def guard(results: Results) -> str:
     """What clipping and skipping cost, for ours and for stock, from a million parameters on."""
     cases = [case for case in updates(results) if case["parameters"] >= LARGE]
@@ -308,6 +324,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "falls-short": falls_short,
     "layouts": layouts,
     "guard": guard,
+    "finetuning": finetuning,
     "origin": saved.origin,
 }
 

@@ -11,9 +11,9 @@
 
 #include "adam_update.h"
 #include "cpu_kernels.h"
-#include "in_place.h"
 #include "norm.h"
 #include "state_codes.h"
+#include "streams.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -85,9 +85,12 @@ NB_MODULE(_ext, m) {
   m.def("decode_moment", &fused_adam::decode_moment, "codes"_a, "scales"_a,
         "The float32 values of codes and scales, lazily, on the CPU.");
 
-  m.def("note_idle_stream", &fused_adam::note_idle_stream,
-        "Tell that the newest stream is for self-checks alone, so that updates elsewhere need not "
-        "reckon with it.");
+  m.def("note_idle_stream", &fused_adam::note_idle_stream, "stream"_a,
+        "Tell that a stream is for self-checks alone, so that updates elsewhere need not reckon "
+        "with it.");
+  m.def("updated_tensors", &fused_adam::updated_tensors,
+        "How many tensors the kernels have updated since the process began, self-checks left out: "
+        "on the CPU, on the GPU. Counts what was run, not what was traced.");
   m.def("num_threads", &fused_adam::num_threads, "Threads that one CPU update may use.");
   m.def("set_num_threads", &fused_adam::set_num_threads, "count"_a,
         "Set the threads that one CPU update may use; 1 runs it on MLX's own stream thread.");

@@ -8,6 +8,7 @@
 #include "in_place.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/scheduler.h"
+#include "streams.h"
 #include "threads.h"
 
 namespace fused_adam {
@@ -83,6 +84,7 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
       parallel_for(units, [&](size_t i) { run_unit(tensors, i, scalars, constants); });
     }
   });
+  count_updates(stream(), outputs.size() / outputs_per_tensor());
   sole_inputs.commit_and_release();
 }
 

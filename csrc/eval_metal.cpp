@@ -20,6 +20,7 @@
 #include "shaders.h"
 #include "storage.h"
 #include "storage_formats.h"
+#include "streams.h"
 
 namespace fused_adam {
 
@@ -422,6 +423,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   }
   for (auto& t : tiled) encoding.tiled(t);
   for (auto& t : general) encoding.general(t, general_kernel(t));
+  count_updates(stream(), outputs.size() / outputs_per_tensor());
   sole_inputs.commit();
 }
 

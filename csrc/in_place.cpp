@@ -2,11 +2,9 @@
 #include "in_place.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "allocate.h"
 #include "mlx/backend/common/utils.h"
-#include "mlx/stream.h"
 
 namespace fused_adam {
 
@@ -51,10 +49,5 @@ void allocate_outputs(const mx::array* in, mx::array* out, size_t extras) {
   allocate_in_place(in[3], out[2]);
   for (size_t i = 0; i < extras; ++i) allocate_in_place(in[4 + i], out[3 + i]);
 }
-
-static std::atomic<size_t> idle_streams{0};
-
-bool is_only_stream() { return mx::get_streams().size() <= 1 + idle_streams; }
-void note_idle_stream() { ++idle_streams; }
 
 }  // namespace fused_adam

@@ -35,9 +35,4 @@ class SoleInputs {
 // nobody else can see them, else fresh row-major ones.
 void allocate_outputs(const mlx::core::array* in, mlx::core::array* out, size_t extras);
 
-// Whether the process has a single stream in use. Streams told of as idle do not count: nothing but a self-check, which
-// waits for its own results, runs there.
-bool is_only_stream();
-void note_idle_stream();
-
 }  // namespace fused_adam

@@ -12,6 +12,7 @@ _check_mlx()  # before the extension loads: against another mlx it might crash i
 from . import _backends, _threads  # noqa: E402
 from ._checkpoints import load_optimizer, save_optimizer  # noqa: E402
 from ._ext import num_threads, set_num_threads  # noqa: E402
+from ._install import Installation, install  # noqa: E402
 from ._operation import adam_update  # noqa: E402
 from ._optimizers import Adam, AdamW  # noqa: E402
 from ._storage import stock_state  # noqa: E402
@@ -23,5 +24,6 @@ _backends.forced_backend()
 __version__ = _version("mlx-fused-adam")
 
 __all__ = [
-    "Adam", "AdamW", "adam_update", "load_optimizer", "num_threads", "save_optimizer", "set_num_threads", "stock_state"
+    "Adam", "AdamW", "Installation", "adam_update", "install", "load_optimizer", "num_threads", "save_optimizer",
+    "set_num_threads", "stock_state",
 ]  # fmt: skip

@@ -118,6 +118,15 @@ class Backend:
         return reason
 
 
+def reasons() -> list[str]:
+    """Why something that was to be updated had no kernel, so far."""
+    found = []
+    for kind, backend in _known.items():
+        failed = {reason for reason in backend.verdicts.values() if reason}
+        found += [f"{kind.name}: {reason}" for reason in (backend.reason, *failed) if reason]
+    return found
+
+
 def needs_kernel(dtypes: Dtypes) -> bool:
     """Whether stock operations cannot store what has these dtypes: codes and remainders."""
     return is_update(dtypes) and (len(dtypes) > 3 or dtypes[2] == mx.int8)

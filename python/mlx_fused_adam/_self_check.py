@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-# As they are at import: a user may put this package's classes in their place, and the reference must not be ourselves.
-from mlx.optimizers import AdamW as _StockAdamW
+from ._stock import AdamW as _StockAdamW
 
 # Of a parameter, its gradient, its m (with int8, v is uint8), and of its remainder if there is one. Of the gradient alone where
 # the sum of its squares is meant.
@@ -120,7 +119,7 @@ def errors(
     # On the user's stream, an error of the user's own earlier work would be raised here, taken for ours, and lost.
     if kind not in _streams:
         _streams[kind] = mx.new_thread_unsafe_stream(kind)
-        extension.note_idle_stream()
+        extension.note_idle_stream(_streams[kind])
     if not is_update(dtypes):
         with mx.stream(_streams[kind]):
             yield "norm", _error_of_norm(extension, dtypes[0])
