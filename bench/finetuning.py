@@ -2,9 +2,9 @@
 pip install '.[cpu,bench,integration]' && python bench/finetuning.py --publish
 
 The model has the shapes of SmolLM-135M and random weights, and the text is made up: memory depends on neither. mlx-lm runs
-in a process of its own for each row and prints MLX's count of the peak (parameters, moments, gradients, activations). Ours is
-the same command under `python -m mlx_fused_adam run`. `--publish` writes bench/results/finetuning.json and the table in README,
-in about ten minutes on two cores.
+in a process of its own for each row (peak_memory.py); MLX counts the peak of parameters, moments, gradients and activations.
+Ours is the same command under `python -m mlx_fused_adam run`. `--publish` writes bench/results/finetuning.json and the
+table in README, in about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from bench.llama_files import write_data, write_model  # noqa: E402
 from bench.options import ALL_OF_BFLOAT16, OF_FLOAT32, OPTIONS, as_code  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "finetuning.json"
+PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
 SIZE = "smollm-135m"
 STOCK, OURS = "stock", "ours"
 Row = dict[str, Any]
@@ -41,7 +42,7 @@ Row = dict[str, Any]
 def command(model: Path, iterations: int, contender: str) -> list[str]:
     """What a user would type, but for the paths."""
     mlx_lm = [
-        "-m", "mlx_lm", "lora", "--train", "--fine-tune-type", "full", "--num-layers", "-1", "--optimizer", "adamw",
+        str(PEAK_MEMORY), "mlx_lm", "lora", "--train", "--fine-tune-type", "full", "--num-layers", "-1", "--optimizer", "adamw",
         "--model", str(model), "--data", str(model), "--batch-size", "1", "--iters", str(iterations),
         "--val-batches", "1", "--steps-per-report", "1", "--adapter-path", str(model / "out"),
     ]  # fmt: skip
@@ -51,8 +52,8 @@ def command(model: Path, iterations: int, contender: str) -> list[str]:
     return [sys.executable, "-m", "mlx_fused_adam", "run", "--adam-options", options, *mlx_lm]
 
 
-def peak_gigabytes(model: Path, iterations: int, contender: str) -> float:
-    """mlx-lm's count after the last iteration.
+def peak_bytes(model: Path, iterations: int, contender: str) -> int:
+    """Of the whole run: loading, validation and training.
 
     Raises:
         RuntimeError: If it fails, or if ours has not updated anything.
@@ -60,12 +61,12 @@ def peak_gigabytes(model: Path, iterations: int, contender: str) -> float:
     done = subprocess.run(
         command(model, iterations, contender), capture_output=True, text=True, check=False
     )
-    peaks = re.findall(r"Peak mem ([\d.]+) GB", done.stdout)
-    if done.returncode or not peaks:
+    peak = re.search(r"^peak memory: (\d+) bytes$", done.stdout, re.MULTILINE)
+    if done.returncode or not peak:
         raise RuntimeError(f"{contender}: {done.stdout}{done.stderr}")
     if contender != STOCK and "updated" not in done.stderr:
         raise RuntimeError(f"{contender}: no kernel has updated anything: {done.stderr}")
-    return float(peaks[-1])
+    return int(peak[1])
 
 
 def measure(console: Console, size: str, iterations: int) -> list[Row]:
@@ -75,9 +76,9 @@ def measure(console: Console, size: str, iterations: int) -> list[Row]:
             write_model(Path(folder), size, dtype)
             write_data(Path(folder))
             for contender in (STOCK, OURS, *options):
-                peak = peak_gigabytes(Path(folder), iterations, contender)
-                rows.append({"dtype": dtype, "contender": contender, "peak_GB": peak})
-                console.print(f"{dtype}, {contender}: {peak} GB")
+                peak = peak_bytes(Path(folder), iterations, contender)
+                rows.append({"dtype": dtype, "contender": contender, "peak_bytes": peak})
+                console.print(f"{dtype}, {contender}: {saved.bytes_text(peak)}")
     return rows
 
 
@@ -86,15 +87,15 @@ COLUMNS = ["parameters", "optimizer", "peak", "of stock"]
 
 def cells(rows: list[Row]) -> list[list[str]]:
     """The table's rows, each peak beside what it is of stock's with the same parameters."""
-    stock = {row["dtype"]: row["peak_GB"] for row in rows if row["contender"] == STOCK}
+    stock = {row["dtype"]: row["peak_bytes"] for row in rows if row["contender"] == STOCK}
     return [
         [
             row["dtype"],
             f"`{as_code(OPTIONS[row['contender']])}`"
             if row["contender"] in OPTIONS
             else row["contender"],
-            saved.bytes_text(row["peak_GB"] * 1e9),
-            saved.percent(row["peak_GB"] / stock[row["dtype"]]),
+            saved.bytes_text(row["peak_bytes"]),
+            saved.percent(row["peak_bytes"] / stock[row["dtype"]]),
         ]
         for row in rows
     ]
@@ -129,7 +130,11 @@ def main() -> None:
             "size": "tiny" if options.quick else SIZE,
             "mlx-lm": version("mlx-lm"),
         }
-        found = {"settings": settings, "machine": machine.describe(mx.default_device().type.name, fused.AdamW(0.0).backend), "rows": rows}
+        found = {
+            "settings": settings,
+            "machine": machine.describe(mx.default_device().type.name, fused.AdamW(0.0).backend),
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if options.publish:
         from bench import readme

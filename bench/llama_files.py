@@ -56,7 +56,10 @@ def write_model(folder: Path, size: str, dtype: str, seed: int = 0) -> None:
         str(folder / "model.safetensors"), dict(tree_flatten(weights)), metadata={"format": "mlx"}
     )
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(letters)} | {"<s>": _BYTES, "</s>": _BYTES + 1}
+    vocabulary = {letter: i for i, letter in enumerate(letters)} | {
+        "<s>": _BYTES,
+        "</s>": _BYTES + 1,
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(ROOT)  # run as a script: the package `bench` stands there, not its modules
 
+from bench import finetuning as finetuned  # noqa: E402
 from bench import precision_figures, saved  # noqa: E402
 from bench.figures import (  # noqa: E402
     OF_PROBE,
@@ -39,7 +40,6 @@ from bench.names import (  # noqa: E402
     STOCK_CLIPPED_COMPILED,
     STOCK_COMPILED,
 )
-from bench import finetuning as finetuned  # noqa: E402
 from bench.options import GUARDED, INT8_STATE, OPTIONS, as_code  # noqa: E402
 from bench.saved import Results, bytes_text, number, percent  # noqa: E402
 
@@ -101,7 +101,9 @@ def span(values: list[float], form: Callable[[float], str] = number) -> str:
 def load_results() -> Results:
     """Of the published runs; None for one of precision.py or finetuning.py that is not there."""
     others = {"precision": PRECISION, "finetuning": FINETUNING}
-    found = {name: saved.load_json(path) if path.exists() else None for name, path in others.items()}
+    found = {
+        name: saved.load_json(path) if path.exists() else None for name, path in others.items()
+    }
     return saved.load_json(RESULTS) | found
 
 

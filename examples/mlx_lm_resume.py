@@ -46,9 +46,25 @@ class SaveOptimizer(TrainingCallback):
         fused.save_optimizer(self._file, self._optimizer)
 
 
+def with_own_random_numbers(batches: Iterator[Any]) -> Iterator[Any]:
+    """mlx-lm draws the order of training and of validation from NumPy's one generator; here neither disturbs the other."""
+    own = np.random.RandomState(0).get_state()
+    while True:
+        others = np.random.get_state()
+        np.random.set_state(own)
+        batch = next(batches, None)
+        own = np.random.get_state()
+        np.random.set_state(others)
+        if batch is None:
+            return
+        yield batch
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="mlx_lm_resume.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, help="a folder, or a name on the Hugging Face hub")
+    parser.add_argument(
+        "--model", required=True, help="a folder, or a name on the Hugging Face hub"
+    )
     parser.add_argument("--data", required=True, help="a folder with train.jsonl and valid.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("adapters"), help="default: adapters")
     parser.add_argument("--fine-tune-type", choices=["lora", "full"], default="lora")
@@ -83,18 +99,23 @@ def main() -> None:
         print(f"Going on after iteration {done}.")
     options.folder.mkdir(parents=True, exist_ok=True)
 
-    def not_yet_seen(*args: Any, train: bool = False, **kwargs: Any) -> Iterator[Any]:
-        """mlx-lm's batches, without those of the iterations that are done."""
-        batches = iterate_batches(*args, train=train, **kwargs)
-        return itertools.islice(batches, done if train else 0, None)
+    train_set, valid_set = CacheDataset(train_set), CacheDataset(valid_set)
 
-    # Validation draws from the same random numbers as training's order does, so here it is done once, at the end.
+    def not_yet_seen(dataset: CacheDataset, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """mlx-lm's batches, for training in an order of their own and without those that are done."""
+        batches = iterate_batches(dataset, *args, **kwargs)
+        if dataset is valid_set:
+            return batches
+        return itertools.islice(with_own_random_numbers(batches), done, None)
+
     iterations = options.iters - done
+    if iterations < 1:
+        sys.exit(f"--iters must be more than the {done} that are done but got {options.iters}")
     train(
         model,
         optimizer,
-        CacheDataset(train_set),
-        CacheDataset(valid_set),
+        train_set,
+        valid_set,
         TrainingArgs(
             batch_size=options.batch_size,
             iters=iterations,
@@ -107,7 +128,9 @@ def main() -> None:
         iterate_batches=not_yet_seen,
         training_callback=SaveOptimizer(optimizer, optimizer_file),
     )
-    print(f"Trained {options.iters} iterations with {optimizer.backend}: {adapters}, {optimizer_file}")
+    print(
+        f"Trained {options.iters} iterations with {optimizer.backend}: {adapters}, {optimizer_file}"
+    )
 
 
 if __name__ == "__main__":

