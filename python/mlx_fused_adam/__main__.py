@@ -34,7 +34,8 @@ _SECONDS, _FEWEST_ROUNDS = 3.0, 5
 
 
 def _versions() -> None:
-    print(f"mlx-fused-adam {__version__}, built for mlx {MLX_VERSION}; mlx {mx.__version__}")
+    mlx = mx.__version__  # type: ignore[attr-defined]  # mlx's stubs do not have it
+    print(f"mlx-fused-adam {__version__}, built for mlx {MLX_VERSION}; mlx {mlx}")
     print(f"Python {platform.python_version()} on {platform.platform()}, {platform.machine()}")
     for kind in (mx.cpu, mx.gpu):
         if mx.is_available(kind):
