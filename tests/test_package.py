@@ -65,7 +65,7 @@ def test_mlx_is_pinned_exactly_and_once():
     pin = _build_info.MLX_VERSION
     wanted = [r for r in requires("mlx-fused-adam") if r.startswith("mlx")]
     assert sorted(wanted) == [
-        'mlx-fused-adam[cpu]; extra == "test"',
+        'mlx-fused-adam[cpu,docs]; extra == "test"',
         f"mlx=={pin}",
         f'mlx[cpu]=={pin}; extra == "cpu"',
     ]
@@ -116,6 +116,27 @@ def test_nanobind_of_the_tests_is_that_of_the_build():
     lines = (ROOT / "pyproject.toml").read_text().replace(",", "\n").split('"')
     pins = [part for part in lines if part.startswith("nanobind==")]
     assert len(pins) == 2 and len(set(pins)) == 1, pins
+
+
+def test_the_hooks_pins_are_those_of_the_package():
+    """pre-commit installs the type checker and the mlx that it looks into by itself."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    (mypy,) = re.findall(r'"mypy==([^"]+)"', pyproject)
+    assert re.findall(r"mirrors-mypy\n *rev: v(\S+)", hooks) == [mypy]
+    assert re.findall(r"\bmlx==([^],\s]+)", hooks) == [_build_info.MLX_VERSION]
+
+
+def test_types_are_right_with_the_extension_s_stub(tmp_path):
+    """The installed package, where mypy knows what the build has made; settings are pyproject.toml's."""
+    check = [sys.executable, "-m", "mypy", "-p", "mlx_fused_adam", "--cache-dir", str(tmp_path)]
+    result = subprocess.run(
+        [*check, "--config-file", str(ROOT / "pyproject.toml")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_typed_with_a_stub_for_the_extension():
