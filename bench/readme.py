@@ -1,8 +1,8 @@
-"""Writes the figures in README.md from a published run: `python bench/readme.py [--check]`.
+"""Writes the figures in README.md and docs/ from a published run: `python bench/readme.py [--check]`.
 
 What stands between `<!-- bench:NAME -->` and `<!-- end -->` is made by the function of that name here from
 bench/results/cpu.json and precision.json, tables and sentences alike, so no figure is typed by hand. `--check` writes nothing
-and fails if README differs.
+and fails if a document differs.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from bench.names import (  # noqa: E402
 from bench.options import GUARDED, INT8_STATE, OPTIONS, as_code  # noqa: E402
 from bench.saved import Results, bytes_text, number, percent  # noqa: E402
 
-README = ROOT / "README.md"
+DOCUMENTS = [ROOT / name for name in ("README.md", "docs/index.md", "docs/options.md")]
 RESULTS = ROOT / "bench" / "results" / "cpu.json"
 PRECISION = RESULTS.with_name("precision.json")
 FINETUNING = RESULTS.with_name("finetuning.json")
@@ -331,11 +331,11 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
 }
 
 
-def render(text: str, results: Results) -> str:
-    """The text with every block made anew. A block of unknown name is a KeyError."""
+def render(text: str, results: Results, to_root: str = "") -> str:
+    """The text with every block made anew, its links by way of `to_root`. A block of unknown name is a KeyError."""
 
     def made(match: re.Match) -> str:
-        content = BLOCKS[match[2]](results)
+        content = BLOCKS[match[2]](results).replace("](bench/", f"]({to_root}bench/")
         if "\n" in content:
             content = f"\n\n{content}\n\n"
         return match[1] + content + match[3]
@@ -346,17 +346,24 @@ def render(text: str, results: Results) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="readme.py", description=__doc__)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if README differs"
+        "--check", action="store_true", help="write nothing; fail if a document differs"
     )
     options = parser.parse_args(arguments)
-    old = README.read_text(encoding="utf-8")
-    new = render(old, load_results())
-    if options.check:
-        if new != old:
-            print("readme.py: README.md differs from bench/results; run python bench/readme.py")
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    results = load_results()
+    status = 0
+    for document in DOCUMENTS:
+        old = document.read_text(encoding="utf-8")
+        new = render(old, results, "../" if document.parent.name == "docs" else "")
+        if new == old:
+            continue
+        if options.check:
+            print(
+                f"readme.py: {document.name} differs from bench/results; run python bench/readme.py"
+            )
+            status = 1
+        else:
+            document.write_text(new, encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":

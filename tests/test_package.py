@@ -65,7 +65,7 @@ def test_mlx_is_pinned_exactly_and_once():
     pin = _build_info.MLX_VERSION
     wanted = [r for r in requires("mlx-fused-adam") if r.startswith("mlx")]
     assert sorted(wanted) == [
-        'mlx-fused-adam[cpu]; extra == "test"',
+        'mlx-fused-adam[cpu,docs]; extra == "test"',
         f"mlx=={pin}",
         f'mlx[cpu]=={pin}; extra == "cpu"',
     ]
@@ -116,6 +116,33 @@ def test_nanobind_of_the_tests_is_that_of_the_build():
     lines = (ROOT / "pyproject.toml").read_text().replace(",", "\n").split('"')
     pins = [part for part in lines if part.startswith("nanobind==")]
     assert len(pins) == 2 and len(set(pins)) == 1, pins
+
+
+HOOKS = (ROOT / ".pre-commit-config.yaml").read_text()
+(MLX_OF_HOOK,) = re.findall(r"\bmlx==([^],\s]+)", HOOKS)
+
+
+def test_the_hook_s_pins_are_those_of_the_package():
+    """pre-commit installs the type checker by itself, and the mlx that it looks into."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    (mypy,) = re.findall(r'"mypy==([^"]+)"', pyproject)
+    assert re.findall(r"mirrors-mypy\n *rev: v(\S+)", HOOKS) == [mypy]
+    assert f'"mlx[cpu]=={MLX_OF_HOOK}"' in pyproject
+
+
+@pytest.mark.skipif(
+    MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone"
+)
+def test_types_are_right_with_the_extension_s_stub(tmp_path):
+    """The installed package, where mypy knows what the build has made; settings are pyproject.toml's."""
+    check = [sys.executable, "-m", "mypy", "-p", "mlx_fused_adam", "--cache-dir", str(tmp_path)]
+    result = subprocess.run(
+        [*check, "--config-file", str(ROOT / "pyproject.toml")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_typed_with_a_stub_for_the_extension():

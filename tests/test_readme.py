@@ -1,10 +1,8 @@
-"""README: its figures are those of the published run, its snippets can be pasted in order, what it links to is there."""
+"""README's and docs' figures are those of the published run, and the documented commands write them."""
 
 import copy
 import re
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,32 +14,6 @@ from bench.figures import fewest_samples  # noqa: E402
 
 RESULTS = readme.load_results()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_snippets_can_be_pasted_in_order(tmp_path) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) >= 4
-    code = "\n".join(map(textwrap.dedent, snippets))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("document", ["README.md", "docs/how-it-works.md", "docs/numerics.md"])
-def test_links_lead_somewhere(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
-        assert (ROOT / document).parent.joinpath(target).exists(), target
-
-
-def test_files_that_documents_name_are_there() -> None:
-    for document in ("README.md", "docs/how-it-works.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
-        for path in re.findall(
-            r"\b(?:csrc|bench|tests|examples|metal|docs|python)/[\w/.-]*\w", text
-        ):
-            assert (ROOT / path).exists(), f"{document}: {path}"
 
 
 def test_the_documented_command_writes_the_files_that_readme_shows() -> None:
@@ -66,16 +38,30 @@ def test_the_other_documented_command_writes_what_readme_shows() -> None:
         assert RESULTS["precision"]["settings"]["not_publishable"] == []
 
 
-def test_readme_says_what_the_published_run_gave() -> None:
+def test_documents_say_what_the_published_run_gave() -> None:
     assert readme.main(["--check"]) == 0, "run python bench/readme.py"
-    used = {match[2] for match in readme.BLOCK.finditer(README)}
+    texts = [document.read_text(encoding="utf-8") for document in readme.DOCUMENTS]
+    used = {match[2] for text in texts for match in readme.BLOCK.finditer(text)}
     assert used == set(readme.BLOCKS)
+    for page in (ROOT / "docs").glob("*.md"):
+        blocks = {match[2] for match in readme.BLOCK.finditer(page.read_text(encoding="utf-8"))}
+        assert page in readme.DOCUMENTS or not blocks & used, f"{page.name} is in no one's care"
 
 
-def test_readme_has_no_measured_figure_typed_by_hand() -> None:
-    prose = readme.BLOCK.sub("", README)
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/index.md", "docs/start.md", "docs/options.md", "docs/mlx-lm.md"]
+)
+def test_no_measured_figure_is_typed_by_hand(document: str) -> None:
+    prose = readme.BLOCK.sub("", (ROOT / document).read_text(encoding="utf-8"))
     typed = re.findall(r"\d[\d.,]* ?(?:ms|µs|[MG]B\b|×|times|%)|× ?\d", prose)
     assert not typed, typed
+
+
+@pytest.mark.parametrize("document", readme.DOCUMENTS[1:], ids=lambda path: path.name)
+def test_no_markup_follows_a_comment_that_begins_a_line(document: Path) -> None:
+    """Markdown would take such a line for HTML, and show its markup as it is typed."""
+    text = document.read_text(encoding="utf-8")
+    assert not re.findall(r"^<!-- bench:[a-z-]+ -->[^\n]*[`*\[].*", text, re.M)
 
 
 def test_a_figure_changed_in_readme_or_results_is_seen(tmp_path, monkeypatch, capsys) -> None:
@@ -88,9 +74,19 @@ def test_a_figure_changed_in_readme_or_results_is_seen(tmp_path, monkeypatch, ca
     other = README[:at] + str((int(README[at]) + 1) % 10) + README[at + 1 :]
     copied = tmp_path / "README.md"
     copied.write_text(other, encoding="utf-8")
-    monkeypatch.setattr(readme, "README", copied)
+    monkeypatch.setattr(readme, "DOCUMENTS", [copied])
     assert readme.main(["--check"]) == 1
     assert readme.main([]) == 0 and copied.read_text(encoding="utf-8") == README
+
+
+def test_links_in_a_page_s_figures_start_from_the_page(tmp_path, monkeypatch) -> None:
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("<!-- bench:options --><!-- end -->", encoding="utf-8")
+    monkeypatch.setattr(readme, "DOCUMENTS", [page])
+    assert readme.main([]) == 0
+    links = re.findall(r"\]\(([^)]*)\)", page.read_text(encoding="utf-8"))
+    assert links and all(link.startswith("../bench/results/") for link in links), links
 
 
 def test_readme_shows_the_worst_of_each_group_and_counts_torch_right() -> None:

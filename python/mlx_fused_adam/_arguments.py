@@ -61,7 +61,7 @@ def as_scalar(what: str, x: Any) -> mx.array:
         return mx.array(as_number("adam_update", what, x), mx.float32)
     if not isinstance(x, Complex):
         raise TypeError(f"[adam_update] step must be a number but got {_described(x)}")
-    if not (isinstance(x, Real) and 1 <= x <= _LARGEST_STEP):
+    if not (isinstance(x, Real) and 1 <= x <= _LARGEST_STEP):  # type: ignore[operator]  # Real has no int beside it
         raise ValueError(
             f"[adam_update] step must be from 1 to 2**63 - 1 but got {reprlib.repr(x)}"
         )

@@ -156,13 +156,15 @@ def backend_of(place: Place = None) -> Backend:
 def _kind(place: Place) -> mx.DeviceType:
     if isinstance(place, mx.DeviceType):
         return place
-    device = mx.default_device() if place is None else getattr(place, "device", place)
-    return device.type
+    if place is None:
+        place = mx.default_device()
+    return place.type if isinstance(place, mx.Device) else place.device.type
 
 
 def _kernel(kind: mx.DeviceType) -> tuple[str | None, str | None]:
     """The kernel's name and why there is none; one of them is None."""
-    return (_ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend())[:2]
+    name, reason, _ = _ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend()
+    return name, reason
 
 
 def _find(kind: mx.DeviceType) -> Backend:

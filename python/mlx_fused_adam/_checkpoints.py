@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
@@ -148,7 +148,7 @@ def _flush(path: str | Path) -> None:
         os.close(handle)
 
 
-def _refuse(path: Path, wanted: str, got: str) -> Any:
+def _refuse(path: Path, wanted: str, got: str) -> NoReturn:
     raise ValueError(f"[load_optimizer] {path} must hold {wanted} but got {got}")
 
 
@@ -163,7 +163,7 @@ def _checked_metadata(path: Path) -> dict[str, str]:
         text = file.read(length)
     try:
         header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
+        metadata: dict[str, str] = header.pop("__metadata__", {})
         ends = [0, *(_end_of(name, entry) for name, entry in header.items())]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _refuse(path, wanted, f"a header that cannot be read ({error})")
@@ -173,6 +173,7 @@ def _checked_metadata(path: Path) -> dict[str, str]:
 
 
 def _end_of(name: str, entry: dict[str, Any]) -> int:
+    end: int
     begin, end = entry["data_offsets"]
     count = 1
     for length in entry["shape"]:
@@ -189,7 +190,7 @@ def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if not version.isdecimal() or int(version) > _VERSION:
         _refuse(path, f"format version {_VERSION} or older", f"{version or 'none'}")
     try:
-        saved = json.loads(metadata["optimizer"])
+        saved: dict[str, Any] = json.loads(metadata["optimizer"])
         saved["class"]
     except (ValueError, KeyError, TypeError) as error:
         _refuse(path, "the optimizer's hyper-parameters", f"metadata that cannot be read ({error})")
@@ -209,8 +210,10 @@ def _fitting_state(
             _refuse(path, name, "none")
     known = dict(tree_flatten(optimizer.state))
     has_state = any("." in name or isinstance(x, dict) for name, x in known.items())
+    state: dict[str, Any]
     if not has_state:
-        return tree_unflatten(list(arrays.items()))
+        state = tree_unflatten(list(arrays.items()))
+        return state
     mine = {name for name in known if not is_extra(name)}
     theirs = {name for name in arrays if not is_extra(name)}
     for missing, got in ((mine - theirs, "none"), (theirs - mine, "one that the optimizer lacks")):
@@ -220,10 +223,10 @@ def _fitting_state(
         if arrays[name].shape != known[name].shape:
             _refuse(path, f"{name} of shape {known[name].shape}", f"shape {arrays[name].shape}")
 
-    def of_file(path: str, state: dict) -> dict[str, Any]:
+    def of_file(path: str, old: dict) -> dict[str, Any]:
         """With just those extras that the file has."""
         inner = f"{path}." if path else ""
-        plain = {k: x for k, x in state.items() if k not in EXTRAS}
+        plain = {k: x for k, x in old.items() if k not in EXTRAS}
         return plain | {k: arrays[inner + k] for k in EXTRAS if inner + k in arrays}
 
     state = tree_map_with_path(lambda name, x: arrays.get(name, x), optimizer.state)
@@ -232,4 +235,5 @@ def _fitting_state(
             del state[name]
         if name in arrays:
             state[name] = arrays[name]
-    return map_states(of_file, state)
+    state = map_states(of_file, state)
+    return state

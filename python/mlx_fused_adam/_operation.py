@@ -70,13 +70,18 @@ def adam_update(
     """
     beta1, beta2 = check_betas("adam_update", betas)
     tensors = {"parameter": parameter, "gradient": gradient, "m": m, "v": v}
-    arrays = [[as_array(what, x, "the tensor")] for what, x in tensors.items()]
+    parameters, gradients, ms, vs = (
+        [as_array(what, x, "the tensor")] for what, x in tensors.items()
+    )
     if not (stream is None or isinstance(stream, (mx.Stream, mx.Device, mx.DeviceType))):
         raise TypeError(f"[adam_update] stream must be a stream or a device but got {stream!r}")
     is_stochastic = seed is not None
     backend = backend_of(stream)
     parameters, ms, vs, _ = _ext.adam_update(
-        *arrays,
+        parameters,
+        gradients,
+        ms,
+        vs,
         as_scalar("learning_rate", learning_rate),
         None if step is None else as_scalar("step", step),
         beta1=beta1,

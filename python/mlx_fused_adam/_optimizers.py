@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.optimizers import Adam as _StockAdam
 from mlx.optimizers import AdamW as _StockAdamW
 from mlx.optimizers import Optimizer as _StockOptimizer
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_map, tree_map_with_path
 
 from ._arguments import as_array, as_number, check_betas
 from ._backends import backend_of
@@ -25,7 +25,7 @@ from ._guard import Guard, check_names, fit_guard_state, guard_of
 from ._options import FUSED_DTYPES, Options, check_options, refuse_unknown
 from ._step import Leaves, Step
 from ._storage import adopted, dtypes_by_path, fresh
-from ._tree import Walk
+from ._tree import Walk, flattened
 
 
 class _Fused(_StockOptimizer):
@@ -46,7 +46,7 @@ class _Fused(_StockOptimizer):
 
     @property
     def backend(self) -> str:
-        """What updates parameters on the default device: ``"cpu"``, ``"metal"`` or ``"stock (<reason>)"``.
+        """What updates parameters on the default device, as in ``"cpu"``, ``"metal"`` or ``"stock (<reason>)"``.
 
         Parameters of other dtypes than float32, bfloat16 and float16 are left to stock in any case.
         """
@@ -138,7 +138,7 @@ class _Fused(_StockOptimizer):
             self._state.update(before)
             self._initialized = was_initialized
             if isinstance(error, TypeError):
-                for path, gradient in tree_flatten(gradients):
+                for path, gradient in flattened(gradients):
                     as_array("gradient", gradient, path)
             raise
 
@@ -147,6 +147,7 @@ class _Fused(_StockOptimizer):
 
         The options that look at all gradients take this one for all; what they record is not written.
         """
+        result: mx.array
         result, changes, _ = self._updated(gradient, parameter, state)
         for old, changed in changes:
             old.update(changed)
@@ -169,7 +170,7 @@ class _Fused(_StockOptimizer):
             self._decay_filter,
             guard,
             super().apply_single,
-            partial(_StockAdam.apply_single, self),
+            partial(_StockAdam.apply_single, self),  # type: ignore[arg-type]  # Adam comes after this class
         )
         new, states = step.update(Leaves(walk.gradients, walk.parameters, walk.states, walk.paths))
         walk.fill(new)
@@ -340,9 +341,7 @@ class AdamW(_Fused, _StockAdamW):
     def decayed(self, parameters: Any) -> list[str]:
         """The paths of those parameters that weight decay applies to; all of them without a ``decay_filter``."""
         known = self._decay_filter
-        return [
-            path for path, x in tree_flatten(parameters) if known is None or known.decays(path, x)
-        ]
+        return [path for path, x in flattened(parameters) if known is None or known.decays(path, x)]
 
 
 def _those_with(gradients: Any, parameters: Any) -> Any:

@@ -87,7 +87,8 @@ class Options(NamedTuple):
                 mx.int8 if is_large and parameter.shape[-1] >= _SHORTEST_CODED_ROW else mx.bfloat16
             )
         if self.state_dtype is not None:
-            return getattr(mx, self.state_dtype)
+            dtype: mx.Dtype = getattr(mx, self.state_dtype)
+            return dtype
         return mx.float32 if parameter.dtype == mx.float32 else mx.bfloat16
 
     def has_remainder(self, parameter: mx.array) -> bool:

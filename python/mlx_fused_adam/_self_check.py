@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -35,7 +35,7 @@ TOLERANCE = {
 _NORM_TOLERANCE = 1e-5
 
 _BETAS = (0.9, 0.99)
-_SETTINGS = {"eps": 1e-6, "weight_decay": 0.1, "bias_correction": True}
+_SETTINGS: dict[str, Any] = {"eps": 1e-6, "weight_decay": 0.1, "bias_correction": True}
 _LEARNING_RATE = 0.01
 _FIRST_STEP = 3
 
@@ -171,12 +171,12 @@ def _error_of_norm(extension: ModuleType, dtype: mx.Dtype) -> float:
     mx.eval(gradients)
 
     def total(gradients: list[mx.array]) -> float:
-        return extension.sum_of_squares(gradients, is_fused=lambda dtype: True).item()
+        return _number(extension.sum_of_squares(gradients, is_fused=lambda dtype: True))
 
     # In two stages, since float32 sums of so many terms are not exact enough.
     squares = mx.square(mx.concatenate([g.astype(mx.float32).reshape(-1) for g in gradients]))
     rows = mx.pad(squares, (0, -squares.size % 256)).reshape(-1, 256)
-    expected = mx.sum(mx.sum(rows, axis=1)).item()
+    expected = _number(mx.sum(mx.sum(rows, axis=1)))
     worst = abs(total(gradients) - expected) / expected / _NORM_TOLERANCE
     for bad in (math.nan, math.inf, -math.inf):
         for at in (0, 301, 599):
@@ -222,8 +222,15 @@ def _stock_update(
 def _error(extension: ModuleType, actual: Tensor, expected: list[mx.array]) -> float:
     triples = zip(actual.values(extension), expected, actual.tolerances(), strict=True)
     quotients = [mx.max(mx.abs(a - e) / mx.abs(e)) / tolerance for a, e, tolerance in triples]
-    worst = mx.max(mx.stack(quotients)).item()
+    worst = _number(mx.max(mx.stack(quotients)))
     return worst if not math.isnan(worst) else math.inf
+
+
+def _number(x: mx.array) -> float:
+    """The value of a scalar array that is real."""
+    value = x.item()
+    assert not isinstance(value, complex)
+    return value
 
 
 def _sample(dtype: mx.Dtype, *shape: int, positive: bool = False) -> mx.array:
@@ -274,12 +281,13 @@ def _group(extension: ModuleType, dtypes: Dtypes) -> Case:
 def _from_second_block(tensor: Tensor) -> Tensor:
     """Without its first element, or where there are codes without what shares a scale with it."""
     first = 1 if tensor.m_scale is None else 32
-    scales = (tensor.m_scale, tensor.v_scale)
-    parts = [
-        x if x is None else x[1:] if any(x is s for s in scales) else x[first:] for x in tensor
-    ]
+    parts = {
+        name: x[1 if name.endswith("_scale") else first :]
+        for name, x in tensor._asdict().items()
+        if x is not None
+    }
     mx.eval(parts)
-    return Tensor(*parts)
+    return Tensor(**parts)
 
 
 def _column_major(extension: ModuleType, dtypes: Dtypes) -> Case:

@@ -33,7 +33,9 @@ class Leaves(NamedTuple):
     def part(self, places: list[int]) -> Leaves:
         """Those at these places."""
         return Leaves(
-            *([column[i] for i in places] for column in self[:3]),
+            [self.gradients[i] for i in places],
+            [self.parameters[i] for i in places],
+            [self.states[i] for i in places],
             lambda: [self.paths()[i] for i in places],
             [self.numbers[i] for i in places] if self.numbers else places,
         )
@@ -170,7 +172,7 @@ class Step(NamedTuple):
 
     def _extras(
         self, leaves: Leaves, name: Callable[[int], str]
-    ) -> list[tuple[mx.array | None, ...]]:
+    ) -> list[tuple[mx.array | None, mx.array | None, mx.array | None]]:
         """What states hold beside ``m`` and ``v``."""
         options = self.options
         for i, (parameter, state) in enumerate(zip(leaves.parameters, leaves.states, strict=True)):
@@ -181,4 +183,5 @@ class Step(NamedTuple):
                     f"[{options.op}] state of {name(i)} must hold a remainder for master_weights but "
                     "got none: call init(parameters) after a change of parameters' dtypes"
                 )
-        return [tuple(map(state.get, EXTRAS)) for state in leaves.states]
+        remainder, m_scale, v_scale = EXTRAS
+        return [(x.get(remainder), x.get(m_scale), x.get(v_scale)) for x in leaves.states]

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from . import _ext
 from ._arguments import as_array
 from ._guard import GUARD_STATE
 from ._options import FUSED_DTYPES, Options
+from ._tree import flattened
 
 MOMENTS = ("m", "v")
 EXTRAS = ("remainder", "m_scale", "v_scale")
@@ -97,7 +97,7 @@ def _moment_of(name: str, path: str, state: dict, parameter: mx.array) -> mx.arr
 
 
 def _decoded(codes: mx.array, scale: mx.array, dtype: mx.Dtype) -> mx.array:
-    decoded = _ext.decode_moment(codes, scale)
+    decoded: mx.array = _ext.decode_moment(codes, scale)
     if dtype == mx.float64:  # which MLX has on the CPU alone
         return mx.astype(decoded, dtype, stream=mx.cpu)
     return decoded.astype(dtype)
@@ -192,4 +192,4 @@ def _scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def dtypes_by_path(parameters: Any) -> dict[str, str]:
     """The name of every parameter's dtype, by its path."""
-    return {path: str(x.dtype).rpartition(".")[2] for path, x in tree_flatten(parameters)}
+    return {path: str(x.dtype).rpartition(".")[2] for path, x in flattened(parameters)}

@@ -42,6 +42,7 @@ class Walk:
             raise
 
     def _walk(self, result: Any, items: Iterable, parameters: Any, states: Any) -> None:
+        inner: Any
         for key, gradient in items:
             parameter, state = parameters[key], states[key]
             if isinstance(gradient, dict):
@@ -73,11 +74,16 @@ class Walk:
 
     def paths(self) -> list[str]:
         """The path of each leaf, as in ``layers.0.weight``."""
-        return [path or "the parameter" for path, _ in tree_flatten(self._tree)]
+        return [path or "the parameter" for path, _ in flattened(self._tree)]
 
     def path(self, leaf: int) -> str:
         """The path of one leaf, for an error."""
         return self.paths()[leaf]
+
+
+def flattened(tree: Any) -> list[tuple[str, Any]]:
+    """mlx.utils.tree_flatten, which returns a dict only where it is given one."""
+    return tree_flatten(tree)  # type: ignore[return-value]  # its annotation does not tell the cases apart
 
 
 def _missing(gradients: Any, tree: Any, path: str = "") -> str | None:
