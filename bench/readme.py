@@ -43,7 +43,9 @@ from bench.names import (  # noqa: E402
 from bench.options import GUARDED, INT8_STATE, OPTIONS, as_code  # noqa: E402
 from bench.saved import Results, bytes_text, number, percent  # noqa: E402
 
-DOCUMENTS = [ROOT / name for name in ("README.md", "docs/index.md", "docs/options.md")]
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "docs/index.md", "docs/options.md", "docs/mlx-lm.md")
+]
 RESULTS = ROOT / "bench" / "results" / "cpu.json"
 PRECISION = RESULTS.with_name("precision.json")
 FINETUNING = RESULTS.with_name("finetuning.json")

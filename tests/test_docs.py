@@ -155,6 +155,12 @@ def test_shell_snippets_name_what_is_there(document: str) -> None:
         if words[0] == "python":
             for _, module in filter(lambda pair: pair[0] == "-m", itertools.pairwise(words)):
                 assert module in FOREIGN_MODULES or importlib.util.find_spec(module), command
+        if words[:3] == ["python", "-m", "mlx_fused_adam"]:
+            ours = itertools.takewhile(lambda word: word != "-m", words[3:])
+            source = text_of("python/mlx_fused_adam/__main__.py")
+            source += text_of("python/mlx_fused_adam/_launcher.py")
+            for word in ours:
+                assert not word.startswith("--") or f'"{word}"' in source, command
         if words[0] == "pytest":
             paths = [word for word in words[1:] if word.startswith("tests/")]
             assert all((ROOT / path).exists() for path in paths), command

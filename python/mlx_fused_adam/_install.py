@@ -106,12 +106,12 @@ def _replace(kind: type[stock.Adam], ours: type[Adam] | type[AdamW]) -> None:
         ours.__init__(self, *args, **(defaults | kwargs))
         installation.built[ours.__name__] += 1
 
-    kind.__init__ = build
+    kind.__init__ = build  # type: ignore[method-assign]  # the one thing that this file is for
 
 
 def _restore() -> None:
     for kind, original in _originals.items():
         # Someone else's, put there since, stays; ours below it does nothing by itself.
         if getattr(kind.__init__, "__wrapped__", None) is original:
-            kind.__init__ = original
+            kind.__init__ = original  # type: ignore[assignment, method-assign]
     _originals.clear()

@@ -4,10 +4,14 @@ Has the optimizers replaced as soon as mlx.optimizers is imported, if it ever is
 without. Then it takes itself off the path and gives way to the sitecustomize that it stands before, if there is one.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.abc
 import os
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 _AWAITED = ("mlx.optimizers", "mlx_fused_adam")
 
@@ -15,12 +19,14 @@ _AWAITED = ("mlx.optimizers", "mlx_fused_adam")
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds what the other finders find, and has `_loaded` called after it."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: object = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in _AWAITED:
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
-            spec = find and find(fullname, path, target)
+            spec: ModuleSpec | None = find and find(fullname, path, target)
             if spec and spec.loader:
                 spec.loader = _Loader(spec.loader)
                 return spec
@@ -28,19 +34,20 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _loaded(module.__name__)
 
 
-def _loaded(name):
+def _loaded(name: str) -> None:
     if name == "mlx_fused_adam":
         importlib.import_module("mlx_fused_adam._launcher").start()
         return
@@ -54,7 +61,7 @@ def _loaded(name):
         )
 
 
-def _give_way():
+def _give_way() -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or os.curdir) != here]
     this = sys.modules.pop(__name__)
