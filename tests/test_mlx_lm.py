@@ -189,3 +189,26 @@ def test_the_benchmark_of_memory_runs_what_it_says(models):
     }
     # Of so small a model the self-check takes more.
     assert all(peak > 0 for peak in peaks.values())
+
+
+def test_the_lines_of_readme_do_what_they_say(tmp_path):
+    """From nothing to LoRA and full fine-tuning; all but the installation is run as it is printed."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## mlx-lm")[2].partition("\n## ")[0]
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL)).replace("\\\n", " ")
+    commands = [line for line in lines.splitlines() if line.startswith("python ")]
+    assert len(commands) == 3 and lines.count("pip install") == 1
+    (tmp_path / "bench").symlink_to(ROOT / "bench")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for command in commands:
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **OFFLINE, "PATH": path},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "run -m" not in command or re.search(r"updated [\d,]+ tensors", done.stderr)
+    assert "stochastic_rounding=True" in done.stderr and "Trainable" in done.stdout
