@@ -28,7 +28,10 @@ def test_snippets_can_be_pasted_in_order(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/how-it-works.md", "docs/numerics.md"])
+DOCUMENTS = ["README.md", "docs/how-it-works.md", "docs/numerics.md", "docs/scale.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
@@ -36,7 +39,7 @@ def test_links_lead_somewhere(document: str) -> None:
 
 
 def test_files_that_documents_name_are_there() -> None:
-    for document in ("README.md", "docs/how-it-works.md"):
+    for document in ("README.md", "docs/how-it-works.md", "docs/scale.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         for path in re.findall(
             r"\b(?:csrc|bench|tests|examples|metal|docs|python)/[\w/.-]*\w", text
