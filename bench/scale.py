@@ -67,7 +67,7 @@ class Setup(NamedTuple):
 
     @property
     def code(self) -> str:
-        return f"`{as_code(self.options)}`" if self.options else "ours, stock"
+        return f"`{as_code(self.options)}`" if self.options else "none (as stock)"
 
     @property
     def bytes(self) -> Bytes:

@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None, ranks: int) -> argparse.Namespa
         help="UTF-8 text file; by default Python's documentation",
     )
     add("--device", choices=["cpu", "gpu"], default=argparse.SUPPRESS, help="by default MLX's own")
-    add("--steps", type=whole_number, default=200, help="batches to train on")
+    add("--steps", type=whole_number, default=150, help="batches to train on")
     add("--batch-size", type=whole_number, default=8, help="pieces of text, of all ranks together")
     add("--context", type=whole_number, default=64, help="characters the model looks back")
     add("--dims", type=whole_number, default=96, help="width of the model")

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.cpu_only, needs_launch]
 
 PROGRAM = Path(__file__).with_name("sharded_steps.py")
 FSDP_PROGRAM = Path(fsdp.__file__)
+MEMORY_PROGRAM = PROGRAM.with_name("fully_sharded_memory.py")
 SIZES = (2, 3)
 WAYS = {2: ("eager", "compiled"), 3: ("eager",)}  # compiling takes each rank its time
 RUNS = [(size, how) for size, ways in WAYS.items() for how in ways]
@@ -151,3 +152,12 @@ def test_a_checkpoint_of_other_ranks_is_refused_with_both_named(folders, name):
                 assert f"{mine}{other}" in refused[f"{name}, other number"], refused
             unsharded = "must hold the state of unsharded parameters but got that of "
             assert f"{unsharded}rank {rank} of {size}" in refused[f"{name}, unsharded"], refused
+
+
+def test_mlx_keeps_what_it_gathers_and_checkpoint_gathers_again(monkeypatch):
+    """What docs/scale.md counts beside the shards: MLX's doing. Half of the whole parameters are the shard's gradients."""
+    monkeypatch.setenv("MLX_BFS_MAX_WIDTH", "4")  # or it would run ahead
+    output = launch_well(2, MEMORY_PROGRAM)
+    peaks = json.loads(output[output.index("{") :])
+    assert 1 < peaks["gathered once"] < 1.75, peaks
+    assert peaks["gathered again"] < 0.75, peaks
