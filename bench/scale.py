@@ -248,7 +248,9 @@ def render(text: str) -> str:
 
 def show(parameters: float) -> None:
     print(f"{count_text(parameters)} parameters: memory of a rank")
-    print(sizes_table((parameters,)))
+    print(share_table(parameters))
+    beside, again = (size_text(gathered(parameters, again)) for again in (False, True))
+    print(f"\nBeside a share, fully sharded: {beside} gathered, or {again} if gathered again")
     print("\nMacs that hold it fully sharded: as MLX gathers / gathered again")
     print(ranks_table((parameters,)))
     print("\nSent by a rank in a step, for a number of ranks")

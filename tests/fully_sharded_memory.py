@@ -1,4 +1,4 @@
-"""Peak memory of steps of a fully sharded model, whose blocks MLX gathers once or, by mx.checkpoint, in the backward pass again.
+"""Peak memory of steps of a fully sharded model, whose blocks MLX gathers once or, by mx.checkpoint, twice.
 
     MLX_BFS_MAX_WIDTH=4 mlx.launch -n 2 --backend ring -- $(which python) $PWD/tests/fully_sharded_memory.py
 
