@@ -99,7 +99,7 @@ def load_optimizer(
     if saved["class"] != mine["class"]:
         _refuse(path, f"the state of {mine['class']}", f"that of {saved['class']}")
     if saved.get("shard_group") != mine["shard_group"]:
-        named = [x.get("shard_group") or "unsharded gradients" for x in (mine, saved)]
+        named = [x.get("shard_group") or "unsharded parameters" for x in (mine, saved)]
         _refuse(path, f"the state of {named[0]}", f"that of {named[1]}")
     differing = [k for k in sorted(mine | saved) if mine.get(k) != saved.get(k)]
     if differing and hyperparameters == "error":

@@ -241,8 +241,9 @@ class Adam(_Fused, _StockAdam):
         skip_nonfinite (bool): Whether a step whose gradients hold NaN or infinity, or whose squares sum up to more than
             float32 holds (3.4e38), changes nothing: parameters, moments, step and schedules stay bit for bit, and
             ``state["skipped"]``, a uint64 array, counts one more. Default: ``False``.
-        shard_group (mlx.core.distributed.Group, optional): The processes that the gradients are sharded over, as with
-            ``mlx.nn.fully_shard``: norm and decision are those of all shards. Default: the gradients are whole.
+        shard_group (mlx.core.distributed.Group, optional): The processes that parameters and gradients are sharded over, as
+            with ``mlx.nn.fully_shard``: norm and decision are those of all shards, and what :func:`save_optimizer` writes
+            is loaded by the same rank of as many processes alone. Default: they are whole.
 
     Raises:
         ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's

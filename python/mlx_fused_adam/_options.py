@@ -22,7 +22,7 @@ _SHORTEST_CODED_ROW = 32
 
 
 class ShardGroup:
-    """The processes that gradients are sharded over. MLX's groups can be neither copied nor pickled."""
+    """The processes that parameters and gradients are sharded over. MLX's groups can be neither copied nor pickled."""
 
     def __init__(self, group: mx.distributed.Group) -> None:
         self.group = group
@@ -154,10 +154,6 @@ def check_options(
         raise ValueError(
             f"[{op}] stochastic_rounding must be None or True with state_dtype='int8' but got False: "
             "rounded to nearest, v would lose its small steps, and m would never fall to 0"
-        )
-    if options.shard_group is not None and not options.has_guard:
-        raise ValueError(
-            f"[{op}] shard_group must go with max_grad_norm or skip_nonfinite but got neither"
         )
     return options
 
