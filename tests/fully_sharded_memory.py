@@ -1,4 +1,4 @@
-"""Peak memory of steps of a fully sharded model, whose blocks MLX gathers once or, by mx.checkpoint, twice.
+"""Peak memory of a step of a fully sharded model, whose blocks MLX gathers once or, by mx.checkpoint, twice.
 
     MLX_BFS_MAX_WIDTH=4 mlx.launch -n 2 --backend ring -- $(which python) $PWD/tests/fully_sharded_memory.py
 
@@ -16,7 +16,6 @@ from fully_sharded_steps import sum_scatter
 import mlx_fused_adam as fused
 
 BLOCKS, WIDTH = 48, 512
-STEPS = 3
 
 
 class Model(nn.Module):
@@ -39,19 +38,15 @@ def peak(group: mx.distributed.Group, is_gathered_again: bool) -> float:
     loss_and_gradients = nn.value_and_grad(model, lambda model, x: model(x).square().mean())
     x = mx.random.normal((4, WIDTH))
     mx.eval(model.parameters(), optimizer.state, x)
-    most = 0
-    for _ in range(STEPS):
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        loss, gradients = loss_and_gradients(model, x)
-        optimizer.update(model, gradients)
-        del gradients
-        mx.eval(loss, model.parameters(), optimizer.state)
-        mx.synchronize()
-        most = max(most, mx.get_peak_memory() - before)
-    whole = BLOCKS * WIDTH * WIDTH * mx.float32.size
-    return most / whole
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    loss, gradients = loss_and_gradients(model, x)
+    optimizer.update(model, gradients)
+    del gradients
+    mx.eval(loss, model.parameters(), optimizer.state)
+    mx.synchronize()
+    return (mx.get_peak_memory() - before) / (BLOCKS * WIDTH * WIDTH * mx.float32.size)
 
 
 def main() -> None:
