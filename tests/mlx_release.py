@@ -1,0 +1,19 @@
+"""Marks tests of what only later releases of MLX do: ``@since_mlx("0.32.1", "stock checks its arguments")``.
+
+docs/mlx-releases.md lists them; tests/releases/run.py runs the suite with each release.
+"""
+
+from importlib.metadata import version
+
+import pytest
+
+
+def _parts(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split(".")[:3])
+
+
+def since_mlx(release: str, what: str) -> pytest.MarkDecorator:
+    """Skips with mlx before `release`, of which `what` says what it does that they do not."""
+    found = version("mlx")
+    is_older = _parts(found) < _parts(release)
+    return pytest.mark.skipif(is_older, reason=f"since mlx {release} {what}; this is {found}")
