@@ -1,4 +1,4 @@
-"""Marks tests of what only later releases of MLX do: ``@since_mlx("0.32.1", "stock checks its arguments")``.
+"""Marks tests of what only later releases of MLX do: ``@since_mlx("0.32.2", "stock checks its arguments")``.
 
 docs/mlx-releases.md lists them; tests/releases/run.py runs the suite with each release.
 """
@@ -17,3 +17,8 @@ def since_mlx(release: str, what: str) -> pytest.MarkDecorator:
     found = version("mlx")
     is_older = _parts(found) < _parts(release)
     return pytest.mark.skipif(is_older, reason=f"since mlx {release} {what}; this is {found}")
+
+
+errors_in_tasks_are_raised = since_mlx(
+    "0.32.1", "MLX raises what a task of the CPU throws, which ended the process before"
+)

@@ -270,7 +270,7 @@ OUT_OF_RANGE = [
 ]
 
 
-@since_mlx("0.32.1", "stock checks the ranges of its arguments")
+@since_mlx("0.32.2", "stock checks the ranges of its arguments")
 @pytest.mark.parametrize(("arguments", "message"), [case[:2] for case in OUT_OF_RANGE])
 def test_constructor_errors_are_stocks(arguments, message):
     for name in NAMES:
