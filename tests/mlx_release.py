@@ -12,11 +12,15 @@ def _parts(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.split(".")[:3])
 
 
+def is_before(release: str) -> bool:
+    """Whether this mlx is an older one."""
+    return _parts(version("mlx")) < _parts(release)
+
+
 def since_mlx(release: str, what: str) -> pytest.MarkDecorator:
     """Skips with mlx before `release`, of which `what` says what it does that they do not."""
-    found = version("mlx")
-    is_older = _parts(found) < _parts(release)
-    return pytest.mark.skipif(is_older, reason=f"since mlx {release} {what}; this is {found}")
+    reason = f"since mlx {release} {what}; this is {version('mlx')}"
+    return pytest.mark.skipif(is_before(release), reason=reason)
 
 
 errors_in_tasks_are_raised = since_mlx(
