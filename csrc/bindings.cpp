@@ -10,7 +10,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
-#include <string>
 
 #include "adam_update.h"
 #include "cpu_kernels.h"
@@ -31,12 +30,9 @@ using Extras = std::vector<std::tuple<Extra, Extra, Extra>>;
 // Modules whose nanobind has another ABI share no types: each call would fail, as "incompatible function arguments".
 static void refuse_another_abi() {
   if (nb::type<mx::array>().is_valid()) return;
-  std::string nanobind;
-  for (int part : {NB_VERSION_MAJOR, NB_VERSION_MINOR, NB_VERSION_PATCH}) {
-    nanobind += (nanobind.empty() ? "" : ".") + std::to_string(part);
-  }
   throw std::runtime_error(
-      "mlx-fused-adam was built with nanobind " + nanobind +
+      "mlx-fused-adam was built with nanobind " NB_TOSTRING(NB_VERSION_MAJOR) "." NB_TOSTRING(
+          NB_VERSION_MINOR) "." NB_TOSTRING(NB_VERSION_PATCH)
       " and cannot see the arrays of this mlx, which was built with another ABI of nanobind. "
       "Install the mlx that this package was built beside, or build the package for this one: "
       "docs/mlx-releases.md");

@@ -110,8 +110,8 @@ def test_an_isolated_build_gets_the_newest_mlx_or_the_one_asked_for(hook, build_
 
     monkeypatch.delenv(VARIABLE, raising=False)
     newest = max(NANOBIND, key=lambda release: [int(part) for part in release.split(".")])
-    for asked in (None, *NANOBIND):
-        if asked:
+    for asked in (None, "", *NANOBIND):
+        if asked is not None:
             monkeypatch.setenv(VARIABLE, asked)
         mlx = asked or newest
         found = [r for r in getattr(build_backend, hook)() if r.startswith(("mlx", "nanobind"))]
