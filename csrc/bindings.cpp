@@ -9,6 +9,8 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <stdexcept>
+
 #include "adam_update.h"
 #include "cpu_kernels.h"
 #include "norm.h"
@@ -25,9 +27,21 @@ using Arrays = std::vector<mx::array>;
 using Extra = std::optional<mx::array>;
 using Extras = std::vector<std::tuple<Extra, Extra, Extra>>;
 
+// Modules whose nanobind has another ABI share no types: each call would fail, as "incompatible function arguments".
+static void refuse_another_abi() {
+  if (nb::type<mx::array>().is_valid()) return;
+  throw std::runtime_error(
+      "mlx-fused-adam was built with nanobind " NB_TOSTRING(NB_VERSION_MAJOR) "." NB_TOSTRING(
+          NB_VERSION_MINOR) "." NB_TOSTRING(NB_VERSION_PATCH)
+      " and cannot see the arrays of this mlx, which was built with another ABI of nanobind. "
+      "Install the mlx that this package was built beside, or build the package for this one: "
+      "docs/mlx-releases.md");
+}
+
 NB_MODULE(_ext, m) {
   m.doc() = "The fused Adam operation on lists of MLX arrays.";
   nb::module_::import_("mlx.core");  // registers the types that the signatures below name
+  refuse_another_abi();
   fused_adam::cpu::kernels();  // a bad setting is an error at import, not in a stream's thread
 
   m.def(

@@ -9,6 +9,7 @@ import mlx.optimizers as stock
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_release import since_mlx
 
 import mlx_fused_adam as fused
 
@@ -262,19 +263,37 @@ def test_kinds_of_step(step):
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"betas": [1.0, 0.9]}, "Adam beta1 should be in"),
-        ({"betas": [0.9, -0.1]}, "Adam beta2 should be in"),
-        ({"eps": -1.0}, "Adam epsilon should be >=0"),
-    ],
-)
+OUT_OF_RANGE = [
+    ({"betas": [1.0, 0.9]}, "Adam beta1 should be in", "beta1 must be in"),
+    ({"betas": [0.9, -0.1]}, "Adam beta2 should be in", "beta2 must be in"),
+    ({"eps": -1.0}, "Adam epsilon should be >=0", "eps must be at least 0"),
+]
+
+
+@since_mlx("0.32.2", "stock checks the ranges of its arguments")
+@pytest.mark.parametrize(("arguments", "message"), [case[:2] for case in OUT_OF_RANGE])
 def test_constructor_errors_are_stocks(arguments, message):
     for name in NAMES:
         for optimizer in (getattr(stock, name), getattr(fused, name)):
             with pytest.raises(ValueError, match=message):
                 optimizer(0.1, **arguments)
+
+
+@pytest.mark.parametrize(("arguments", "_", "message"), OUT_OF_RANGE)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stock_does_not_check_is_refused_at_construction(
+    name, arguments, _, message, monkeypatch
+):
+    """With a stock that takes any argument, as that of an older mlx does."""
+
+    def unchecked(self, learning_rate, betas, eps, *_):
+        stock.Optimizer.__init__(self)
+        self.learning_rate, self.betas, self.eps = learning_rate, betas, eps
+
+    monkeypatch.setattr(getattr(stock, name), "__init__", unchecked)
+    getattr(fused, name)(0.1)
+    with pytest.raises(ValueError, match=rf"\[{name}\] {message}"):
+        getattr(fused, name)(0.1, **arguments)
 
 
 @pytest.mark.parametrize("wrong", [(3,), (4, 3), (1, 4), ()], ids=str)

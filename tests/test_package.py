@@ -24,7 +24,12 @@ def test_another_mlx_is_refused_with_the_mend(name):
     with pytest.raises(ImportError) as error:
         _compatibility.check_mlx({"mlx": _build_info.MLX_VERSION, name: "0.0.1"})
     message = str(error.value)
-    for part in (f"{name} 0.0.1", f"mlx {_build_info.MLX_VERSION}", "pip install 'mlx[cpu]=="):
+    for part in (
+        f"{name} 0.0.1",
+        f"mlx {_build_info.MLX_VERSION}",
+        "pip install 'mlx[cpu]==",
+        "docs/mlx-releases.md",
+    ):
         assert part in message
 
 
@@ -70,8 +75,60 @@ def test_mlx_is_pinned_exactly_and_once():
         f'mlx[cpu]=={pin}; extra == "cpu"',
     ]
     assert version("mlx") == pin
-    pyproject = (ROOT / "pyproject.toml").read_text()
-    assert pyproject.count(pin) == 1
+    build_files = [ROOT / "pyproject.toml", *(ROOT / "python" / "build_tools").iterdir()]
+    places = [
+        path.name for path in build_files if path.is_file() and f'"{pin}"' in path.read_text()
+    ]
+    assert places == ["mlx_releases.py"]
+
+
+def test_the_tests_have_the_nanobind_of_the_build(build_tools):
+    from mlx_releases import NANOBIND
+
+    wanted = [r for r in requires("mlx-fused-adam") if r.startswith("nanobind")]
+    assert wanted == [f'nanobind=={NANOBIND[version("mlx")]}; extra == "test"']
+
+
+@pytest.fixture
+def build_tools(monkeypatch):
+    """The tools of the build can be imported, as they are from its root."""
+    monkeypatch.syspath_prepend(ROOT / "python" / "build_tools")
+    monkeypatch.chdir(ROOT)
+
+
+HOOKS = [
+    "get_requires_for_build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_isolated_build_gets_the_newest_mlx_or_the_one_asked_for(hook, build_tools, monkeypatch):
+    import build_backend
+    from mlx_releases import NANOBIND, VARIABLE
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    newest = max(NANOBIND, key=lambda release: [int(part) for part in release.split(".")])
+    for asked in (None, "", *NANOBIND):
+        if asked is not None:
+            monkeypatch.setenv(VARIABLE, asked)
+        mlx = asked or newest
+        found = [r for r in getattr(build_backend, hook)() if r.startswith(("mlx", "nanobind"))]
+        assert found == [f"mlx[cpu]=={mlx}", f"nanobind=={NANOBIND[mlx]}"]
+    monkeypatch.setenv(VARIABLE, "0.0.1")
+    with pytest.raises(
+        SystemExit, match=rf"{VARIABLE} must be one of .*{newest}.* but got '0.0.1'"
+    ):
+        getattr(build_backend, hook)()
+
+
+def test_the_build_backend_has_every_hook_of_scikit_build_core(build_tools):
+    import build_backend
+    import scikit_build_core.build
+
+    missing = [name for name in scikit_build_core.build.__all__ if not hasattr(build_backend, name)]
+    assert not missing
 
 
 def test_builds_share_no_folder():
@@ -87,17 +144,63 @@ def build_tool(name, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_build_refuses_a_nanobind_that_mlx_does_not_share(tmp_path):
+@pytest.fixture
+def of_another_abi(build_tools, tmp_path):
+    """The extension, as if another nanobind had built it; and the tag that it should have."""
+    from check_abi import abi_tags
+
     extension = Path(mlx_fused_adam._ext.__file__)
-    accepted = build_tool("check_abi", MLX, extension)
-    assert accepted.returncode == 0, accepted.stderr
-    content = extension.read_bytes()
-    tag = re.search(rb"nanobind_system_\w+_v\d+", content).group()
+    (tag,) = abi_tags(extension)
     other = tmp_path / extension.name
-    other.write_bytes(content.replace(tag, tag[:-1] + b"x"))
+    shutil.copy(extension, other)
+    other.write_bytes(extension.read_bytes().replace(tag.encode(), tag[:-1].encode() + b"x"))
+    return other, tag
+
+
+def test_the_build_refuses_a_nanobind_that_mlx_does_not_share(of_another_abi):
+    from mlx_releases import NANOBIND
+
+    other, tag = of_another_abi
+    accepted = build_tool("check_abi", MLX, mlx_fused_adam._ext.__file__)
+    assert accepted.returncode == 0, accepted.stderr
     refused = build_tool("check_abi", MLX, other)
     assert refused.returncode != 0
-    assert f"instead of ['{tag.decode()}']" in refused.stderr
+    assert f"ABI ['{tag[:-1]}x'] instead of ['{tag}']" in refused.stderr
+    assert f"pip install 'nanobind=={NANOBIND[version('mlx')]}'" in refused.stderr
+
+
+def test_the_build_refuses_what_has_no_tag_to_compare(tmp_path):
+    core, extension = tmp_path / "core.cpython-311.so", tmp_path / "_ext.so"
+    for file in (core, extension):
+        file.write_bytes(b"no nanobind")
+    refused = build_tool("check_abi", tmp_path, extension)
+    assert refused.returncode != 0 and "ABI [] instead of []" in refused.stderr
+
+
+@pytest.mark.skipif(
+    sys.platform == "darwin", reason="macOS loads no module that was changed since it was signed"
+)
+def test_an_extension_of_another_abi_is_refused_at_import(of_another_abi):
+    """One that was built elsewhere, beside this very release of mlx but with another nanobind."""
+    code = (
+        "import importlib.util as u, sys, mlx.core\n"
+        "spec = u.spec_from_file_location('mlx_fused_adam._ext', sys.argv[1])\n"
+        "spec.loader.exec_module(u.module_from_spec(spec))"
+    )
+
+    def load(extension):
+        command = [sys.executable, "-c", code, str(extension)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    accepted = load(mlx_fused_adam._ext.__file__)
+    assert accepted.returncode == 0, accepted.stderr
+    refused = load(of_another_abi[0])
+    assert refused.returncode != 0
+    last = refused.stderr.strip().splitlines()[-1]
+    assert re.match(
+        r"ImportError: mlx-fused-adam was built with nanobind \d+\.\d+\.\d+ and", last
+    ), last
+    assert "docs/mlx-releases.md" in last
 
 
 def test_the_shader_is_ascii_or_the_build_stops(tmp_path):
@@ -112,22 +215,18 @@ def test_the_shader_is_ascii_or_the_build_stops(tmp_path):
     assert "a.metal:2: the shader must be ASCII" in refused.stderr
 
 
-def test_nanobind_of_the_tests_is_that_of_the_build():
-    lines = (ROOT / "pyproject.toml").read_text().replace(",", "\n").split('"')
-    pins = [part for part in lines if part.startswith("nanobind==")]
-    assert len(pins) == 2 and len(set(pins)) == 1, pins
-
-
 HOOKS = (ROOT / ".pre-commit-config.yaml").read_text()
 (MLX_OF_HOOK,) = re.findall(r"\bmlx==([^],\s]+)", HOOKS)
 
 
-def test_the_hook_s_pins_are_those_of_the_package():
+def test_the_hook_s_pins_are_those_of_the_package(build_tools):
     """pre-commit installs the type checker by itself, and the mlx that it looks into."""
+    from mlx_releases import NANOBIND
+
     pyproject = (ROOT / "pyproject.toml").read_text()
     (mypy,) = re.findall(r'"mypy==([^"]+)"', pyproject)
     assert re.findall(r"mirrors-mypy\n *rev: v(\S+)", HOOKS) == [mypy]
-    assert f'"mlx[cpu]=={MLX_OF_HOOK}"' in pyproject
+    assert next(iter(NANOBIND)) == MLX_OF_HOOK
 
 
 @pytest.mark.skipif(

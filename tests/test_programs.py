@@ -33,6 +33,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from mlx.utils import tree_flatten
+from mlx_release import is_before
 from programs import (
     LAYOUTS,
     Model,
@@ -64,6 +65,8 @@ PATHS = ["embed.weight", "blocks.0.weight", "blocks.0.bias", "blocks.1.weight", 
 SMALL = [
     (), (1,), (0,), (3, 0), (7,), (31,), (33,), (5, 4), (1, 40), (40, 1), (2, 3, 4), (2, 3, 4, 5), (64, 65), (4, 13, 20),
 ]  # fmt: skip
+if is_before("0.32.1"):  # which cannot save an empty array
+    SMALL = [shape for shape in SMALL if 0 not in shape]
 # Codes begin at 4096 elements; the last two are more than one thread's share.
 LARGE = [(128, 32), (4100,), (3, 33, 43), (70, 90), (2, 3, 20, 40), (130, 257), (40000,)]
 MOST_HANDLES = 6

@@ -10,6 +10,7 @@ import mlx.optimizers as stock
 import numpy as np
 import pytest
 from extension_users import use_extension
+from mlx_release import since_mlx
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _backends, _self_check, _step
@@ -312,6 +313,7 @@ def run(program, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
+@since_mlx("0.32.2", "mx.synchronize raises what a task of the CPU has thrown")
 def test_an_earlier_error_of_the_user_is_left_to_the_user(device):
     """It is no fault of the kernel's, and whoever waits for that work is told."""
     if device == "gpu":

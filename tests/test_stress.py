@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_release import errors_in_tasks_are_raised
 from programs import assert_same, values_of
 
 import mlx_fused_adam as fused
@@ -184,7 +185,10 @@ def test_data_loaders_may_fork_while_steps_are_in_flight():
 # ---- What goes wrong inside an evaluation ----
 
 
-@pytest.mark.parametrize("how", ["a task that throws", "layout of codes"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param("a task that throws", marks=errors_in_tasks_are_raised), "layout of codes"],
+)
 def test_a_failing_evaluation_neither_hangs_nor_spoils_what_is_held(process_device, how):
     assert "right" in run("fails", process_device, how)
 

@@ -1,12 +1,16 @@
-"""Stops a build whose nanobind differs from MLX's: python check_abi.py MLX_PACKAGE EXTENSION.
+"""Stops the build if the extension could not see MLX's arrays: python check_abi.py MLX_PACKAGE EXTENSION.
 
 Two nanobind modules see each other's classes only if their ABI tags are equal. With another tag all compiles and links, and
-then every call fails, as "incompatible function arguments". Run by CMake once the extension is linked.
+then every call fails, as "incompatible function arguments". Run by CMake once the extension is linked; one that was built
+elsewhere is checked when it is imported (csrc/bindings.cpp).
 """
 
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
+
+from mlx_releases import NANOBIND
 
 _TAG = re.compile(rb"(?:nanobind|v\d+\w*?)_system_\w+")  # since nanobind 3 and before
 
@@ -21,11 +25,19 @@ def main() -> None:
     cores = sorted(package.glob("core.*.so"))
     if not cores:
         raise SystemExit(f"no core.*.so in {package}: is this MLX's package?")
+    mlx = version("mlx")
+    needed = NANOBIND.get(mlx)
+    mend = (
+        f"It needs nanobind {needed}: pip install 'nanobind=={needed}'"
+        if needed
+        else "docs/mlx-releases.md says how to find its nanobind"
+    )
     for core in cores:
-        if abi_tags(core) != abi_tags(extension):
+        wanted, found = abi_tags(core), abi_tags(extension)
+        if not wanted or wanted != found:
             raise SystemExit(
-                f"{extension.name} was built with another nanobind than MLX and could not see its arrays: ABI "
-                f"{abi_tags(extension)} instead of {abi_tags(core)}. Build with the nanobind that pyproject.toml pins."
+                f"{extension.name} was built with another nanobind than mlx {mlx} and could not see its arrays: "
+                f"ABI {found} instead of {wanted}. {mend}"
             )
 
 

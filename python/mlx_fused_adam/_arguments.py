@@ -51,6 +51,15 @@ def check_betas(op: str, betas: Any) -> tuple[float, float]:
     return beta1, beta2
 
 
+def check_ranges(op: str, betas: Sequence[float], eps: float) -> None:
+    """What an older stock takes without a word; a newer one refuses it before, in its own words."""
+    for i, beta in enumerate(betas, 1):
+        if not 0 <= beta < 1:
+            raise ValueError(f"[{op}] beta{i} must be in [0, 1) but got {beta}")
+    if eps < 0:
+        raise ValueError(f"[{op}] eps must be at least 0 but got {eps}")
+
+
 def as_scalar(what: str, x: Any) -> mx.array:
     """An array as it is; a number as float32, or as int64 if it is a step."""
     if isinstance(x, mx.array):

@@ -13,7 +13,8 @@ _BACK_ENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 _MEND = (
     f"Mend it with one of: pip install 'mlx=={MLX_VERSION}' (macOS), "
     f"pip install 'mlx[cpu]=={MLX_VERSION}' (Linux), "
-    f"pip install 'mlx[cuda12]=={MLX_VERSION}' (Linux with an NVIDIA GPU)"
+    f"pip install 'mlx[cuda12]=={MLX_VERSION}' (Linux with an NVIDIA GPU); or build mlx-fused-adam for your mlx: "
+    "docs/mlx-releases.md"
 )
 
 

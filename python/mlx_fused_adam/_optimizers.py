@@ -18,7 +18,7 @@ from mlx.optimizers import AdamW as _StockAdamW
 from mlx.optimizers import Optimizer as _StockOptimizer
 from mlx.utils import tree_map, tree_map_with_path
 
-from ._arguments import as_array, as_number, check_betas
+from ._arguments import as_array, as_number, check_betas, check_ranges
 from ._backends import backend_of
 from ._decay import DecayFilter
 from ._guard import Guard, check_names, fit_guard_state, guard_of
@@ -40,6 +40,7 @@ class _Fused(_StockOptimizer):
     _decay_filter: DecayFilter | None = None
 
     def _set_options(self, options: Options) -> None:
+        check_ranges(options.op, self.betas, self.eps)
         self._options = options
         self._parameter_dtypes = {}
         fit_guard_state(self._state, options)

@@ -62,6 +62,16 @@ void run(const std::string& source, const std::string& kernel, const std::vector
   emulator::run(dispatch);
 }
 
+// An array in memory that is there already. Since mlx 0.32.4 its constructor takes the owner of a buffer.
+template <typename Array>
+Array over(mx::allocator::Buffer buffer, mx::Shape shape, mx::Dtype dtype, auto release) {
+  if constexpr (requires { Array(buffer, shape, dtype, release); }) {
+    return Array(buffer, shape, dtype, release);
+  } else {
+    return Array(typename Array::Data(buffer, release), shape, dtype);
+  }
+}
+
 // Zeros whose pages exist only once they are touched.
 mx::array sparse_zeros(std::vector<int64_t> shape, mx::Dtype dtype) {
   size_t count = 1;
@@ -75,7 +85,7 @@ mx::array sparse_zeros(std::vector<int64_t> shape, mx::Dtype dtype) {
   *reinterpret_cast<size_t*>(header) = bytes;
   auto release = [range, length = page + bytes](mx::allocator::Buffer) { munmap(range, length); };
   mx::Shape mx_shape(shape.begin(), shape.end());
-  return mx::array(mx::allocator::Data(mx::allocator::Buffer(header), release), mx_shape, dtype);
+  return over<mx::array>(mx::allocator::Buffer(header), mx_shape, dtype, release);
 }
 
 void settle() {

@@ -23,6 +23,9 @@ OLDER_LIBCXX = {
     "__ZNSt11logic_errorD2Ev",
     "__ZTISt11logic_error",
     "__ZTINSt3__112system_errorE",
+    # Used by MLX's since 0.32.3
+    "__ZnwmSt11align_val_t",
+    "__ZNSt3__16chrono12steady_clock3nowEv",
     # atomic<T>::wait and its kin
     "__ZNSt3__120__libcpp_atomic_waitEPVKvx",
     "__ZNSt3__123__cxx_atomic_notify_allEPVKv",
