@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from launched import assert_same_bits, launch_well, needs_launch, of_run
 from mlx.optimizers import clip_grad_norm
+from mlx_release import since_mlx
 from sharded_steps import BAD_STEP, OPTIONS, SHAPES, whole_problem
 
 import mlx_fused_adam as fused
@@ -65,6 +66,8 @@ def test_shards_end_as_the_whole(size, tmp_path):
 
 # ---- nn.fully_shard ----
 
+needs_fully_shard = since_mlx("0.32.2", "it has nn.fully_shard")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[int, Path]:
@@ -87,6 +90,7 @@ def ends(folders, size) -> list[dict[str, mx.array]]:
     return [mx.load(str(folders[size] / f"end{rank}.safetensors")) for rank in range(size)]
 
 
+@needs_fully_shard
 def test_fully_sharded_float32_ends_with_the_bits_of_stock(ends, size):
     for rank, end in enumerate(ends):
         found = of_run(end, "ours/eager")
@@ -95,6 +99,7 @@ def test_fully_sharded_float32_ends_with_the_bits_of_stock(ends, size):
         assert_same_bits(found, of_run(end, "stock/eager"), f"rank {rank}")
 
 
+@needs_fully_shard
 @pytest.mark.parametrize("size", [2], indirect=True)
 def test_fully_sharded_and_compiled_ends_with_the_bits_of_eager(ends):
     for rank, end in enumerate(ends):
@@ -102,6 +107,7 @@ def test_fully_sharded_and_compiled_ends_with_the_bits_of_eager(ends):
         assert_same_bits(found, expected, f"rank {rank}")
 
 
+@needs_fully_shard
 @pytest.mark.parametrize("name", ["ours", "guard"])
 def test_fully_sharded_ends_near_one_process_on_whole_batches(ends, name):
     with mx.stream(mx.cpu):
@@ -116,6 +122,7 @@ def test_fully_sharded_ends_near_one_process_on_whole_batches(ends, name):
         np.testing.assert_allclose(found, np.array(x), rtol=0, atol=bound, err_msg=path)
 
 
+@needs_fully_shard
 @pytest.mark.parametrize(("size", "how"), RUNS, indirect=["size"])
 def test_fully_sharded_norm_and_decision_are_the_group_s(ends, how):
     first, *others = (of_run(end, f"guard/{how}") for end in ends)
@@ -136,6 +143,7 @@ def test_fully_sharded_norm_and_decision_are_the_group_s(ends, how):
                 assert np.isfinite(np.array(x)).all(), f"rank {rank}: {path}"
 
 
+@needs_fully_shard
 @pytest.mark.parametrize("name", ["everything", "plain"])
 def test_a_rank_s_checkpoint_goes_on_bit_for_bit(ends, name):
     for rank, end in enumerate(ends):
@@ -144,6 +152,7 @@ def test_a_rank_s_checkpoint_goes_on_bit_for_bit(ends, name):
         assert_same_bits(of_run(end, f"{name}/resumed"), through, f"rank {rank}")
 
 
+@needs_fully_shard
 @pytest.mark.parametrize("name", ["everything", "plain"])
 def test_a_checkpoint_of_other_ranks_is_refused_with_both_named(folders, name):
     few, many = SIZES
@@ -160,6 +169,7 @@ def test_a_checkpoint_of_other_ranks_is_refused_with_both_named(folders, name):
             assert f"{unsharded}rank {rank} of {size}" in refused[f"{name}, unsharded"], refused
 
 
+@needs_fully_shard
 def test_mlx_keeps_what_it_gathers_and_checkpoint_gathers_again(monkeypatch):
     """What docs/scale.md counts beside the shards: MLX's doing. Half of the whole parameters are the shard's gradients."""
     monkeypatch.setenv("MLX_BFS_MAX_WIDTH", "4")  # or it would run ahead
