@@ -1,10 +1,12 @@
 """The package as installed: its pin on mlx, its typing, its shader text, its settings."""
 
+import email
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import requires, version
 from importlib.resources import files
 from pathlib import Path
@@ -121,6 +123,16 @@ def test_an_isolated_build_gets_the_newest_mlx_or_the_one_asked_for(hook, build_
         SystemExit, match=rf"{VARIABLE} must be one of .*{newest}.* but got '0.0.1'"
     ):
         getattr(build_backend, hook)()
+
+
+def test_the_source_archive_does_not_say_which_mlx_its_wheels_are_for(build_tools, tmp_path):
+    pytest.importorskip("nanobind", reason="what the build needs: pip install '.[test]'")
+    import build_backend
+
+    with tarfile.open(tmp_path / build_backend.build_sdist(str(tmp_path))) as archive:
+        (name,) = (name for name in archive.getnames() if name.endswith("/PKG-INFO"))
+        metadata = email.message_from_bytes(archive.extractfile(name).read())
+    assert metadata.get_all("Dynamic") == ["Requires-Dist"]
 
 
 def test_the_build_backend_has_every_hook_of_scikit_build_core(build_tools):

@@ -19,3 +19,8 @@ def dynamic_metadata(settings: dict, project: dict) -> dict[str, object]:
             "test": [f"nanobind=={version('nanobind')}"],
         },
     }
+
+
+def dynamic_wheel(settings: dict) -> dict[str, bool]:
+    """A wheel that is made from the source archive may be for another mlx: no installer may go by the archive's metadata."""
+    return {"dependencies": True}
