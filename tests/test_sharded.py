@@ -66,7 +66,7 @@ def test_shards_end_as_the_whole(size, tmp_path):
 
 # ---- nn.fully_shard ----
 
-needs_fully_shard = since_mlx("0.32.2", "it has nn.fully_shard")
+needs_fully_shard = since_mlx("0.32.1", "it has nn.fully_shard")
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ from mlx_releases import NANOBIND, VARIABLE  # noqa: E402
 
 # About this project alone, the emulated GPU or another system: the others show what an mlx release makes of it.
 NOT_HERE = (
-    "arm64 bench cuda_compile emulator emulator_calibration formats_metal guard_metal hostile_gpu metal_faults mlx_releases "
-    "readme sanitizers shader_strict"
+    "arm64 bench cuda_compile docs emulator emulator_calibration formats_metal guard_metal hostile_gpu metal_faults "
+    "mlx_releases readme sanitizers shader_strict"
 ).split()
 COLUMNS = ("mlx", "nanobind", "passed", "skipped", "failed", "Python", "system", "date")
 Result = dict[str, str | int]
