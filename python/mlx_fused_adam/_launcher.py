@@ -49,10 +49,12 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoRet
             _options(os.environ.get(OPTIONS, "{}"))
         except argparse.ArgumentTypeError as error:
             parser.error(f"{OPTIONS}: {error}")
-    others = environment.get("PYTHONPATH", "").split(os.pathsep)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [_STARTUP, *(folder for folder in others if folder and folder != _STARTUP)]
+    # An empty folder among others is the current one; an empty variable is none.
+    others = environment.get("PYTHONPATH")
+    folders = (
+        [folder for folder in others.split(os.pathsep) if folder != _STARTUP] if others else []
     )
+    environment["PYTHONPATH"] = os.pathsep.join([_STARTUP, *folders])
     command = [sys.executable, *_flags()]
     if arguments.is_module:
         command += ["-m", arguments.target]
