@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from data_parallel_steps import LEARNING_RATE, SETUPS, STEPS, STOCK, train
+from data_parallel_steps import LEARNING_RATE, SETUPS, STEPS, STOCK, runs_of, train
 from launched import (
     assert_same_bits,
     failed_ranks,
@@ -28,7 +28,7 @@ EXAMPLE = PROGRAM.parent.parent / "examples" / "data_parallel.py"
 
 # By the number of ranks. Compiling takes each of them its time, so it is done for two alone.
 WAYS = {2: ("eager", "compiled"), 4: ("eager",)}
-RUNS = [(size, name, how) for size, ways in WAYS.items() for name in SETUPS for how in ways]
+RUNS = [(size, *run) for size, ways in WAYS.items() for run in runs_of(ways)]
 
 
 @pytest.fixture(scope="module")
