@@ -127,6 +127,46 @@ def test_the_last_installation_counts_until_it_ends():
     assert type(stock.Adam(1e-3)) is stock.Adam
 
 
+def test_it_can_be_begun_again():
+    installation = fused.install()
+    for _ in range(2):
+        with installation:
+            assert type(stock.Adam(1e-3)) is fused.Adam
+        assert type(stock.Adam(1e-3)) is stock.Adam
+
+
+def own_rule(self, *args):
+    raise AssertionError("of the program's own")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (stock.Adam, "apply_single"),
+        (stock.Adam, "init_single"),
+        (stock.Optimizer, "apply_gradients"),
+        (stock.Optimizer, "init"),
+    ],
+)
+def test_a_class_with_a_rule_of_someone_s_own_stays(monkeypatch, place, name):
+    monkeypatch.setattr(place, name, own_rule)
+    with fused.install() as installation:
+        optimizer = stock.Adam(1e-3)
+    assert type(optimizer) is stock.Adam and getattr(type(optimizer), name) is own_rule
+    assert installation.kept == {"Adam": 1} and not installation.built
+    monkeypatch.undo()
+    with fused.install():
+        assert type(stock.Adam(1e-3)) is fused.Adam
+
+
+def test_what_stays_is_counted():
+    with fused.install() as installation:
+        Subclass(1e-3), Subclass(1e-3), stock.Adamax(1e-3), _stock.AdamW(1e-3), fused.Adam(1e-3)
+        stock.AdamW(1e-3)
+    assert installation.kept == {"Subclass": 2, "Adamax": 1}
+    assert installation.built == {"AdamW": 1}
+
+
 def test_it_ends_with_its_block_whatever_happens():
     originals = stock.Adam.__init__, stock.AdamW.__init__
     with pytest.raises(KeyError), fused.install():
@@ -156,6 +196,7 @@ def test_who_wraps_the_classes_too_is_left_in_place(monkeypatch):
         ({"max_gradnorm": 1.0}, TypeError, "max_grad_norm"),
         ({"learning_rate": 1e-3}, TypeError, "learning_rate"),
         ({"state_dtype": "int4"}, ValueError, "int4"),
+        ({"bias_correction": "false"}, TypeError, "must be True or False"),
         ({"decay_filter": ["("]}, ValueError, "decay_filter"),
     ],
 )

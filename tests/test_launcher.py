@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -81,12 +82,83 @@ def test_updates_that_no_kernel_ran_are_not_claimed(script):
     assert "no kernel has updated anything" in said(done)[-1]
     assert "MLX_FUSED_ADAM_BACKEND=stock" in said(done)[-1]
     done = run(script("import mlx.optimizers"))
-    assert said(done)[-1] == f"{SAYS}: no Adam or AdamW was built"
+    assert said(done)[-1] == f"{SAYS}: built no Adam or AdamW"
 
 
 def test_a_process_that_trains_nothing_imports_nothing(script):
     done = run(script("import sys; print(sorted(m for m in sys.modules if m.startswith('mlx')))"))
     assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
+
+
+def test_what_was_not_replaced_is_counted_and_what_ran_is_said_anyway(script):
+    code = """
+        import mlx.core as mx
+        import mlx.optimizers as o
+        import mlx_fused_adam as fused
+        class Mine(o.AdamW):
+            pass
+        optimizer = fused.AdamW(1e-3)
+        Mine(1e-3), Mine(1e-3), o.Adamax(1e-3)
+    """
+    done = run(script(f"{code}\n---\n{TRAIN}"))
+    assert done.returncode == 0, done.stderr
+    assert said(done)[-1].startswith(
+        f"{SAYS}: built no Adam or AdamW; 2 Mine, 1 Adamax stayed as it was; "
+    )
+    assert said(done)[-1].endswith("updated 8 tensors")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "2>/dev/full", ">&- 2>&-"])
+def test_closed_and_full_streams_end_nothing(script, tmp_path, closed):
+    path = script(
+        """
+        import pathlib
+        import mlx.optimizers as o
+        pathlib.Path(__file__).with_name("said").write_text(type(o.Adam(1e-3)).__module__)
+        """
+    )
+    command = f"{shlex.join([*RUN, str(path)])} {closed}"
+    done = subprocess.run(command, shell=True, timeout=120)
+    assert done.returncode == 0
+    assert path.with_name("said").read_text() == "mlx_fused_adam._optimizers"
+
+
+def test_without_a_stderr_nothing_goes_to_stdout(script):
+    done = run(script(f"import sys\nsys.stderr = None\n---\n{BUILD}"))
+    assert (done.returncode, done.stdout) == (0, "mlx_fused_adam False\n"), done.stderr
+
+
+def test_it_starts_once_whatever_is_loaded_again(script):
+    done = run(
+        script(f"{BUILD}\n---\nimport importlib, mlx_fused_adam\nimportlib.reload(mlx_fused_adam)")
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(said(done)) == 2
+
+
+def test_whoever_looks_for_the_module_first_finds_its_own_loader(script):
+    code = """
+        from importlib.util import find_spec
+        print("class" in find_spec("mlx.optimizers.optimizers").loader.get_source("mlx.optimizers.optimizers"))
+        print(find_spec("mlx_fused_adam").loader.get_filename("mlx_fused_adam").endswith("__init__.py"))
+    """
+    done = run(script(code))
+    assert done.stdout == "True\nTrue\n", done.stderr
+
+
+@pytest.mark.parametrize("joined", [["-Om", "mlx_fused_adam"], ["-O", "-mmlx_fused_adam"]])
+def test_flags_are_kept_however_they_are_written(script, joined):
+    path = script("import sys; print(sys.flags.optimize)")
+    done = run("run", path, command=[sys.executable, *joined])
+    assert done.stdout == "1\n", done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--", "-v"], ["--"], ["a", "--", "b"], ["--", "--"]])
+@pytest.mark.parametrize("before", [[], ["--"]])
+def test_dashes_reach_the_script(script, arguments, before):
+    path = script("import sys; print(sys.argv[1:])")
+    done = run(*before, path, *arguments)
+    assert done.stdout == f"{arguments}\n", done.stderr
 
 
 ABOUT = """
@@ -273,6 +345,11 @@ def test_options_come_from_the_command_or_the_environment(script):
         ('{"state_dtype": "int4"}', "int4"),
         ('{"learning_rate": 1}', "learning_rate"),
         ("[1]", "must be a JSON object"),
+        (
+            "max_grad_norm=1",
+            """must be JSON, as '{"max_grad_norm": 1.0}', but got max_grad_norm=1""",
+        ),
+        ('{"bias_correction": "false"}', "bias_correction must be True or False but got 'false'"),
         ("{", "Expecting property name"),
     ],
 )
@@ -284,6 +361,18 @@ def test_bad_options_are_refused_before_the_script_runs(script, options, message
     ):
         assert done.returncode == 2 and done.stdout == ""
         assert message in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "-m"], ["--json", "run", "x.py"]])
+def test_a_command_that_is_none_is_refused(arguments):
+    done = run(*arguments, command=RUN[:-1])
+    assert done.returncode == 2
+    assert "is required" in done.stderr or "run makes none" in done.stderr
+
+
+def test_an_empty_variable_is_none(script):
+    done = run(script(BUILD), environment={_launcher.OPTIONS: ""})
+    assert done.stdout == "mlx_fused_adam False\n", done.stderr
 
 
 @pytest.mark.skipif(

@@ -22,6 +22,8 @@ def main() -> int:
     _launcher.add_arguments(launcher)
     arguments = parser.parse_args()
     if arguments.command == "run":
+        if arguments.json:
+            parser.error("--json is of the report, and run makes none")
         _launcher.run(launcher, arguments)
     return _report.main(arguments.json)
 

@@ -2,7 +2,8 @@
 
 The stock classes stay where they are, and whoever imported them earlier has the same ones. An object changes its class at the
 beginning of their `__init__`: so no name is replaced anywhere, a dict or an Enum that holds the classes works too, and stock
-optimizers that are unpickled or copied, which `__init__` does not build, stay stock. Subclasses stay what they are.
+optimizers that are unpickled or copied, which `__init__` does not build, stay stock. Subclasses stay what they are, and so does
+a class into which someone has put a rule of his own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from ._optimizers import Adam, AdamW
 
 _OURS: dict[type[stock.Adam], type[Adam] | type[AdamW]] = {stock.Adam: Adam, stock.AdamW: AdamW}
 _PARAMETERS = {ours: inspect.signature(ours).parameters for ours in _OURS.values()}
+# What ours override. A program that puts another function there wants that one.
+_OVERRIDDEN = ("init", "init_single", "apply_gradients", "apply_single")
+_STOCK = {kind: [getattr(kind, name) for name in _OVERRIDDEN] for kind in _OURS}
 _active: list[Installation] = []  # the last one counts
 _originals: dict[type[stock.Adam], Any] = {}
 _lock = threading.RLock()
@@ -30,7 +34,9 @@ class Installation:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
-        self.built: Counter[str] = Counter()  # optimizers so far, by the name of their class
+        # Optimizers so far, by the name of their class: ours, and those that stayed what they were.
+        self.built: Counter[str] = Counter()
+        self.kept: Counter[str] = Counter()
 
     def undo(self) -> None:
         """Let mlx.optimizers build its own again, or what an earlier `install` asks for; more than once does no harm."""
@@ -40,7 +46,16 @@ class Installation:
             if not _active:
                 _restore()
 
+    def begin(self) -> None:
+        with _lock:
+            if not _originals:
+                for kind, ours in _OURS.items():
+                    _replace(kind, ours)
+            _active.append(self)
+
     def __enter__(self) -> Installation:
+        if self not in _active:
+            self.begin()
         return self
 
     def __exit__(
@@ -78,35 +93,50 @@ def install(**options: Any) -> Installation:
     """
     if "learning_rate" in options:
         raise TypeError(
-            "[install] option must be one that code may leave out but got 'learning_rate'"
+            "[install] option must be one that code may leave out but got 'learning_rate', which is the code's own"
         )
+    # Stock takes whatever is true; of a string in JSON or YAML that is a mistake.
+    if not isinstance(correction := options.get("bias_correction", False), bool):
+        raise TypeError(f"[install] bias_correction must be True or False but got {correction!r}")
     installation = Installation(options)
     for ours in _OURS.values():
         # AdamW, which takes every option, names those that there are not.
         ours(0.0, **(options if ours is AdamW else installation.defaults(ours)))
-    with _lock:
-        if not _originals:
-            for kind, ours in _OURS.items():
-                _replace(kind, ours)
-        _active.append(installation)
+    installation.begin()
     return installation
 
 
 def _replace(kind: type[stock.Adam], ours: type[Adam] | type[AdamW]) -> None:
     original = _originals[kind] = kind.__init__
+    initialize: Any = ours.__init__  # of an object that has become ours
 
     @functools.wraps(original)
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
-        installation = _active[-1] if _active and type(self) is kind else None
-        if installation is None:
+        installation = _active[-1] if _active else None
+        nearest = next(x for x in type(self).__mro__ if x in _OURS)
+        if installation is None or nearest is not kind or _is_own(type(self)):
+            return original(self, *args, **kwargs)
+        if type(self) is not kind or _has_other_rule(kind):
+            installation.kept[type(self).__name__] += 1
             return original(self, *args, **kwargs)
         by_place = list(_PARAMETERS[ours])[: len(args)]
         defaults = {k: x for k, x in installation.defaults(ours).items() if k not in by_place}
         self.__class__ = ours
-        ours.__init__(self, *args, **(defaults | kwargs))
+        initialize(self, *args, **(defaults | kwargs))
         installation.built[ours.__name__] += 1
 
     kind.__init__ = build  # type: ignore[method-assign]  # the one thing that this file is for
+
+
+def _is_own(kind: type) -> bool:
+    """Whether it is this package's, or derived from what is."""
+    return issubclass(kind, (Adam, AdamW)) or kind.__module__ == f"{__package__}._stock"
+
+
+def _has_other_rule(kind: type[stock.Adam]) -> bool:
+    """Whether someone has put functions of his own into stock's class, before or after our import."""
+    found = [getattr(kind, name) for name in _OVERRIDDEN]
+    return found != _STOCK[kind] or {x.__module__ for x in found} != {kind.__module__}
 
 
 def _restore() -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import json
 import os
+import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"options of Adam and AdamW for code that cannot pass them, as '{{\"max_grad_norm\": 1.0}}'; default: {OPTIONS}",
     )
     parser.add_argument("-m", action="store_true", dest="is_module", help="run a module")
-    parser.add_argument("target", metavar="SCRIPT|MODULE")
-    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER)
+    # One argument takes all: a second one would lose a "--" that stands between them.
+    parser.add_argument("command_line", metavar="SCRIPT|MODULE ARGS", nargs=argparse.REMAINDER)
 
 
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoReturn:
@@ -41,12 +44,20 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoRet
         parser.error(
             "Python must be started without -E, -I and -S, which keep optimizers as they are"
         )
+    given = (
+        arguments.command_line
+    )  # argparse of some Pythons takes a "--" before it away, that of others leaves it
+    target, *rest = given[given[:1] == ["--"] :] or [None]
+    if target is None:
+        parser.error("SCRIPT or -m MODULE is required")
+    if os.pathsep in _STARTUP:
+        parser.error(f"{_STARTUP} must have no {os.pathsep!r} in it, which PYTHONPATH divides at")
     environment = dict(os.environ)
     if arguments.adam_options is not None:
         environment[OPTIONS] = json.dumps(arguments.adam_options)
     else:
         try:
-            _options(os.environ.get(OPTIONS, "{}"))
+            _options_of_environment()
         except argparse.ArgumentTypeError as error:
             parser.error(f"{OPTIONS}: {error}")
     # An empty folder among others is the current one; an empty variable is none.
@@ -57,17 +68,18 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoRet
     environment["PYTHONPATH"] = os.pathsep.join([_STARTUP, *folders])
     command = [sys.executable, *_flags()]
     if arguments.is_module:
-        command += ["-m", arguments.target]
+        command += ["-m", target]
     else:
-        command.append(_script(arguments.target))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, [*command, *arguments.arguments], environment)
+        command.append(_script(target))
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started this
+            stream.flush()
+    os.execve(sys.executable, [*command, *rest], environment)
 
 
 def start() -> None:
     """Replaces the optimizers of a process that the launcher or its children started; says so, and what came of it."""
-    options = _options(os.environ.get(OPTIONS, "{}"))
+    options = _options_of_environment()
     installation = install(**options)
     given = ", ".join(f"{name}={x!r}" for name, x in options.items())
     _say(
@@ -78,18 +90,30 @@ def start() -> None:
 
 
 def _say_result(installation: Installation) -> None:
-    built = ", ".join(f"{count} {name}" for name, count in installation.built.items())
-    if not built:
-        return _say("no Adam or AdamW was built")
+    def counted(what: Counter[str]) -> str:
+        return ", ".join(f"{count} {name}" for name, count in what.items())
+
+    parts = [f"built {counted(installation.built) or 'no Adam or AdamW'}"]
+    if installation.kept:
+        parts.append(f"{counted(installation.kept)} stayed as it was")
     backends = zip((_ext.cpu_backend(), _ext.gpu_backend()), _ext.updated_tensors(), strict=True)
     counts = [f"{name} updated {count:,} tensors" for (name, *_), count in backends if count]
-    reasons = _backends.reasons()
-    _say("; ".join([f"built {built}", *(counts or ["no kernel has updated anything"]), *reasons]))
+    if installation.built and not counts:
+        counts = ["no kernel has updated anything"]
+    _say("; ".join([*parts, *counts, *_backends.reasons()]))
 
 
 def _say(line: str) -> None:
     rank = os.environ.get("MLX_RANK")
-    print(f"mlx-fused-adam{f' (rank {rank})' if rank else ''}: {line}", file=sys.stderr, flush=True)
+    who = f"mlx-fused-adam (rank {rank})" if rank else "mlx-fused-adam"
+    if sys.stderr is not None:
+        # A full disk or a closed pipe is no reason to end a training run.
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{who}: {line}", file=sys.stderr, flush=True)
+
+
+def _options_of_environment() -> dict[str, Any]:
+    return _options(os.environ.get(OPTIONS) or "{}")
 
 
 def _options(text: str) -> dict[str, Any]:
@@ -99,7 +123,13 @@ def _options(text: str) -> dict[str, Any]:
         argparse.ArgumentTypeError: If it is no JSON object, or not of options that there are.
     """
     try:
-        options = json.loads(text)
+        try:
+            options = json.loads(text)
+        except json.JSONDecodeError as error:
+            example = '{"max_grad_norm": 1.0}'
+            raise ValueError(
+                f"options must be JSON, as {example!r}, but got {text}: {error}"
+            ) from None
         if not isinstance(options, dict):
             raise ValueError(f"options must be a JSON object but got {text}")
         install(**options).undo()
@@ -111,15 +141,19 @@ def _options(text: str) -> dict[str, Any]:
 def _flags() -> list[str]:
     """What this Python was given before `-m mlx_fused_adam`."""
     given = sys.orig_argv[1:]
-    for i in range(len(given) - 1):
-        if given[i : i + 2] == ["-m", __package__]:
+    for i, word in enumerate(given):
+        if word == f"-m{__package__}":
             return given[:i]
+        if re.fullmatch("-[A-Za-z]*m", word) and given[i + 1 : i + 2] == [__package__]:
+            others = word.removesuffix("m")
+            return given[:i] + [others] * (others != "-")
     return []
 
 
 def _script(target: str) -> str:
-    """A file as it is; else a command that was installed beside this Python, or is on the PATH."""
-    if os.path.exists(target) or os.path.dirname(target):
+    """What Python can run as it is; else a command that was installed beside this Python, or is on the PATH."""
+    is_runnable = os.path.isfile(target) or os.path.isfile(os.path.join(target, "__main__.py"))
+    if is_runnable or os.path.dirname(target):
         return target
     beside = os.path.dirname(sys.executable)
     return shutil.which(target, path=beside) or shutil.which(target) or target

@@ -6,6 +6,7 @@ without. Then it takes itself off the path and gives way to the sitecustomize th
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import os
@@ -14,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _AWAITED = ("mlx.optimizers", "mlx_fused_adam")
+_started = False
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -37,6 +39,11 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
 
+    def __getattr__(self, name: str) -> object:
+        return getattr(
+            self.__dict__["_loader"], name
+        )  # who looks at a module before it is loaded sees its own loader
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
@@ -48,17 +55,23 @@ class _Loader(importlib.abc.Loader):
 
 
 def _loaded(name: str) -> None:
+    global _started
     if name == "mlx_fused_adam":
+        if _started:  # reloaded, or found by way of another finder like this one
+            return
+        _started = True
         importlib.import_module("mlx_fused_adam._launcher").start()
         return
     try:
         # If it is what is importing mlx.optimizers, its own turn comes when it is complete.
         importlib.import_module("mlx_fused_adam")
     except ImportError as error:  # another Python than the launcher's
-        print(
-            f"mlx-fused-adam: optimizers stay those of MLX in this process: {error}",
-            file=sys.stderr,
-        )
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):
+                print(
+                    f"mlx-fused-adam: optimizers stay those of MLX in this process: {error}",
+                    file=sys.stderr,
+                )
 
 
 def _give_way() -> None:
