@@ -40,9 +40,8 @@ class _Loader(importlib.abc.Loader):
         self._loader = loader
 
     def __getattr__(self, name: str) -> object:
-        return getattr(
-            self.__dict__["_loader"], name
-        )  # who looks at a module before it is loaded sees its own loader
+        # Who looks at a module before it is loaded finds its own loader.
+        return getattr(self.__dict__["_loader"], name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
