@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
+
+try:
+    from mlx_lm.models import llama
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+except ImportError as error:
+    sys.exit(
+        f"llama_files.py: {error}; install what it needs with: pip install '.[cpu,integration]'"
+    )
 
 _BYTES = 256
 SIZES: dict[str, dict[str, Any]] = {
@@ -31,10 +41,6 @@ _WORDS = "one pass over memory in place and safe by default the gradient of each
 
 def write_model(folder: Path, size: str, dtype: str, seed: int = 0) -> None:
     """A model and a tokenizer whose tokens are bytes."""
-    from mlx_lm.models import llama
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "model_type": "llama",
@@ -87,6 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     write_model(options.folder, options.size, options.dtype)
     write_data(options.folder)
+    print(f"{options.folder}: a model, its tokenizer, and text in train.jsonl and valid.jsonl")
 
 
 if __name__ == "__main__":

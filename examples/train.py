@@ -19,6 +19,9 @@ from time import perf_counter
 from types import FrameType
 from typing import Any, NoReturn
 
+import mlx_fused_adam as fused  # first: it knows the command that mends a missing part of MLX
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as stock
@@ -28,8 +31,6 @@ from mlx.utils import tree_flatten
 from progress import progress_bar
 from text_data import BadInput, Corpus, read_text
 from transformer import Transformer, generate, mean_loss
-
-import mlx_fused_adam as fused
 
 SPLIT_EVERY = 10  # steps; see Run.split_step
 SAVE_EVERY = 100  # steps

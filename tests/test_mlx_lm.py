@@ -58,7 +58,7 @@ class Run:
         plain = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", done.stdout)
         self.losses = re.findall(r"^ +(\d+) +(val )? *([\d.]+|nan)\b", plain, re.MULTILINE)
         self.weights = mx.load(str(out / "adapters.safetensors"))
-        counts = re.findall(r"updated ([\d,]+) tensors", done.stderr)
+        counts = re.findall(r"ran ([\d,]+) updates of tensors", done.stderr)
         self.updated = sum(int(count.replace(",", "")) for count in counts)
 
 
@@ -212,5 +212,5 @@ def test_the_lines_of_readme_do_what_they_say(tmp_path):
             env={**os.environ, **OFFLINE, "PATH": path},
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "run -m" not in command or re.search(r"updated [\d,]+ tensors", done.stderr)
+        assert "run -m" not in command or re.search(r"ran [\d,]+ updates of tensors", done.stderr)
     assert "stochastic_rounding=True" in done.stderr and "Trainable" in done.stdout

@@ -93,7 +93,7 @@ def install(**options: Any) -> Installation:
     """
     if "learning_rate" in options:
         raise TypeError(
-            "[install] option must be one that code may leave out but got 'learning_rate', which is the code's own"
+            "[install] option must be one that code may leave out but got 'learning_rate', which the code sets itself"
         )
     # Stock takes whatever is true; of a string in JSON or YAML that is a mistake.
     if not isinstance(correction := options.get("bias_correction", False), bool):

@@ -97,7 +97,7 @@ def _say_result(installation: Installation) -> None:
     if installation.kept:
         parts.append(f"{counted(installation.kept)} stayed as it was")
     backends = zip((_ext.cpu_backend(), _ext.gpu_backend()), _ext.updated_tensors(), strict=True)
-    counts = [f"{name} updated {count:,} tensors" for (name, *_), count in backends if count]
+    counts = [f"{name} ran {count:,} updates of tensors" for (name, *_), count in backends if count]
     if installation.built and not counts:
         counts = ["no kernel has updated anything"]
     _say("; ".join([*parts, *counts, *_backends.reasons()]))
@@ -128,7 +128,7 @@ def _options(text: str) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             example = '{"max_grad_norm": 1.0}'
             raise ValueError(
-                f"options must be JSON, as {example!r}, but got {text}: {error}"
+                f"options must be JSON in single quotes, as {example!r}, but got {text}: {error}"
             ) from None
         if not isinstance(options, dict):
             raise ValueError(f"options must be a JSON object but got {text}")

@@ -83,7 +83,8 @@ def as_text(report: dict[str, Any]) -> str:
         lines += [f"  {what:55} {verdict}" for what, verdict in device["checks"].items()]
         if timings := device["milliseconds"]:
             lines.append(
-                f"  a step of {_ELEMENTS / 1e6:.1f}M float32 parameters ({_BYTES} bytes each; x: over ours alike):"
+                f"  a step of {_ELEMENTS / 1e6:.1f}M float32 parameters ({_BYTES} bytes each; "
+                "x: time over ours, eager over eager and compiled over compiled):"
             )
         for name, milliseconds in timings.items():
             rate = _BYTES * _ELEMENTS / milliseconds / 1e6
