@@ -106,10 +106,17 @@ def _say_result(installation: Installation) -> None:
 def _say(line: str) -> None:
     rank = os.environ.get("MLX_RANK")
     who = f"mlx-fused-adam (rank {rank})" if rank else "mlx-fused-adam"
-    if sys.stderr is not None:
-        # A full disk or a closed pipe is no reason to end a training run.
-        with contextlib.suppress(OSError, ValueError):
+    if sys.stderr is None:
+        return
+    # A full disk or a closed pipe is no reason to end a training run; nor to fail at exit, as a line left in a buffer would.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+        try:
+            file = sys.stderr.fileno()
+        except (AttributeError, OSError):  # the program has put something else there
             print(f"{who}: {line}", file=sys.stderr, flush=True)
+        else:
+            os.write(file, f"{who}: {line}\n".encode())
 
 
 def _options_of_environment() -> dict[str, Any]:
