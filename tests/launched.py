@@ -26,8 +26,7 @@ def launch(size: int, program: Path, *arguments: object, timeout: int = 240) -> 
 
     mlx.launch ends with 0 whatever the processes end with, and says on stderr which of them failed.
     """
-    options = ["-n", str(size), "--backend", "ring", "--starting-port", str(free_ports(size))]
-    command = [LAUNCH, *options, "--", sys.executable, str(program), *map(str, arguments)]
+    command = [LAUNCH, *of_ring(size), str(program), *map(str, arguments)]
     # A pipe that stays open and empty: mlx.launch would read without a pause from an input that has ended.
     its_input, ours = os.pipe()
     try:
@@ -50,6 +49,12 @@ def launch(size: int, program: Path, *arguments: object, timeout: int = 240) -> 
         os.close(ours)
     assert started.returncode == 0, output
     return output
+
+
+def of_ring(size: int) -> list[str]:
+    """mlx.launch's arguments up to the Python that each of so many processes is, on ports that no other run has."""
+    ports = ["--starting-port", str(free_ports(size))]
+    return ["-n", str(size), "--backend", "ring", *ports, "--", sys.executable]
 
 
 def launch_well(size: int, program: Path, *arguments: object) -> str:

@@ -3,20 +3,18 @@
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
+from launched import needs_launch, of_ring
 
 from mlx_fused_adam import _launcher
 
 RUN = [sys.executable, "-m", "mlx_fused_adam", "run"]
-LAUNCH = shutil.which("mlx.launch", path=str(Path(sys.executable).parent))
 SAYS = "mlx-fused-adam"
 
 BUILD = """
@@ -395,12 +393,12 @@ def test_an_installed_command_is_found_by_name(script, tmp_path):
     assert done.stdout == "mlx_fused_adam._optimizers\n", done.stderr
 
 
-@pytest.mark.skipif(LAUNCH is None, reason="mlx.launch is not beside this Python")
+@needs_launch
 def test_the_ranks_of_mlx_launch_inherit_it(script):
     path = script(
         f"{BUILD}\n---\nimport sys\nmx.distributed.init(backend='ring', strict=True)\n---\n{TRAIN}"
     )
-    done = run("mlx.launch", "-n", 2, "--backend", "ring", "--", sys.executable, path)
+    done = run("mlx.launch", *of_ring(2), path)
     assert done.returncode == 0, done.stdout + done.stderr
     text = done.stdout + done.stderr
     assert text.count("mlx_fused_adam False") == 2, text

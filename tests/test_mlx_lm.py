@@ -16,6 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import LAUNCH, needs_launch, of_ring
 
 if importlib.util.find_spec("mlx_lm") is None:
     pytest.skip("needs mlx-lm: pip install '.[test,integration]'", allow_module_level=True)
@@ -170,13 +171,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, way):
     assert_same_weights(*states)
 
 
+@needs_launch
 def test_the_ranks_of_mlx_launch_train_as_one(models, tmp_path, monkeypatch):
     """mlx-lm's data parallel: two processes, each with half of every batch."""
     # On one Linux machine the ranks would write MLX's compiled kernels over each other.
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
-    launch = ["mlx.launch", "-n", "2", "--backend", "ring", "--", sys.executable]
-    stock_launch = [str(Path(sys.executable).with_name(launch[0])), *launch[1:]]
-    stock = fine_tune(models["float32"], tmp_path / "stock", *WAYS["LoRA"], launcher=stock_launch)
+    stock = fine_tune(
+        models["float32"], tmp_path / "stock", *WAYS["LoRA"], launcher=[LAUNCH, *of_ring(2)]
+    )
+    launch = ["mlx.launch", *of_ring(2)]
     ours = fine_tune(
         models["float32"], tmp_path / "ours", *WAYS["LoRA"], launcher=[*LAUNCHER, *launch]
     )

@@ -161,14 +161,14 @@ def _kind(place: Place) -> mx.DeviceType:
     return place.type if isinstance(place, mx.Device) else place.device.type
 
 
-def _kernel(kind: mx.DeviceType) -> tuple[str | None, str | None]:
+def kernel_of(kind: mx.DeviceType) -> tuple[str | None, str | None]:
     """The kernel's name and why there is none; one of them is None."""
     name, reason, _ = _ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend()
     return name, reason
 
 
 def _find(kind: mx.DeviceType) -> Backend:
-    name, reason = _kernel(kind)
+    name, reason = kernel_of(kind)
     if name is None:
         _warn(f"updates on the {kind.name}", str(reason))
     return Backend(name, reason, kind)
@@ -186,7 +186,7 @@ def forced_backend() -> Backend | None:
     if asked == "stock":
         return Backend(None, f"{_SETTING}=stock", mx.default_device().type, is_forced=True)
     kinds = [kind for kind in (mx.cpu, mx.gpu) if mx.is_available(kind)]
-    kernels = {name.split()[0]: (name, kind) for kind in kinds if (name := _kernel(kind)[0])}
+    kernels = {name.split()[0]: (name, kind) for kind in kinds if (name := kernel_of(kind)[0])}
     if asked not in kernels:
         choices = ", ".join(["stock", *kernels])
         raise ValueError(f"[{_SETTING}] must be one of {choices} on this machine but got {asked!r}")

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adam-options",
         metavar="JSON",
-        type=_options,
+        type=_checked,
         help=f"options of Adam and AdamW for code that cannot pass them, as '{{\"max_grad_norm\": 1.0}}'; default: {OPTIONS}",
     )
     parser.add_argument("-m", action="store_true", dest="is_module", help="run a module")
@@ -57,7 +57,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoRet
         environment[OPTIONS] = json.dumps(arguments.adam_options)
     else:
         try:
-            _options_of_environment()
+            _checked(os.environ.get(OPTIONS) or "{}")
         except argparse.ArgumentTypeError as error:
             parser.error(f"{OPTIONS}: {error}")
     # An empty folder among others is the current one; an empty variable is none.
@@ -79,7 +79,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoRet
 
 def start() -> None:
     """Replaces the optimizers of a process that the launcher or its children started; says so, and what came of it."""
-    options = _options_of_environment()
+    options = _parsed(os.environ.get(OPTIONS) or "{}")
     installation = install(**options)
     given = ", ".join(f"{name}={x!r}" for name, x in options.items())
     _say(
@@ -119,26 +119,32 @@ def _say(line: str) -> None:
             os.write(file, f"{who}: {line}\n".encode())
 
 
-def _options_of_environment() -> dict[str, Any]:
-    return _options(os.environ.get(OPTIONS) or "{}")
-
-
-def _options(text: str) -> dict[str, Any]:
-    """Options as JSON, checked.
+def _parsed(text: str) -> dict[str, Any]:
+    """Options as JSON; `install` checks them.
 
     Raises:
-        argparse.ArgumentTypeError: If it is no JSON object, or not of options that there are.
+        ValueError: If it is no JSON object.
     """
     try:
-        try:
-            options = json.loads(text)
-        except json.JSONDecodeError as error:
-            example = '{"max_grad_norm": 1.0}'
-            raise ValueError(
-                f"options must be JSON in single quotes, as {example!r}, but got {text}: {error}"
-            ) from None
-        if not isinstance(options, dict):
-            raise ValueError(f"options must be a JSON object but got {text}")
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        example = '{"max_grad_norm": 1.0}'
+        raise ValueError(
+            f"options must be JSON in single quotes, as {example!r}, but got {text}: {error}"
+        ) from None
+    if not isinstance(options, dict):
+        raise ValueError(f"options must be a JSON object but got {text}")
+    return options
+
+
+def _checked(text: str) -> dict[str, Any]:
+    """The same, before there is a script.
+
+    Raises:
+        argparse.ArgumentTypeError: Also if they are not of the options that there are.
+    """
+    try:
+        options = _parsed(text)
         install(**options).undo()
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None

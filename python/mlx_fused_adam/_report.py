@@ -108,8 +108,7 @@ def _device(kind: mx.DeviceType) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # the reasons are among the verdicts
         description = backend.description
         if backend.name is None:
-            built_in = (_ext.gpu_backend() if kind == mx.gpu else _ext.cpu_backend())[0]
-            is_right = built_in is None or backend.is_forced
+            is_right = _backends.kernel_of(kind)[0] is None or backend.is_forced
         else:
             for dtypes in _CHECKED:
                 reason = backend.check(dtypes)
