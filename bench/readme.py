@@ -6,7 +6,6 @@ and fails if a document differs.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ if __name__ == "__main__" and not __package__:
 
 from bench import finetuning as finetuned  # noqa: E402
 from bench import precision_figures, saved  # noqa: E402
+from bench.documents import filled, rewrite  # noqa: E402
 from bench.figures import (  # noqa: E402
     OF_PROBE,
     PEAK_OVER_STOCK,
@@ -51,7 +51,6 @@ PRECISION = RESULTS.with_name("precision.json")
 FINETUNING = RESULTS.with_name("finetuning.json")
 NOT_YET = "Not measured yet."
 MODEL_OF_OPTIONS = "SmolLM-135M"  # whose updates give the options' times
-BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = saved.SUMMARY_COLUMNS.index("× torch") + 1  # of the summary, that README shows
 LARGE = 1_000_000  # elements from which one tensor's update is memory traffic and little else
 
@@ -337,14 +336,12 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
 
 def render(text: str, results: Results, to_root: str = "") -> str:
     """The text with every block made anew, its links by way of `to_root`. A block of unknown name is a KeyError."""
+    return filled(text, contents(results, to_root))
 
-    def made(match: re.Match) -> str:
-        content = BLOCKS[match[2]](results).replace("](bench/", f"]({to_root}bench/")
-        if "\n" in content:
-            content = f"\n\n{content}\n\n"
-        return match[1] + content + match[3]
 
-    return BLOCK.sub(made, text)
+def contents(results: Results, to_root: str = "") -> Callable[[str], str]:
+    """What stands in the block of a name."""
+    return lambda name: BLOCKS[name](results).replace("](bench/", f"]({to_root}bench/")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -356,17 +353,13 @@ def main(arguments: list[str] | None = None) -> int:
     results = load_results()
     status = 0
     for document in DOCUMENTS:
-        old = document.read_text(encoding="utf-8")
-        new = render(old, results, "../" if document.parent.name == "docs" else "")
-        if new == old:
-            continue
-        if options.check:
+        to_root = "../" if document.parent.name == "docs" else ""
+        is_stale = rewrite(document, contents(results, to_root), options.check)
+        if is_stale and options.check:
             print(
                 f"readme.py: {document.name} differs from bench/results; run python bench/readme.py"
             )
             status = 1
-        else:
-            document.write_text(new, encoding="utf-8")
     return status
 
 

@@ -6,7 +6,6 @@ of your own, `python bench/scale.py --parameters 7e9` prints the tables and writ
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(ROOT)  # run as a script: the package `bench` stands there, not its modules
 
+from bench.documents import rewrite  # noqa: E402
 from bench.options import (  # noqa: E402
     BF16_STATE,
     INT8_STATE,
@@ -28,7 +28,6 @@ from bench.options import (  # noqa: E402
 from bench.saved import number, table  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "scale.md"
-BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->).*?(<!-- end -->)", re.DOTALL)
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 SCALES_BYTES = 2 * 2 / 32  # of int8 state: a bfloat16 for m and one for v, for each 32 neighbours
@@ -241,9 +240,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 
 
-def render(text: str) -> str:
-    """The text with every block made anew. A block of unknown name is a KeyError."""
-    return BLOCK.sub(lambda match: f"{match[1]}\n\n{BLOCKS[match[2]]()}\n\n{match[3]}", text)
+def content(name: str) -> str:
+    """What stands in the block of a name. An unknown one is a KeyError."""
+    return BLOCKS[name]()
 
 
 def show(parameters: float) -> None:
@@ -269,14 +268,10 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--parameters must be at least 1 but got {options.parameters:g}")
         show(options.parameters)
         return 0
-    old = DOCUMENT.read_text(encoding="utf-8")
-    new = render(old)
-    if options.check:
-        if new != old:
-            print("scale.py: docs/scale.md differs; run python bench/scale.py")
-        return int(new != old)
-    DOCUMENT.write_text(new, encoding="utf-8")
-    return 0
+    is_stale = rewrite(DOCUMENT, content, options.check)
+    if is_stale and options.check:
+        print("scale.py: docs/scale.md differs; run python bench/scale.py")
+    return int(is_stale and options.check)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 from bench import cases, machine, pictures, precision, readme, run, saved  # noqa: E402
+from bench.documents import BLOCK  # noqa: E402
 from bench.figures import fewest_samples  # noqa: E402
 
 RESULTS = readme.load_results()
@@ -41,10 +42,10 @@ def test_the_other_documented_command_writes_what_readme_shows() -> None:
 def test_documents_say_what_the_published_run_gave() -> None:
     assert readme.main(["--check"]) == 0, "run python bench/readme.py"
     texts = [document.read_text(encoding="utf-8") for document in readme.DOCUMENTS]
-    used = {match[2] for text in texts for match in readme.BLOCK.finditer(text)}
+    used = {match[2] for text in texts for match in BLOCK.finditer(text)}
     assert used == set(readme.BLOCKS)
     for page in (ROOT / "docs").glob("*.md"):
-        blocks = {match[2] for match in readme.BLOCK.finditer(page.read_text(encoding="utf-8"))}
+        blocks = {match[2] for match in BLOCK.finditer(page.read_text(encoding="utf-8"))}
         assert page in readme.DOCUMENTS or not blocks & used, f"{page.name} is in no one's care"
 
 
@@ -52,7 +53,7 @@ def test_documents_say_what_the_published_run_gave() -> None:
     "document", ["README.md", "docs/index.md", "docs/start.md", "docs/options.md", "docs/mlx-lm.md"]
 )
 def test_no_measured_figure_is_typed_by_hand(document: str) -> None:
-    prose = readme.BLOCK.sub("", (ROOT / document).read_text(encoding="utf-8"))
+    prose = BLOCK.sub("", (ROOT / document).read_text(encoding="utf-8"))
     typed = re.findall(r"\d[\d.,]* ?(?:ms|µs|[MG]B\b|×|times|%)|× ?\d", prose)
     assert not typed, typed
 
@@ -69,7 +70,7 @@ def test_a_figure_changed_in_readme_or_results_is_seen(tmp_path, monkeypatch, ca
     for case in changed["cases"]:
         case["contenders"]["ours"]["median_s"] *= 1.5
     assert readme.render(README, changed) != README
-    first = next(x for x in readme.BLOCK.finditer(README) if re.search(r"\d", x[0]))
+    first = next(x for x in BLOCK.finditer(README) if re.search(r"\d", x[0]))
     at = first.start() + re.search(r"\d", first[0]).start()
     other = README[:at] + str((int(README[at]) + 1) % 10) + README[at + 1 :]
     copied = tmp_path / "README.md"
