@@ -1,6 +1,6 @@
-// The Adam update of one element: the only place where its arithmetic stands.
+// The Adam update of one element: the only place that holds its arithmetic.
 // Method: Kingma & Ba 2015 (Adam) and Loshchilov & Hutter 2019 (decoupled weight decay), in the order of operations of
-// mlx.optimizers. Every back end loads, calls a rule's step and stores; by value throughout, so valid C++14, MSL and CUDA.
+// mlx.optimizers. Every back end loads, calls adam_rule and stores; by value throughout, so valid C++14, MSL and CUDA.
 #pragma once
 
 #include "math/device_math.h"
@@ -29,12 +29,9 @@ struct AdamScalars {
   T gradient_scale;
 };
 
-// How many of them, and what else, the array holds that hands them to a kernel: in the order of the fields.
-enum AdamScalarCounts {
-  kStepSizeOnly = 1,  // the others being 1
-  kUnclipped = 3,     // gradient_scale being 1
-  kGuarded = 5,       // and last whether the step is applied: 0 leaves everything as it was
-};
+// The array that hands them to a kernel holds step_size alone, the others being 1; or all in the order of the fields, and
+// last whether the step is applied: 0 leaves everything as it was.
+enum ScalarCounts { kStepSizeOnly = 1, kAllScalars = 5 };
 
 template <typename T>
 struct AdamState {
@@ -43,34 +40,22 @@ struct AdamState {
   T v;
 };
 
-// A rule turns one element's old state into its new one. T is float in the kernels, and mlx::core::array where the
-// operation needs its derivatives.
-struct AdamRule {
-  template <typename T>
-  static ADAM_FUNCTION AdamState<T> step(AdamState<T> old, T gradient, AdamScalars<T> scalars,
-                                         AdamConstants c) {
-    using adam_math::sqrt;
-    gradient = gradient * scalars.gradient_scale;
-    T kept_m = c.beta1 * old.m;
-    T new_m = c.one_minus_beta1 * gradient;
-    T m = kept_m + new_m;
-    T kept_v = c.beta2 * old.v;
-    T new_v = c.one_minus_beta2 * (gradient * gradient);
-    T v = kept_v + new_v;
-    T root = sqrt(v) * scalars.denominator_scale;
-    T change = scalars.step_size * m / (root + c.eps);
-    T kept_parameter = old.parameter * scalars.decay;
-    return {kept_parameter - change, m, v};
-  }
-};
-
-// The same traffic with next to no arithmetic: the benchmark's probe.
-struct TrafficRule {
-  template <typename T>
-  static ADAM_FUNCTION AdamState<T> step(AdamState<T> old, T gradient, AdamScalars<T>,
-                                         AdamConstants) {
-    return {old.parameter + gradient, old.m + gradient, old.v + gradient};
-  }
-};
+// Turns one element's old state into its new one. T is float in the kernels, and mlx::core::array in the fallback.
+template <typename T>
+ADAM_FUNCTION AdamState<T> adam_rule(AdamState<T> old, T gradient, AdamScalars<T> scalars,
+                                     AdamConstants c) {
+  using adam_math::sqrt;
+  gradient = gradient * scalars.gradient_scale;
+  T kept_m = c.beta1 * old.m;
+  T new_m = c.one_minus_beta1 * gradient;
+  T m = kept_m + new_m;
+  T kept_v = c.beta2 * old.v;
+  T new_v = c.one_minus_beta2 * (gradient * gradient);
+  T v = kept_v + new_v;
+  T root = sqrt(v) * scalars.denominator_scale;
+  T change = scalars.step_size * m / (root + c.eps);
+  T kept_parameter = old.parameter * scalars.decay;
+  return {kept_parameter - change, m, v};
+}
 
 }  // namespace fused_adam
