@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ._stock import AdamW as _StockAdamW
+from ._reference import AdamW as _StockAdamW
 
 # Of a parameter, its gradient, its m (with int8, v is uint8), and of its remainder if there is one. Of the gradient alone where
 # the sum of its squares is meant.

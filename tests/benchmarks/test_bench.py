@@ -17,7 +17,8 @@ import mlx.optimizers as stock
 import numpy as np
 import pytest
 
-from mlx_fused_adam import _ext, _timing
+from mlx_fused_adam import _ext
+from mlx_fused_adam._tools import timing as _timing
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))

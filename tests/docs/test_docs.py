@@ -158,7 +158,7 @@ def test_shell_snippets_name_what_is_there(document: str) -> None:
         if words[:3] == ["python", "-m", "mlx_fused_adam"]:
             ours = itertools.takewhile(lambda word: word != "-m", words[3:])
             source = text_of("python/mlx_fused_adam/__main__.py")
-            source += text_of("python/mlx_fused_adam/_launcher.py")
+            source += text_of("python/mlx_fused_adam/_tools/run.py")
             for word in ours:
                 assert not word.startswith("--") or f'"{word}"' in source, command
         if words[0] == "pytest":

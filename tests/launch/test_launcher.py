@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mlx_fused_adam import _launcher
+from mlx_fused_adam._tools import run as launcher
 from support.launched import needs_launch, of_ring
 
 RUN = [sys.executable, "-m", "mlx_fused_adam", "run"]
@@ -166,7 +166,7 @@ ABOUT = """
         "argv": sys.argv, "name": __name__, "file": __file__, "path": sys.path, "flags": list(sys.flags),
         "spec": __spec__ and __spec__.name, "main": sys.modules["__main__"].__dict__ is globals(), "xoptions": sys._xoptions,
         "loader": type(o.__loader__).__name__, "spec_loader": type(o.__spec__.loader).__name__, "input": sys.stdin.read(),
-        "cwd": os.getcwd(), "sitecustomize": "_startup" in str(getattr(sys.modules.get("sitecustomize"), "__file__", "")),
+        "cwd": os.getcwd(), "sitecustomize": "_tools/startup" in str(getattr(sys.modules.get("sitecustomize"), "__file__", "")),
         "origin": find_spec("mlx.optimizers").origin,
     }))
     sys.stdout.flush()
@@ -327,7 +327,7 @@ sys.exit(subprocess.run([sys.executable, {str(child)!r}], env=environment).retur
 
 def test_options_come_from_the_command_or_the_environment(script):
     path = script(BUILD)
-    options = {_launcher.OPTIONS: '{"bias_correction": true, "state_dtype": "bfloat16"}'}
+    options = {launcher.OPTIONS: '{"bias_correction": true, "state_dtype": "bfloat16"}'}
     done = run(path, environment=options)
     assert done.stdout == "mlx_fused_adam True\n", done.stderr
     assert said(done)[0].endswith("with bias_correction=True, state_dtype='bfloat16'")
@@ -355,7 +355,7 @@ def test_bad_options_are_refused_before_the_script_runs(script, options, message
     path = script("print('ran')")
     for done in (
         run("--adam-options", options, path),
-        run(path, environment={_launcher.OPTIONS: options}),
+        run(path, environment={launcher.OPTIONS: options}),
     ):
         assert done.returncode == 2 and done.stdout == ""
         assert message in done.stderr
@@ -369,7 +369,7 @@ def test_a_command_that_is_none_is_refused(arguments):
 
 
 def test_an_empty_variable_is_none(script):
-    done = run(script(BUILD), environment={_launcher.OPTIONS: ""})
+    done = run(script(BUILD), environment={launcher.OPTIONS: ""})
     assert done.stdout == "mlx_fused_adam False\n", done.stderr
 
 

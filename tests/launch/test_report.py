@@ -7,7 +7,8 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_fused_adam import _backends, _build_info, _report, _self_check
+from mlx_fused_adam import _backends, _build_info, _self_check
+from mlx_fused_adam._tools import report as reporting
 
 
 def run(*arguments):
@@ -40,7 +41,7 @@ def test_the_report_as_json(process_device, process_backend):
     device = next(x for x in report["devices"] if x["kind"] == process_device)
     assert device["backend"] == process_backend and device["ok"]
     assert set(device["checks"].values()) == {"every kernel is right"}
-    assert len(device["checks"]) == len(_report._CHECKED)
+    assert len(device["checks"]) == len(reporting._CHECKED)
     assert device["milliseconds"].keys() == {"ours", "ours compiled", "stock", "stock compiled"}
     assert all(x > 0 for x in device["milliseconds"].values())
 
@@ -49,7 +50,7 @@ def test_the_report_as_json(process_device, process_backend):
 def quick(device, monkeypatch):
     """Without times, and with nothing checked yet."""
     monkeypatch.setattr(_backends, "_known", {})
-    monkeypatch.setattr(_report, "_speed", lambda kind: {})
+    monkeypatch.setattr(reporting, "_speed", lambda kind: {})
 
 
 @pytest.mark.filterwarnings("ignore:mlx-fused-adam leaves")
@@ -60,11 +61,11 @@ def test_a_kernel_that_fails_is_named_and_is_an_exit_status(quick, monkeypatch, 
     def fails_for_bfloat16(extension, kind, dtypes):
         return "self-check is off" if dtypes == (mx.bfloat16,) * 3 else run(extension, kind, dtypes)
 
-    assert _report.main(as_json) == 0
+    assert reporting.main(as_json) == 0
     capsys.readouterr()
     monkeypatch.setattr(_self_check, "run", fails_for_bfloat16)
     monkeypatch.setattr(_backends, "_known", {})
-    assert _report.main(as_json) == 1
+    assert reporting.main(as_json) == 1
     text = capsys.readouterr().out
     if as_json:
         report = json.loads(text)
@@ -78,13 +79,13 @@ def test_a_kernel_that_fails_is_named_and_is_an_exit_status(quick, monkeypatch, 
 
 def test_a_forced_choice_is_no_failure_and_is_named(quick, monkeypatch, capsys):
     monkeypatch.setenv("MLX_FUSED_ADAM_BACKEND", "stock")
-    assert _report.main(as_json=False) == 0
+    assert reporting.main(as_json=False) == 0
     text = capsys.readouterr().out
     assert "MLX_FUSED_ADAM_BACKEND=stock\n" in text
     assert "To do: MLX_FUSED_ADAM_BACKEND=stock is set; unset it" in text
 
 
 def test_other_threads_than_the_machine_has_are_named(quick, monkeypatch, capsys):
-    monkeypatch.setattr(_report, "default_num_threads", lambda environment: 77)
-    _report.main(as_json=False)
+    monkeypatch.setattr(reporting, "default_num_threads", lambda environment: 77)
+    reporting.main(as_json=False)
     assert "this process may use 77" in capsys.readouterr().out

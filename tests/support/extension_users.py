@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mlx_fused_adam import _backends, _guard, _operation, _step, _storage
+from mlx_fused_adam import _backends, _clipping, _operation, _state, _step
 
-EXTENSION_USERS: tuple[ModuleType, ...] = (_backends, _guard, _operation, _step, _storage)
+EXTENSION_USERS: tuple[ModuleType, ...] = (_backends, _clipping, _operation, _state, _step)
 
 
 def use_extension(monkeypatch: pytest.MonkeyPatch, extension: Any) -> None:

@@ -59,7 +59,7 @@ def _loaded(name: str) -> None:
         if _started:  # reloaded, or found by way of another finder like this one
             return
         _started = True
-        importlib.import_module("mlx_fused_adam._launcher").start()
+        importlib.import_module("mlx_fused_adam._tools.run").start()
         return
     try:
         # If it is what is importing mlx.optimizers, its own turn comes when it is complete.

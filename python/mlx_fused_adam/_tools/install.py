@@ -17,7 +17,8 @@ from typing import Any
 
 import mlx.optimizers as stock
 
-from ._optimizers import Adam, AdamW
+from .. import _reference
+from .._optimizers import Adam, AdamW
 
 _OURS: dict[type[stock.Adam], type[Adam] | type[AdamW]] = {stock.Adam: Adam, stock.AdamW: AdamW}
 _PARAMETERS = {ours: inspect.signature(ours).parameters for ours in _OURS.values()}
@@ -130,7 +131,7 @@ def _replace(kind: type[stock.Adam], ours: type[Adam] | type[AdamW]) -> None:
 
 def _is_own(kind: type) -> bool:
     """Whether it is this package's, or derived from what is."""
-    return issubclass(kind, (Adam, AdamW)) or kind.__module__ == f"{__package__}._stock"
+    return issubclass(kind, (Adam, AdamW)) or kind.__module__ == _reference.__name__
 
 
 def _has_other_rule(kind: type[stock.Adam]) -> bool:

@@ -1,7 +1,7 @@
 """python -m mlx_fused_adam run: any training script or module, with `install` done first; its child processes too.
 
 This process becomes the one that runs the script (exec), so that its exit status, tracebacks, arguments, signals and
-`__main__` are what they are without. _startup/sitecustomize.py brings `start` into it, and into every
+`__main__` are what they are without. startup/sitecustomize.py brings `start` into it, and into every
 Python that inherits its environment.
 """
 
@@ -19,11 +19,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, _backends, _ext
-from ._install import Installation, install
+from .. import __version__, _backends, _ext
+from .install import Installation, install
 
 OPTIONS = "MLX_FUSED_ADAM_OPTIONS"  # the environment variable; JSON
-_STARTUP = str(Path(__file__).with_name("_startup"))
+_PACKAGE = "mlx_fused_adam"
+_STARTUP = str(Path(__file__).with_name("startup"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,9 +156,9 @@ def _flags() -> list[str]:
     """What this Python was given before `-m mlx_fused_adam`."""
     given = sys.orig_argv[1:]
     for i, word in enumerate(given):
-        if word == f"-m{__package__}":
+        if word == f"-m{_PACKAGE}":
             return given[:i]
-        if re.fullmatch("-[A-Za-z]*m", word) and given[i + 1 : i + 2] == [__package__]:
+        if re.fullmatch("-[A-Za-z]*m", word) and given[i + 1 : i + 2] == [_PACKAGE]:
             others = word.removesuffix("m")
             return given[:i] + [others] * (others != "-")
     return []

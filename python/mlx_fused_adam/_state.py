@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from . import _ext
 from ._arguments import as_array
-from ._guard import GUARD_STATE
+from ._clipping import GUARD_STATE
 from ._options import FUSED_DTYPES, Options
 from ._tree import flattened
 
