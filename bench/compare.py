@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_fused_adam._timing import Timing, measure
+from mlx_fused_adam._tools.timing import Timing, measure
 
 from .cases import DTYPES, Case
 from .contenders import MLX_CONTENDERS, make_contenders

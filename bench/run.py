@@ -2,7 +2,7 @@
 
 Ours, mlx.optimizers and (where installed) torch take the same step on the same tensors, next to a
 probe of the bare memory traffic. No contender is timed before its step has been compared with the
-update in float64; see mlx_fused_adam/_timing.py for how times are taken. `--publish` makes the files
+update in float64; see mlx_fused_adam/_tools/timing.py for how times are taken. `--publish` makes the files
 in bench/results and the figures in README.md, and refuses a machine that is not idle.
 """
 

@@ -12,10 +12,10 @@ _check_mlx()  # before the extension loads: against another mlx it might crash i
 from . import _backends, _threads  # noqa: E402
 from ._checkpoints import load_optimizer, save_optimizer  # noqa: E402
 from ._ext import num_threads, set_num_threads  # noqa: E402
-from ._install import Installation, install  # noqa: E402
 from ._operation import adam_update  # noqa: E402
 from ._optimizers import Adam, AdamW  # noqa: E402
-from ._storage import stock_state  # noqa: E402
+from ._state import stock_state  # noqa: E402
+from ._tools.install import Installation, install  # noqa: E402
 
 # A bad setting is an error at import, not in the middle of a training run.
 set_num_threads(_threads.default_num_threads())

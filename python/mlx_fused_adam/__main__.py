@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import _launcher, _report
+from ._tools import report, run
 
 
 def main() -> int:
@@ -19,13 +19,13 @@ def main() -> int:
         description="Runs a script or module as Python would, with every mlx.optimizers.Adam and AdamW that it builds replaced "
         "by the fused one; in its child processes too.",
     )
-    _launcher.add_arguments(launcher)
+    run.add_arguments(launcher)
     arguments = parser.parse_args()
     if arguments.command == "run":
         if arguments.json:
             parser.error("--json is of the report, and run makes none")
-        _launcher.run(launcher, arguments)
-    return _report.main(arguments.json)
+        run.run(launcher, arguments)
+    return report.main(arguments.json)
 
 
 if __name__ == "__main__":

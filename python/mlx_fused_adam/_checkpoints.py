@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from ._guard import GUARD_STATE, fit_guard_state
+from ._clipping import GUARD_STATE, fit_guard_state
 from ._optimizers import Adam, AdamW
-from ._storage import EXTRAS, map_states
+from ._state import EXTRAS, map_states
 
 _FORMAT = "mlx_fused_adam.optimizer"
 _VERSION = 1

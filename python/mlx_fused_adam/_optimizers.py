@@ -20,11 +20,11 @@ from mlx.utils import tree_map, tree_map_with_path
 
 from ._arguments import as_array, as_number, check_betas, check_ranges
 from ._backends import backend_of
+from ._clipping import Guard, check_names, fit_guard_state, guard_of
 from ._decay import DecayFilter
-from ._guard import Guard, check_names, fit_guard_state, guard_of
 from ._options import FUSED_DTYPES, Options, check_options, refuse_unknown
+from ._state import adopted, dtypes_by_path, fresh
 from ._step import Leaves, Step
-from ._storage import adopted, dtypes_by_path, fresh
 from ._tree import Walk, flattened
 
 

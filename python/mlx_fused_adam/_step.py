@@ -10,10 +10,10 @@ import mlx.core as mx
 from . import _ext
 from ._arguments import as_array, as_scalar
 from ._backends import backend_of
+from ._clipping import Guard
 from ._decay import DecayFilter
-from ._guard import Guard
 from ._options import FUSED_DTYPES, Options
-from ._storage import EXTRAS, MOMENTS, has_codes
+from ._state import EXTRAS, MOMENTS, has_codes
 
 # New parameters, and what is new in their states.
 Results = tuple[Sequence[mx.array], Sequence[dict]]

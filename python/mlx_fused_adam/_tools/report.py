@@ -1,0 +1,197 @@
+"""Self-check and report for this machine: versions, devices, each kernel's verdict, a small benchmark, and what to do about
+what is off. Run as python -m mlx_fused_adam; with --json for bug reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as stock
+
+from .. import Adam, __version__, _backends, _ext, _reference, _self_check
+from .._build_info import MLX_VERSION
+from .._compatibility import installed_mlx
+from .._threads import default_num_threads
+from .timing import measure
+
+# The combinations of dtypes that training meets: of parameter, gradient, m and v, and remainder.
+_CHECKED: list[_self_check.Dtypes] = [
+    (mx.float32, mx.float32, mx.float32),
+    (mx.bfloat16, mx.bfloat16, mx.bfloat16),
+    (mx.float16, mx.float16, mx.bfloat16),
+    (mx.float32, mx.bfloat16, mx.float32),
+    (mx.float32, mx.float32, mx.int8),
+    (mx.bfloat16, mx.bfloat16, mx.int8),
+    (mx.bfloat16, mx.bfloat16, mx.bfloat16, mx.int16),
+    # and the norm of gradients:
+    (mx.float32,),
+    (mx.bfloat16,),
+    (mx.float16,),
+]
+_RIGHT = "every kernel is right"
+_ELEMENTS = 4_194_304
+_BYTES = 28  # read and written for each float32 parameter
+_SECONDS, _FEWEST_ROUNDS = 3.0, 5
+
+
+def main(as_json: bool) -> int:
+    """Prints the report; 1 if a kernel that should work does not."""
+    report = collect()
+    print(json.dumps(report, indent=2) if as_json else as_text(report))
+    return 0 if report["ok"] else 1
+
+
+def collect() -> dict[str, Any]:
+    """The report in what JSON can say."""
+    devices = [
+        _device(kind)
+        for kind in (mx.DeviceType.cpu, mx.DeviceType.gpu)
+        if mx.is_available(mx.Device(kind))
+    ]
+    settings = {k: x for k, x in sorted(os.environ.items()) if k.startswith("MLX_FUSED_ADAM_")}
+    report: dict[str, Any] = {
+        "versions": {
+            "mlx-fused-adam": __version__,
+            "built for mlx": MLX_VERSION,
+            **installed_mlx(),
+            "python": platform.python_version(),
+        },
+        "system": f"{platform.platform()}, {platform.machine()}",
+        "cpu_kernels": {"isa": _ext.cpu_isa(), "threads": _ext.num_threads()},
+        "settings": settings,
+        "devices": devices,
+        "ok": all(device["ok"] for device in devices),
+    }
+    report["advice"] = _advice(report)
+    return report
+
+
+def as_text(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {x}" for name, x in report["versions"].items())
+    kernels = report["cpu_kernels"]
+    lines = [versions, report["system"]]
+    lines += [f"{name}={x}" for name, x in report["settings"].items()]
+    lines.append(f"CPU kernels: {kernels['isa']}, up to {kernels['threads']} threads")
+    for device in report["devices"]:
+        lines += ["", f"{device['kind']}: {device['backend']}", f"  {device['name']}"]
+        lines += [f"  {what:55} {verdict}" for what, verdict in device["checks"].items()]
+        if timings := device["milliseconds"]:
+            lines.append(
+                f"  a step of {_ELEMENTS / 1e6:.1f}M float32 parameters ({_BYTES} bytes each; "
+                "x: time over ours, eager over eager and compiled over compiled):"
+            )
+        for name, milliseconds in timings.items():
+            rate = _BYTES * _ELEMENTS / milliseconds / 1e6
+            ours = timings["ours compiled" if "compiled" in name else "ours"]
+            lines.append(
+                f"  {name:16} {milliseconds:8.2f} ms  {rate:6.1f} GB/s  {milliseconds / ours:5.1f}x"
+            )
+    lines.append("")
+    lines += [f"To do: {x}" for x in report["advice"]]
+    lines.append(
+        "Everything that should work does." if report["ok"] else "A kernel failed: see above."
+    )
+    return "\n".join(lines)
+
+
+def _device(kind: mx.DeviceType) -> dict[str, Any]:
+    """What updates on this device, how its kernels compare with stock's results, and how long a step takes."""
+    backend = _backends.backend_of(kind)
+    checks, milliseconds, is_right = {}, {}, True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reasons are among the verdicts
+        description = backend.description
+        if backend.name is None:
+            is_right = _backends.kernel_of(kind)[0] is None or backend.is_forced
+        else:
+            for dtypes in _CHECKED:
+                reason = backend.check(dtypes)
+                is_right &= reason is None
+                checks[_self_check.names(dtypes)] = reason or _RIGHT
+            if backend.check() is None:
+                milliseconds = _speed(kind)
+    return {
+        "kind": kind.name,
+        "name": _in_words(kind),
+        "backend": description,
+        "checks": checks,
+        "milliseconds": milliseconds,
+        "ok": is_right,
+    }
+
+
+def _in_words(kind: mx.DeviceType) -> str:
+    """As in ``Apple M4 Max, memory 128.0 GiB``."""
+    info = mx.device_info(mx.Device(kind))
+    name = str(info.get("device_name") or info.get("architecture") or kind.name)
+    sizes = [
+        f"{key.replace('_', ' ').replace(' size', '')} {value / 2**30:.1f} GiB"
+        for key, value in info.items()
+        if isinstance(value, int) and value >= 2**28
+    ]
+    return ", ".join([name, *sizes])
+
+
+def _advice(report: dict[str, Any]) -> list[str]:
+    """What to do about what is off, in sentences."""
+    advice = []
+    forced = report["settings"].get("MLX_FUSED_ADAM_BACKEND")
+    if forced:
+        advice.append(
+            f"MLX_FUSED_ADAM_BACKEND={forced} is set; unset it to let each device have its own."
+        )
+    for device in report["devices"]:
+        if not device["ok"]:
+            advice.append(
+                f"send this report (python -m mlx_fused_adam --json) as an issue: the {device['kind']}'s kernels fail here. "
+                "Training goes on meanwhile, with MLX's own operations."
+            )
+        elif device["backend"].startswith("stock") and not forced:
+            advice.append(
+                f"nothing is fused on the {device['kind']}; "
+                "mx.set_default_device(mx.cpu) trains on the CPU, whose kernel works."
+            )
+    threads, best = report["cpu_kernels"]["threads"], default_num_threads({})
+    if threads != best:
+        advice.append(f"{threads} threads are set; this process may use {best}.")
+    return advice
+
+
+def _speed(kind: mx.DeviceType) -> dict[str, float]:
+    with mx.stream(kind):
+        timings = measure(
+            {
+                "ours": _step_of(Adam(1e-3), compiled=False),
+                "ours compiled": _step_of(Adam(1e-3), compiled=True),
+                "stock": _step_of(_reference.Adam(1e-3), compiled=False),
+                "stock compiled": _step_of(_reference.Adam(1e-3), compiled=True),
+            },
+            _SECONDS,
+            _FEWEST_ROUNDS,
+        )
+    return {name: round(timing.median * 1e3, 3) for name, timing in timings.items()}
+
+
+def _step_of(optimizer: stock.Adam, compiled: bool) -> Callable[[], None]:
+    parameters = {"w": mx.random.normal((_ELEMENTS,))}
+    gradients = {"w": mx.random.normal((_ELEMENTS,))}
+    optimizer.init(parameters)
+    state = [parameters, optimizer.state]
+    mx.eval(state, gradients)
+
+    def update(gradients: dict[str, mx.array]) -> None:
+        parameters.update(optimizer.apply_gradients(gradients, parameters))
+
+    run = mx.compile(update, inputs=state, outputs=state) if compiled else update
+
+    def step() -> None:
+        run(gradients)
+        mx.eval(state)
+
+    return step

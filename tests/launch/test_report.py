@@ -1,0 +1,91 @@
+"""python -m mlx_fused_adam: versions, devices, each kernel's verdict, times, and what to do; as text and as JSON."""
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from mlx_fused_adam import _backends, _build_info, _self_check
+from mlx_fused_adam._tools import report as reporting
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "mlx_fused_adam", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_report(process_device, process_backend):
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in (
+        f"built for mlx {_build_info.MLX_VERSION}",
+        f"{process_device}: {process_backend}",
+        "bfloat16 ",
+        "int8 moments",
+        "every kernel is right",
+        "stock compiled",
+        "GB/s",
+    ):
+        assert part in done.stdout, part
+    assert "Everything that should work does." in done.stdout and "To do:" not in done.stdout
+
+
+def test_the_report_as_json(process_device, process_backend):
+    done = run("--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] is True and report["advice"] == []
+    assert report["versions"]["mlx"] == _build_info.MLX_VERSION
+    device = next(x for x in report["devices"] if x["kind"] == process_device)
+    assert device["backend"] == process_backend and device["ok"]
+    assert set(device["checks"].values()) == {"every kernel is right"}
+    assert len(device["checks"]) == len(reporting._CHECKED)
+    assert device["milliseconds"].keys() == {"ours", "ours compiled", "stock", "stock compiled"}
+    assert all(x > 0 for x in device["milliseconds"].values())
+
+
+@pytest.fixture
+def quick(device, monkeypatch):
+    """Without times, and with nothing checked yet."""
+    monkeypatch.setattr(_backends, "_known", {})
+    monkeypatch.setattr(reporting, "_speed", lambda kind: {})
+
+
+@pytest.mark.filterwarnings("ignore:mlx-fused-adam leaves")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_kernel_that_fails_is_named_and_is_an_exit_status(quick, monkeypatch, capsys, as_json):
+    run = _self_check.run
+
+    def fails_for_bfloat16(extension, kind, dtypes):
+        return "self-check is off" if dtypes == (mx.bfloat16,) * 3 else run(extension, kind, dtypes)
+
+    assert reporting.main(as_json) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(_self_check, "run", fails_for_bfloat16)
+    monkeypatch.setattr(_backends, "_known", {})
+    assert reporting.main(as_json) == 1
+    text = capsys.readouterr().out
+    if as_json:
+        report = json.loads(text)
+        checks = [device["checks"]["bfloat16"] for device in report["devices"]]
+        assert checks == ["self-check is off"] * len(checks) and report["ok"] is False
+        assert "send this report" in report["advice"][0]
+    else:
+        assert "bfloat16" in text and "self-check is off" in text
+        assert "To do: send this report" in text and "A kernel failed" in text
+
+
+def test_a_forced_choice_is_no_failure_and_is_named(quick, monkeypatch, capsys):
+    monkeypatch.setenv("MLX_FUSED_ADAM_BACKEND", "stock")
+    assert reporting.main(as_json=False) == 0
+    text = capsys.readouterr().out
+    assert "MLX_FUSED_ADAM_BACKEND=stock\n" in text
+    assert "To do: MLX_FUSED_ADAM_BACKEND=stock is set; unset it" in text
+
+
+def test_other_threads_than_the_machine_has_are_named(quick, monkeypatch, capsys):
+    monkeypatch.setattr(reporting, "default_num_threads", lambda environment: 77)
+    reporting.main(as_json=False)
+    assert "this process may use 77" in capsys.readouterr().out
