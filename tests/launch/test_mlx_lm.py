@@ -166,7 +166,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, way):
     whole = train("whole", 15)
     train("parts", 5)
     resumed = train("parts", 15, "--resume")
-    assert "Going on after iteration 5." in resumed.output
+    assert "Continuing after iteration 5\n" in resumed.output
     assert_same_weights(resumed.weights, whole.weights)
     states = [mx.load(str(tmp_path / x / "optimizer.safetensors")) for x in ("parts", "whole")]
     assert_same_weights(*states)
