@@ -205,10 +205,15 @@ def test_a_bad_option_gives_one_line(tmp_path: Path, arguments: list[str], messa
 
 
 def test_a_checkpoint_of_another_training_is_rejected(tmp_path: Path) -> None:
-    arguments = [*SHORT, "--checkpoint", "saved"]
+    arguments = [*SHORT, "text.txt", "--checkpoint", "saved"]
+    text = tmp_path / "text.txt"
+    text.write_text("To be trained on. " * 50)
     train_well(tmp_path, *arguments)
     other_seed = train(tmp_path, *arguments, "--resume", "--seed", "3")
     assert_one_line(other_seed, "was saved with other options: .*'seed': '0'")
+    text.write_text("To be trained on. " * 51)
+    other_text = train(tmp_path, *arguments, "--resume")
+    assert_one_line(other_text, "was saved with other options: .*'characters': '900'")
     wider = train(tmp_path, *arguments, "--resume", "--dims", "32")
     assert_one_line(wider, "saved/optimizer.safetensors")
 
