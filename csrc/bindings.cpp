@@ -11,12 +11,12 @@
 
 #include <stdexcept>
 
-#include "adam_update.h"
-#include "cpu_kernels.h"
-#include "norm.h"
-#include "state_codes.h"
-#include "streams.h"
-#include "threads.h"
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+#include "op/adam_update.h"
+#include "op/grad_norm.h"
+#include "op/quantize.h"
+#include "op/streams.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -28,7 +28,7 @@ using Extra = std::optional<mx::array>;
 using Extras = std::vector<std::tuple<Extra, Extra, Extra>>;
 
 // Modules whose nanobind has another ABI share no types: each call would fail, as "incompatible function arguments".
-static void refuse_another_abi() {
+static void reject_another_abi() {
   if (nb::type<mx::array>().is_valid()) return;
   throw std::runtime_error(
       "mlx-fused-adam was built with nanobind " NB_TOSTRING(NB_VERSION_MAJOR) "." NB_TOSTRING(
@@ -41,7 +41,7 @@ static void refuse_another_abi() {
 NB_MODULE(_ext, m) {
   m.doc() = "The fused Adam operation on lists of MLX arrays.";
   nb::module_::import_("mlx.core");  // registers the types that the signatures below name
-  refuse_another_abi();
+  reject_another_abi();
   fused_adam::cpu::kernels();  // a bad setting is an error at import, not in a stream's thread
 
   m.def(
@@ -94,9 +94,9 @@ NB_MODULE(_ext, m) {
         "The sum of the squares of all gradients, lazily: a float32 scalar, not finite if a "
         "gradient or the sum is not. ``is_fused(dtype)`` is asked once for each dtype.");
 
-  m.def("encode_moment", &fused_adam::encode_moment, "moment"_a, "is_v"_a,
+  m.def("quantize_moment", &fused_adam::quantize_moment, "moment"_a, "is_v"_a,
         "Codes (int8, or uint8 for v) and their blocks' scales, lazily, on the CPU.");
-  m.def("decode_moment", &fused_adam::decode_moment, "codes"_a, "scales"_a,
+  m.def("dequantize_moment", &fused_adam::dequantize_moment, "codes"_a, "scales"_a,
         "The float32 values of codes and scales, lazily, on the CPU.");
 
   m.def("note_idle_stream", &fused_adam::note_idle_stream, "stream"_a,

@@ -1,5 +1,5 @@
 // The Metal kernels of the fused update: load -> rule -> store, one pass over each buffer. The rule is adam_rule.h.
-// Compiled on the user's machine from the string that the build embeds; csrc/eval_metal.cpp adds the instantiations
+// Compiled on the user's machine from the string that the build embeds; csrc/metal/adam.cpp adds the instantiations
 // for the formats it meets (P: parameter, G: gradient, S: m and v) and chooses kernel, buffers and grid.
 //
 // An element costs 4 loads and 3 stores, 28 bytes in float32 and 14 in 16 bits, and 8 products, 4 sums, a division and a
@@ -7,14 +7,14 @@
 #include <metal_stdlib>
 
 #include "adam_args.h"
-#include "adam_rule.h"
-#include "runs.h"
-#include "storage_formats.h"
+#include "math/adam_rule.h"
+#include "vector_io.h"
+#include "math/encodings.h"
 
 using namespace metal;
 using namespace fused_adam;
 
-// Formats of more than one array; those of one are named by its type. storage_formats.h describes them.
+// Formats of more than one array; those of one are named by its type. encodings.h describes them.
 struct BfloatRemainder {};  // P
 struct Codes {};            // S
 

@@ -1,8 +1,8 @@
-// What host (csrc/eval_metal.cpp) and shader (metal/adam.metal) must agree on: buffer indices, argument structs, tile sizes.
+// What host (csrc/metal/adam.cpp) and shader (metal/adam.metal) must agree on: buffer indices, argument structs, tile sizes.
 // Valid C++ and MSL; structs hold only 32-bit fields so that both lay them out alike.
 #pragma once
 
-#include "adam_rule.h"
+#include "math/adam_rule.h"
 
 namespace fused_adam {
 

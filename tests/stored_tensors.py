@@ -81,7 +81,7 @@ def make(
         tensor["remainder"] = mx.where(tensor["parameter"] == 0, 0, remainder).astype(mx.int16)
     for name, x in (("m", values(1.5, 0.1)), ("v", mx.square(values(1.5, 0.1)))):
         if state == "int8":
-            tensor[name], tensor[f"{name}_scale"] = extension.encode_moment(x, name == "v")
+            tensor[name], tensor[f"{name}_scale"] = extension.quantize_moment(x, name == "v")
         else:
             tensor[name] = x.astype(DTYPES[state])
     mx.eval(tensor)

@@ -24,8 +24,8 @@ def compile_and_run(folder: Path, compiler: str, options: list[str], launcher: l
 
 
 OF_SETS = {
-    "x86_64_v3": ["half_f16c.h", "-march=x86-64-v3"],
-    "x86_64_v4": ["half_avx512.h", "-march=x86-64-v4"],
+    "x86_64_v3": ["cpu/half/f16c.h", "-march=x86-64-v3"],
+    "x86_64_v4": ["cpu/half/avx512.h", "-march=x86-64-v4"],
 }
 
 
@@ -42,7 +42,7 @@ def test_on_x86(isa, tmp_path):
     platform.machine() not in ("arm64", "aarch64"), reason="needs an arm64 processor"
 )
 def test_on_arm64(tmp_path):
-    assert compile_and_run(tmp_path, "c++", ["half_neon.h"], []) == "equal"
+    assert compile_and_run(tmp_path, "c++", ["cpu/half/neon.h"], []) == "equal"
 
 
 def test_on_arm64_emulated(tmp_path):
@@ -50,5 +50,5 @@ def test_on_arm64_emulated(tmp_path):
     missing = [program for program in (compiler, emulator) if not shutil.which(program)]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-    options = ["half_neon.h", "-static"]
+    options = ["cpu/half/neon.h", "-static"]
     assert compile_and_run(tmp_path, compiler, options, [emulator]) == "equal"

@@ -32,7 +32,7 @@ from emulator import project_shader  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.append(str(ROOT / "python/build_tools"))
+sys.path.append(str(ROOT / "build_tools"))
 from check_abi import abi_tags  # noqa: E402
 
 
@@ -184,7 +184,7 @@ def test_python_finds_the_module_and_nothing_leaks_from_it(module: Module) -> No
 
 
 def test_it_shares_its_types_with_mlx(extension: Path, mac_mlx: macos_build.MacMLX) -> None:
-    # As the build has checked: python/build_tools/check_abi.py.
+    # As the build has checked: build_tools/check_abi.py.
     core = next(mac_mlx.site_packages.glob("mlx/core.*.so"))
     assert len(abi_tags(core)) == 1 and abi_tags(extension) == abi_tags(core)
 

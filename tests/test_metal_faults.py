@@ -697,7 +697,7 @@ def large_tensors(emulator, layout: str) -> list[mx.array]:
     return arrays
 
 
-# The threadgroups that update the last elements, by what eval_metal.cpp chooses: of each dispatch of 2^30 elements the
+# The threadgroups that update the last elements, by what csrc/metal/adam.cpp chooses: of each dispatch of 2^30 elements the
 # first 32, which hold all of the last dispatch; the last tile of 64 x 64; the end of the last of eight equal pieces; of
 # pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
 LAST_THREADGROUPS = {

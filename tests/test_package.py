@@ -77,7 +77,7 @@ def test_mlx_is_pinned_exactly_and_once():
         f'mlx[cpu]=={pin}; extra == "cpu"',
     ]
     assert version("mlx") == pin
-    build_files = [ROOT / "pyproject.toml", *(ROOT / "python" / "build_tools").iterdir()]
+    build_files = [ROOT / "pyproject.toml", *(ROOT / "build_tools").iterdir()]
     places = [
         path.name for path in build_files if path.is_file() and f'"{pin}"' in path.read_text()
     ]
@@ -94,7 +94,7 @@ def test_the_tests_have_the_nanobind_of_the_build(build_tools):
 @pytest.fixture
 def build_tools(monkeypatch):
     """The tools of the build can be imported, as they are from its root."""
-    monkeypatch.syspath_prepend(ROOT / "python" / "build_tools")
+    monkeypatch.syspath_prepend(ROOT / "build_tools")
     monkeypatch.chdir(ROOT)
 
 
@@ -152,7 +152,7 @@ def test_builds_share_no_folder():
 
 
 def build_tool(name, *arguments):
-    command = [sys.executable, str(ROOT / f"python/build_tools/{name}.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / f"build_tools/{name}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -216,12 +216,12 @@ def test_an_extension_of_another_abi_is_refused_at_import(of_another_abi):
 
 
 def test_the_shader_is_ascii_or_the_build_stops(tmp_path):
-    header, shader, out = ROOT / "csrc/adam_rule.h", tmp_path / "a.metal", tmp_path / "a.cpp"
-    shader.write_text('#include "adam_rule.h"\n', encoding="utf-8")
+    header, shader, out = ROOT / "csrc/math/adam_rule.h", tmp_path / "a.metal", tmp_path / "a.cpp"
+    shader.write_text('#include "math/adam_rule.h"\n', encoding="utf-8")
     accepted = build_tool("embed_shaders", out, header, shader)
     assert accepted.returncode == 0, accepted.stderr
     assert "struct AdamConstants" in out.read_text()
-    shader.write_text('#include "adam_rule.h"\n// ½ of it\n', encoding="utf-8")
+    shader.write_text('#include "math/adam_rule.h"\n// ½ of it\n', encoding="utf-8")
     refused = build_tool("embed_shaders", tmp_path / "b.cpp", header, shader)
     assert refused.returncode != 0 and not (tmp_path / "b.cpp").exists()
     assert "a.metal:2: the shader must be ASCII" in refused.stderr
@@ -288,6 +288,6 @@ def import_with(setting):
 
 def test_the_rule_stands_once():
     """The square root of Adam is taken in one place under csrc/ and metal/."""
-    sources = [p for d in ("csrc", "metal") for p in (ROOT / d).iterdir() if p.is_file()]
+    sources = [p for d in ("csrc", "metal") for p in (ROOT / d).rglob("*") if p.is_file()]
     holders = [p.name for p in sources if "sqrt(" in p.read_text().replace("rsqrt(", "")]
     assert holders == ["adam_rule.h"]

@@ -1,4 +1,4 @@
-"""Sharing work among threads (csrc/threads.cpp) by itself: what a body that throws does to the others."""
+"""Sharing work among threads (csrc/cpu/threads.cpp) by itself: what a body that throws does to the others."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ def test_a_body_that_throws_is_reported_after_all_others_have_run(tmp_path):
         pytest.skip("needs a C++ compiler, by CXX or as c++")
     headers = Path(mx.__file__).parent / "include"
     program = tmp_path / "parallel_for"
-    sources = [ROOT / "tests/native/parallel_for.cpp", ROOT / "csrc/threads.cpp"]
+    sources = [ROOT / "tests/native/parallel_for.cpp", ROOT / "csrc/cpu/threads.cpp"]
     command = [
         *compiler.split(),
         "-std=c++20",

@@ -63,4 +63,4 @@ def test_the_text_that_each_fault_replaces_is_there(tmp_path, kind):
     sources = build.copy(["csrc"], tmp_path / "sources")
     build.plant(faults.faults(kind), sources)
     with pytest.raises(RuntimeError, match="plant this fault elsewhere"):
-        build.plant([build.Fault("csrc/threads.cpp", "no such text", "")], sources)
+        build.plant([build.Fault("csrc/cpu/threads.cpp", "no such text", "")], sources)

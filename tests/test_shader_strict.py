@@ -118,9 +118,9 @@ FAULTS = {
 def test_a_planted_fault_is_refused(name, tmp_path):
     text, replacement, reason = FAULTS[name]
     source = project_shader.full_source(("float",), ("AdamRule",))
-    include = '#include "runs.h"\n'
+    include = '#include "vector_io.h"\n'
     assert include in source
-    runs = (project_shader.ROOT / "metal" / "runs.h").read_text().replace("#pragma once\n", "")
+    runs = (project_shader.ROOT / "metal" / "vector_io.h").read_text().replace("#pragma once\n", "")
     source = source.replace(include, runs, 1).replace(include, "")
     assert text in source, f"the shader no longer holds {text!r}; plant this fault elsewhere"
     errors = compile_strictly(source.replace(text, replacement, 1), tmp_path)

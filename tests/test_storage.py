@@ -123,11 +123,11 @@ def test_conversion_is_to_nearest_and_back(exponents, seed, extension):
     x = np.ldexp(rng.uniform(0.5, 1, (8, len(exponents))), exponents).astype(np.float32)
     for name in "mv":
         values = x * np.where(rng.random(x.shape) < 0.5, -1, 1) if name == "m" else x
-        codes, scales = extension.encode_moment(mx.array(values.astype(np.float32)), name == "v")
+        codes, scales = extension.quantize_moment(mx.array(values.astype(np.float32)), name == "v")
         expected = encode(name, values.astype(np.float32), np.full(x.shape, 0x8000))
         np.testing.assert_array_equal(np.array(codes), expected[0], name)
         np.testing.assert_array_equal(to_numpy(scales), expected[1], name)
-        decoded = np.array(extension.decode_moment(codes, scales))
+        decoded = np.array(extension.dequantize_moment(codes, scales))
         np.testing.assert_array_equal(decoded, decode(name, *expected), name)
         if name == "v":
             assert ((decoded > 0) == (x > 0)).all()

@@ -1,6 +1,6 @@
 """What the gradients of a step say about it: their global norm, by which they are clipped, and whether it is finite.
 
-One reduction over all gradients (csrc/norm.h); everything else is arithmetic of scalars on the device, so nothing waits
+One reduction over all gradients (csrc/op/grad_norm.h); everything else is arithmetic of scalars on the device, so nothing waits
 for the host. Clipping: Pascanu et al. 2013, with the constants of mlx.optimizers.clip_grad_norm.
 """
 

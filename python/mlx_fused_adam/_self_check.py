@@ -59,8 +59,8 @@ class Tensor(NamedTuple):
         if self.remainder is not None:
             parameter = (parameter.view(mx.int32) + self.remainder).view(mx.float32)
         if self.m_scale is not None:
-            m = extension.decode_moment(self.m, self.m_scale)
-            v = extension.decode_moment(self.v, self.v_scale)
+            m = extension.dequantize_moment(self.m, self.m_scale)
+            v = extension.dequantize_moment(self.v, self.v_scale)
         return [parameter, m, v]
 
     def stored(self) -> list[mx.array]:
@@ -251,8 +251,8 @@ def _tensor(extension: ModuleType, dtypes: Dtypes, gradient: mx.array) -> Tensor
     m = gradient * v
     remainder = m_scale = v_scale = None
     if dtypes[2] == mx.int8:
-        m, m_scale = extension.encode_moment(m, False)
-        v, v_scale = extension.encode_moment(v, True)
+        m, m_scale = extension.quantize_moment(m, False)
+        v, v_scale = extension.quantize_moment(v, True)
     else:
         m, v = m.astype(dtypes[2]), v.astype(dtypes[2])
     if len(dtypes) > 3:

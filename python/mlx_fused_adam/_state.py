@@ -1,7 +1,7 @@
 """How the state of one parameter is stored, beside mlx.optimizers' ``m`` and ``v``: brings a state from any form into the one
 that the options ask for, and back into stock's.
 
-Codes and remainders are those of csrc/storage_formats.h; what converts them is the extension's.
+Codes and remainders are those of csrc/math/encodings.h; what converts them is the extension's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def adopted(path: str, parameter: mx.array, state: dict, options: Options) -> di
             new[name] = moment if scale is None else _decoded(moment, scale, parameter.dtype)
         elif wanted == mx.int8:
             if scale is None:
-                moment, scale = _ext.encode_moment(moment, name == "v")
+                moment, scale = _ext.quantize_moment(moment, name == "v")
             new[name], new[f"{name}_scale"] = moment, scale
         elif scale is not None:
             new[name] = _decoded(moment, scale, wanted)
@@ -97,7 +97,7 @@ def _moment_of(name: str, path: str, state: dict, parameter: mx.array) -> mx.arr
 
 
 def _decoded(codes: mx.array, scale: mx.array, dtype: mx.Dtype) -> mx.array:
-    decoded: mx.array = _ext.decode_moment(codes, scale)
+    decoded: mx.array = _ext.dequantize_moment(codes, scale)
     if dtype == mx.float64:  # which MLX has on the CPU alone
         return mx.astype(decoded, dtype, stream=mx.cpu)
     return decoded.astype(dtype)

@@ -1,7 +1,7 @@
 """Updates of every kernel, layout and dtype, and what must come out, for any runner of the project's shader.
 
 A runner takes (kernel, buffers, grid, threads_per_threadgroup); a buffer is (index, array, "input" | "output" | "both" |
-"bytes"). The dispatches are those of csrc/eval_metal.cpp; the expected values come from NumPy, in float32, rounded once.
+"bytes"). The dispatches are those of csrc/metal/adam.cpp; the expected values come from NumPy, in float32, rounded once.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Included by the top-level CMakeLists.txt for FUSED_ADAM_GPU=emulated: libemulator, shared by _ext, which then runs
-# eval_metal.cpp on it, and by _emulator, with which the tests run kernels of their own.
+# csrc/metal/adam.cpp on it, and by _emulator, with which the tests run kernels of their own.
 set(emulator_dir "${CMAKE_CURRENT_LIST_DIR}")
 
 add_library(emulator SHARED

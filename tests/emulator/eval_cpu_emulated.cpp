@@ -1,6 +1,6 @@
 // The CPU back end of the emulated build: takes the Metal path, whose dispatches the emulator runs on the CPU stream.
-#include "adam_update.h"
-#include "norm.h"
+#include "op/adam_update.h"
+#include "op/grad_norm.h"
 
 namespace fused_adam {
 

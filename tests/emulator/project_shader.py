@@ -1,4 +1,4 @@
-"""The project's shaders with every instantiation that csrc/eval_metal.cpp and csrc/norm_metal.cpp can ask for, as one text.
+"""The project's shaders with every instantiation that csrc/metal/adam.cpp and csrc/metal/grad_norm.cpp can ask for, as one text.
 
 Used where all of it is compiled by another compiler: the strict check and CUDA.
 """
@@ -10,11 +10,14 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHADERS = [ROOT / "metal" / "adam.metal", ROOT / "metal" / "norm.metal"]
+SHADERS = [ROOT / "metal" / "adam.metal", ROOT / "metal" / "grad_norm.metal"]
 # What the shaders consist of.
 SOURCES = [
-    *(ROOT / "csrc" / name for name in ("device_math.h", "adam_rule.h", "storage_formats.h")),
-    *(ROOT / "metal" / name for name in ("adam_args.h", "norm_args.h", "runs.h")),
+    *(
+        ROOT / "csrc/math" / name
+        for name in ("device_math.h", "adam_rule.h", "random_bits.h", "encodings.h")
+    ),
+    *(ROOT / "metal" / name for name in ("adam_args.h", "grad_norm_args.h", "vector_io.h")),
     *SHADERS,
 ]
 INCLUDE_DIRS = [ROOT / "metal", ROOT / "csrc"]

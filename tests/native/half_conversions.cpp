@@ -18,7 +18,7 @@ namespace instructions {
 #include HALF_HEADER
 }
 namespace portable {
-#include "half_portable.h"
+#include "cpu/half/portable.h"
 }
 namespace tested = instructions::fused_adam::cpu::half;
 namespace reference = portable::fused_adam::cpu::half;

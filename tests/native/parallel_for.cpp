@@ -1,4 +1,4 @@
-// Runs csrc/threads.cpp by itself, for test_parallel_for.py: a body that throws must neither end the others nor outlive
+// Runs csrc/cpu/threads.cpp by itself, for test_parallel_for.py: a body that throws must neither end the others nor outlive
 // the call, whichever thread it throws in.
 #include <atomic>
 #include <cstdio>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "threads.h"
+#include "cpu/threads.h"
 
 int main() {
   fused_adam::set_num_threads(4);

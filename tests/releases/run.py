@@ -1,6 +1,6 @@
 """Builds the package for each mlx release that it knows, runs the CPU tests there, and keeps the table in docs/mlx-releases.md.
 
-python tests/releases/run.py                              every release in python/build_tools/mlx_releases.py
+python tests/releases/run.py                              every release in build_tools/mlx_releases.py
 python tests/releases/run.py --release 0.32.2             one of them; more with --release again
 python tests/releases/run.py --release 0.32.2 -- tests    pytest's arguments instead: all tests here; the table stays as it was
 
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).with_name("results.json")
 DOCUMENT = ROOT / "docs" / "mlx-releases.md"
 TABLE = re.compile(r"(?<=<!-- releases:table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
-sys.path.insert(0, str(ROOT / "python" / "build_tools"))
+sys.path.insert(0, str(ROOT / "build_tools"))
 from mlx_releases import NANOBIND, VARIABLE  # noqa: E402
 
 # About this project alone, the emulated GPU or another system: the others show what an mlx release makes of it.

@@ -32,7 +32,7 @@ FLAGS = {
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 COMPILERS = ("cc", "gcc", "c++", "g++")
 # What a build of the extension reads.
-SOURCES = ("CMakeLists.txt", "csrc", "metal", "python")
+SOURCES = ("CMakeLists.txt", "build_tools", "csrc", "metal", "python")
 # Reports are files: nobody reads the output of the processes that tests start.
 OPTIONS = {
     "address": {

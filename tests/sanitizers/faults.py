@@ -37,7 +37,7 @@ TRIGGERS = {
     "address": {
         "writes past an array's end": Trigger(
             Fault(
-                "csrc/cpu_kernels.cpp",
+                "csrc/cpu/kernels.cpp",
                 "for (; at + kChunk <= n; at += kChunk) {\n    update_chunk<kChunk, Rule>",
                 "for (; at < n; at += kChunk) {\n    update_chunk<kChunk, Rule>",
             ),
@@ -45,14 +45,14 @@ TRIGGERS = {
             "heap-buffer-overflow",
         ),
         "shifts out of an integer": Trigger(
-            Fault("csrc/storage_formats.h", "(h & 0x8000u) << 16", "(h & 0x8000u) << 32"),
+            Fault("csrc/math/encodings.h", "(h & 0x8000u) << 16", "(h & 0x8000u) << 32"),
             "import os; os.environ['MLX_FUSED_ADAM_ISA'] = 'baseline'\n"
             + UPDATE.format(size=64, dtype="float16"),
             "shift exponent 32 is too large",
         ),
         "leaks": Trigger(
             Fault(
-                "csrc/adam_update.cpp",
+                "csrc/op/adam_update.cpp",
                 "mx::array constant(double value) { return mx::array(static_cast<float>(value)); }",
                 "mx::array constant(double value) { return *new mx::array(float(value)); }",
             ),
@@ -63,7 +63,7 @@ TRIGGERS = {
     "thread": {
         "writes without the lock": Trigger(
             Fault(
-                "csrc/threads.cpp",
+                "csrc/cpu/threads.cpp",
                 "std::lock_guard lock(mutex_);\n      current_ = work;",
                 "current_ = work;",
             ),
@@ -85,15 +85,17 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     "kernels": Program(
-        ["tests/sanitizers/kernels.cpp", "csrc/cpu_kernels.cpp"],
+        ["tests/sanitizers/kernels.cpp", "csrc/cpu/kernels.cpp"],
         [
             "-O0",  # compiles five times as fast
             "-DFUSED_ADAM_ISA=baseline",
-            '-DFUSED_ADAM_HALF_HEADER="half_portable.h"',
+            '-DFUSED_ADAM_HALF_HEADER="cpu/half/portable.h"',
             "-DFUSED_ADAM_VECTOR_BYTES=16",
         ],
     ),
-    "parallel_for": Program(["tests/native/parallel_for.cpp", "csrc/threads.cpp"], ["-pthread"]),
+    "parallel_for": Program(
+        ["tests/native/parallel_for.cpp", "csrc/cpu/threads.cpp"], ["-pthread"]
+    ),
 }
 
 

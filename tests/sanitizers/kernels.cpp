@@ -1,12 +1,12 @@
-// Runs the CPU kernels (csrc/cpu_kernels.cpp) by themselves on arrays that end where their elements do, so that a sanitizer sees
+// Runs the CPU kernels (csrc/cpu/kernels.cpp) by themselves on arrays that end where their elements do, so that a sanitizer sees
 // an access past them: every storage format, lengths around a chunk's, tiles of all sides. With any argument, only lengths of whole
 // chunks. Built by faults.py, run by test_sanitizers.py.
+#include "cpu/kernels.h"
+
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <vector>
-
-#include "cpu_kernels.h"
 
 namespace fused_adam::cpu {
 namespace baseline {

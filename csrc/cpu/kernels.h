@@ -1,0 +1,81 @@
+// What the CPU back end asks of its vectorised inner loops: update a contiguous run, transpose a tile, gather by a table. cpu/kernels.cpp is compiled once per instruction set; isa.cpp chooses.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "math/adam_rule.h"
+#include "math/encodings.h"
+#include "op/formats.h"
+
+namespace fused_adam::cpu {
+
+// A plane of values, and beside it what some formats have more: a remainder for each value, or a scale for each block. Addressed
+// by bytes, so that one type serves every format.
+struct Source {
+  const char* values;
+  const char* extra = nullptr;
+};
+struct Target {
+  char* values;
+  char* extra = nullptr;
+};
+
+// The elements of a run, which lies within a row and begins where a block does if the formats have blocks.
+struct RunPointers {
+  Source parameter;
+  Source gradient;
+  Source m;
+  Source v;
+  Target new_parameter;  // these may equal the old ones
+  Target new_m;
+  Target new_v;
+};
+
+// What of a tensor's results is rounded stochastically in one step.
+struct StepRounding {
+  bool parameter = false;
+  bool m = false;
+  bool v = false;
+  TensorRandom random{};
+};
+
+// Updates n consecutive elements, the tensor's `first` and on in row-major order.
+using Update = void (*)(const RunPointers&, std::size_t first, std::size_t n, const TensorFormats&,
+                        AdamScalars<float>, AdamConstants, const StepRounding&);
+
+// The sum of the squares of n elements, in float32 and then float64; in the same order on every processor. Infinite or NaN if
+// a square is.
+using SumOfSquares = double (*)(Source, Format, std::size_t n);
+
+// Stores the n elements of a run in another format, rounded to nearest.
+using Convert = void (*)(Source, Format, Target, Format, std::size_t n);
+
+// Writes the rows x columns tile at `from` (element [i][j] at from[i + j * from_stride]) row by row, `columns` elements
+// apart, to `to`. Strides are in elements.
+using Transpose = void (*)(const char* from, std::ptrdiff_t from_stride, std::size_t rows,
+                           std::size_t columns, char* to);
+
+// to[i] = from[offsets[i]], in elements.
+using Gather = void (*)(const char* from, const std::int64_t* offsets, std::size_t n, char* to);
+
+struct Kernels {
+  const char* isa;
+  Update adam;
+  Update traffic;
+  Update keep;  // gives the old values to the new arrays, bit for bit
+  SumOfSquares sum_of_squares;
+  Convert convert;
+  Transpose transpose_2_bytes;
+  Transpose transpose_4_bytes;
+  Gather gather_2_bytes;
+  Gather gather_4_bytes;
+};
+
+// The set in use.
+const Kernels& kernels();
+
+// The i-th set that this machine can run, best first; nullptr past the last.
+const Kernels* supported_kernels(std::size_t i);
+
+}  // namespace fused_adam::cpu

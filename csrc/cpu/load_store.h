@@ -1,0 +1,245 @@
+// Storage formats on the CPU: a chunk of elements brought to float32 and back, with encodings.h for each element.
+// Included by cpu/kernels.cpp alone, once per instruction set. A format is one line in load_chunk and one in store_chunk.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include FUSED_ADAM_HALF_HEADER
+
+#define FUSED_ADAM_INLINE inline __attribute__((always_inline))
+#define FUSED_ADAM_INLINE_LAMBDA __attribute__((always_inline))
+
+#if defined(__clang__)
+#define FUSED_ADAM_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FUSED_ADAM_VECTORIZE _Pragma("GCC ivdep")
+#endif
+
+namespace fused_adam::cpu {
+namespace {
+
+// A chunk is `count` elements that are loaded, updated and stored together: kChunk, a block of the 8-bit formats, so few that a
+// processor overlaps one chunk's arithmetic with the next one's loads; or several blocks, where the steps from values to a
+// block's scale and on to codes are long, so that one block's steps overlap another's.
+constexpr std::size_t kChunk = kBlockElements;
+
+// The random bits of a chunk, if any rounding needs them.
+template <std::size_t count>
+struct ChunkRandom {
+  std::uint32_t of_state[count];
+  std::uint32_t of_parameter[count];
+};
+
+template <typename Value>
+FUSED_ADAM_INLINE const Value* as(const char* bytes) {
+  return reinterpret_cast<const Value*>(bytes);
+}
+template <typename Value>
+FUSED_ADAM_INLINE Value* as(char* bytes) {
+  return reinterpret_cast<Value*>(bytes);
+}
+
+// Codes by `load_one(code, scale)`, block by block.
+template <std::size_t count, typename Code, typename LoadOne>
+FUSED_ADAM_INLINE void load_codes(Source from, std::size_t at, float* buffer, LoadOne load_one) {
+  for (std::size_t block = 0; block < count; block += kChunk) {
+    auto codes = as<Code>(from.values) + at + block;
+    float scale = load_bfloat16(as<std::uint16_t>(from.extra)[(at + block) / kChunk]);
+    FUSED_ADAM_VECTORIZE
+    for (std::size_t i = 0; i < kChunk; ++i) buffer[block + i] = load_one(codes[i], scale);
+  }
+}
+
+// A chunk's values as float32: where they lie, or in the buffer. `at` is where the chunk begins within the run.
+template <std::size_t count>
+FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_t at,
+                                          float* buffer) {
+  switch (format) {
+    case Format::float32:
+      return as<float>(from.values) + at;
+    case Format::bfloat16: {
+      auto values = as<std::uint16_t>(from.values) + at;
+      FUSED_ADAM_VECTORIZE
+      for (std::size_t i = 0; i < count; ++i) buffer[i] = load_bfloat16(values[i]);
+      return buffer;
+    }
+    case Format::float16:
+      half::to_float(as<std::uint16_t>(from.values) + at, count, buffer);
+      return buffer;
+    case Format::bfloat16_remainder: {
+      auto values = as<std::uint16_t>(from.values) + at;
+      auto remainders = as<std::int16_t>(from.extra) + at;
+      FUSED_ADAM_VECTORIZE
+      for (std::size_t i = 0; i < count; ++i) buffer[i] = join(values[i], remainders[i]);
+      return buffer;
+    }
+    case Format::int8:
+      load_codes<count, std::int8_t>(from, at, buffer,
+                                     [](int code, float scale) { return load_int8(code, scale); });
+      return buffer;
+    case Format::uint8:
+      load_codes<count, std::uint8_t>(
+          from, at, buffer, [](int code, float scale) { return load_uint8(code, scale); });
+      return buffer;
+  }
+  return buffer;
+}
+
+// Stores 8 or 16 bits of each element. They are narrowed in a loop of their own: compilers that narrow within a longer loop do
+// much of it in narrow lanes, twice as slowly.
+template <std::size_t count, typename Value, typename StoreOne>
+FUSED_ADAM_INLINE void store_each(Value* to, StoreOne store_one) {
+  alignas(64) std::uint32_t wide[count];
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < count; ++i) wide[i] = store_one(i);
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < count; ++i) to[i] = Value(wide[i]);
+}
+
+// Where a chunk's float32 results go, before store_chunk.
+FUSED_ADAM_INLINE float* chunk_target(Target to, Format format, std::size_t at, float* buffer) {
+  return format == Format::float32 ? as<float>(to.values) + at : buffer;
+}
+
+// In two loops, since compilers do not vectorise a maximum of what is chosen.
+FUSED_ADAM_INLINE std::uint32_t largest_magnitude(const float* x) {
+  alignas(64) std::uint32_t magnitudes[kChunk];
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < kChunk; ++i) magnitudes[i] = block_magnitude(x[i]);
+  std::uint32_t largest = 0;
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < kChunk; ++i) {
+    largest = magnitudes[i] > largest ? magnitudes[i] : largest;
+  }
+  return largest;
+}
+
+// Scales by `scale_of(largest magnitude)` of every block first, then codes by `store_one(i, inverse of the scale)`.
+template <std::size_t count, typename Code, typename ScaleOf, typename StoreOne>
+FUSED_ADAM_INLINE void store_codes(const float* x, Target to, std::size_t at, ScaleOf scale_of,
+                                   StoreOne store_one) {
+  float inverses[count / kChunk];
+  for (std::size_t block = 0; block < count / kChunk; ++block) {
+    BlockScale scale = scale_of(largest_magnitude(x + block * kChunk));
+    as<std::uint16_t>(to.extra)[at / kChunk + block] = std::uint16_t(scale.stored);
+    inverses[block] = scale.inverse;
+  }
+  for (std::size_t block = 0; block < count / kChunk; ++block) {
+    float inverse = inverses[block];
+    store_each<kChunk>(as<Code>(to.values) + at + block * kChunk,
+                       [=](std::size_t i) { return store_one(block * kChunk + i, inverse); });
+  }
+}
+
+// How a chunk's values are rounded: stochastically, if there are bits for its elements.
+struct ChunkRounding {
+  const std::uint32_t* random = nullptr;
+  unsigned shift = 0;
+  unsigned advance = 0;
+
+  FUSED_ADAM_INLINE Rounding operator[](std::size_t i) const {
+    return {true, random_half(random[i], shift, advance)};
+  }
+};
+
+template <std::size_t count>
+FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std::size_t at,
+                                   ChunkRounding rounding) {
+  const Rounding nearest{false, 0};
+  switch (format) {
+    case Format::float32:
+      return;
+    case Format::bfloat16: {
+      auto values = as<std::uint16_t>(to.values) + at;
+      if (rounding.random) {
+        store_each<count>(values, [=](std::size_t i) { return store_bfloat16(x[i], rounding[i]); });
+      } else {
+        store_each<count>(values, [=](std::size_t i) { return store_bfloat16(x[i], nearest); });
+      }
+      return;
+    }
+    case Format::float16: {
+      auto values = as<std::uint16_t>(to.values) + at;
+      if (rounding.random) {
+        store_each<count>(values, [=](std::size_t i) { return store_float16(x[i], rounding[i]); });
+      } else {
+        half::from_float(x, count, values);
+      }
+      return;
+    }
+    case Format::bfloat16_remainder: {
+      auto values = as<std::uint16_t>(to.values) + at;
+      auto remainders = as<std::uint16_t>(to.extra) + at;
+      alignas(64) std::uint32_t uppers[count], lowers[count];
+      FUSED_ADAM_VECTORIZE
+      for (std::size_t i = 0; i < count; ++i) {
+        SplitFloat parts = split(x[i]);
+        uppers[i] = parts.bfloat16;
+        lowers[i] = parts.remainder;
+      }
+      FUSED_ADAM_VECTORIZE
+      for (std::size_t i = 0; i < count; ++i) values[i] = std::uint16_t(uppers[i]);
+      FUSED_ADAM_VECTORIZE
+      for (std::size_t i = 0; i < count; ++i) remainders[i] = std::uint16_t(lowers[i]);
+      return;
+    }
+    case Format::int8: {
+      store_codes<count, std::int8_t>(
+          x, to, at, [](std::uint32_t largest) { return scale_of_m(largest); },
+          [=](std::size_t i, float inverse) {
+            return store_int8(x[i], inverse, rounding.random ? rounding[i] : nearest);
+          });
+      return;
+    }
+    case Format::uint8: {
+      store_codes<count, std::uint8_t>(
+          x, to, at, [](std::uint32_t largest) { return scale_of_v(largest); },
+          [=](std::size_t i, float inverse) {
+            return store_uint8(x[i], inverse, rounding.random ? rounding[i] : nearest);
+          });
+      return;
+    }
+  }
+}
+
+// ---- A run's last chunk ----
+
+constexpr std::size_t value_bytes(Format format) {
+  return format == Format::float32 ? 4 : format == Format::int8 || format == Format::uint8 ? 1 : 2;
+}
+
+// A short chunk is copied to a whole one, whose missing elements are zeros. Scales are read and written where they lie.
+struct PaddedChunk {
+  alignas(64) char values[kChunk * sizeof(float)] = {};
+  alignas(64) char remainders[kChunk * sizeof(std::int16_t)] = {};
+
+  Source load(Source from, Format format, std::size_t at, std::size_t count) {
+    __builtin_memcpy(values, from.values + at * value_bytes(format), count * value_bytes(format));
+    if (format == Format::bfloat16_remainder) {
+      __builtin_memcpy(remainders, from.extra + at * sizeof(std::int16_t),
+                       count * sizeof(std::int16_t));
+      return {values, remainders};
+    }
+    if (from.extra) from.extra += at / kChunk * sizeof(std::uint16_t);
+    return {values, from.extra};
+  }
+
+  Target target(Target to, Format format, std::size_t at) {
+    if (format == Format::bfloat16_remainder) return {values, remainders};
+    if (to.extra) to.extra += at / kChunk * sizeof(std::uint16_t);
+    return {values, to.extra};
+  }
+
+  void store(Target to, Format format, std::size_t at, std::size_t count) const {
+    __builtin_memcpy(to.values + at * value_bytes(format), values, count * value_bytes(format));
+    if (format == Format::bfloat16_remainder) {
+      __builtin_memcpy(to.extra + at * sizeof(std::int16_t), remainders,
+                       count * sizeof(std::int16_t));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fused_adam::cpu

@@ -1,0 +1,181 @@
+// Chunks whose values all take 16 bits, read and written as words of two neighbours: so every lane of the loop has 32 bits,
+// and nothing is widened, narrowed or moved between lanes. Included by cpu/kernels.cpp alone, once per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/load_store.h"
+
+namespace fused_adam::cpu {
+namespace {
+
+typedef std::uint32_t Word __attribute__((aligned(sizeof(std::uint16_t)), may_alias));
+
+FUSED_ADAM_INLINE std::uint16_t first_of(std::uint32_t word) { return std::uint16_t(word); }
+FUSED_ADAM_INLINE std::uint16_t second_of(std::uint32_t word) { return std::uint16_t(word >> 16); }
+// Of signed values; in 32 bits throughout, since a narrower one would make the whole loop's vectors half as wide.
+FUSED_ADAM_INLINE std::int32_t first_signed(std::uint32_t word) {
+  return std::int32_t(word << 16) >> 16;
+}
+FUSED_ADAM_INLINE std::int32_t second_signed(std::uint32_t word) {
+  return std::int32_t(word) >> 16;
+}
+FUSED_ADAM_INLINE std::uint32_t word_of(std::uint32_t first, std::uint32_t second) {
+  return (first & 0xFFFFu) | (second << 16);
+}
+
+// How the values of a chunk's words are read and written in one format; `rounding` is that of both values of a word.
+template <Format format>
+class Pairs;
+
+template <>
+class Pairs<Format::bfloat16> {
+ public:
+  FUSED_ADAM_INLINE Pairs(Source from, std::size_t at)
+      : words_(as<Word>(from.values + at * sizeof(std::uint16_t))) {}
+
+  FUSED_ADAM_INLINE float first(std::size_t i) const { return load_bfloat16(first_of(words_[i])); }
+  FUSED_ADAM_INLINE float second(std::size_t i) const {
+    return load_bfloat16(second_of(words_[i]));
+  }
+
+  class Target {
+   public:
+    FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at)
+        : words_(as<Word>(to.values + at * sizeof(std::uint16_t))) {}
+    FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding of_first, float second,
+                                 Rounding of_second) {
+      words_[i] = word_of(store_bfloat16(first, of_first), store_bfloat16(second, of_second));
+    }
+    FUSED_ADAM_INLINE void finish(bool) {}
+
+   private:
+    Word* words_;
+  };
+
+ private:
+  const Word* words_;
+};
+
+template <>
+class Pairs<Format::bfloat16_remainder> {
+ public:
+  FUSED_ADAM_INLINE Pairs(Source from, std::size_t at)
+      : words_(as<Word>(from.values + at * sizeof(std::uint16_t))),
+        remainders_(as<Word>(from.extra + at * sizeof(std::int16_t))) {}
+
+  FUSED_ADAM_INLINE float first(std::size_t i) const {
+    return join(words_[i] & 0xFFFFu, first_signed(remainders_[i]));
+  }
+  FUSED_ADAM_INLINE float second(std::size_t i) const {
+    return join(words_[i] >> 16, second_signed(remainders_[i]));
+  }
+
+  class Target {
+   public:
+    FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at)
+        : words_(as<Word>(to.values + at * sizeof(std::uint16_t))),
+          remainders_(as<Word>(to.extra + at * sizeof(std::int16_t))) {}
+    FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding, float second, Rounding) {
+      SplitFloat a = split(first), b = split(second);
+      words_[i] = word_of(a.bfloat16, b.bfloat16);
+      remainders_[i] = word_of(a.remainder, b.remainder);
+    }
+    FUSED_ADAM_INLINE void finish(bool) {}
+
+   private:
+    Word* words_;
+    Word* remainders_;
+  };
+
+ private:
+  const Word* words_;
+  const Word* remainders_;
+};
+
+// By the processor's conversions, which take and give neighbours, so through buffers; but what is rounded stochastically.
+template <>
+class Pairs<Format::float16> {
+ public:
+  FUSED_ADAM_INLINE Pairs(Source from, std::size_t at) {
+    half::to_floats_apart(as<std::uint16_t>(from.values) + at, kChunk, firsts_, seconds_);
+  }
+  FUSED_ADAM_INLINE float first(std::size_t i) const { return firsts_[i]; }
+  FUSED_ADAM_INLINE float second(std::size_t i) const { return seconds_[i]; }
+
+  class Target {
+   public:
+    FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at)
+        : values_(as<std::uint16_t>(to.values) + at) {}
+    FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding of_first, float second,
+                                 Rounding of_second) {
+      if (of_first.is_stochastic) {
+        as<Word>(reinterpret_cast<char*>(values_))[i] =
+            word_of(store_float16(first, of_first), store_float16(second, of_second));
+      } else {
+        firsts_[i] = first;
+        seconds_[i] = second;
+      }
+    }
+    FUSED_ADAM_INLINE void finish(bool is_stochastic) {
+      if (!is_stochastic) half::from_floats_apart(firsts_, seconds_, kChunk, values_);
+    }
+
+   private:
+    std::uint16_t* values_;
+    alignas(64) float firsts_[kChunk / 2], seconds_[kChunk / 2];
+  };
+
+ private:
+  alignas(64) float firsts_[kChunk / 2], seconds_[kChunk / 2];
+};
+
+// Formats of tensors that are updated in pairs; m and v are bfloat16.
+template <Format of_parameter, Format of_gradient>
+struct InPairs {
+  static constexpr Format parameter = of_parameter, gradient = of_gradient, m = Format::bfloat16,
+                          v = Format::bfloat16;
+};
+
+template <std::size_t count, typename Rule, Format of_parameter, Format of_gradient>
+FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std::size_t element,
+                                    InPairs<of_parameter, of_gradient>, AdamScalars<float> scalars,
+                                    AdamConstants constants, const StepRounding& rounding) {
+  static_assert(count == kChunk);
+  using State = Pairs<Format::bfloat16>;
+  Pairs<of_parameter> parameter(run.parameter, at);
+  Pairs<of_gradient> gradient(run.gradient, at);
+  State m(run.m, at), v(run.v, at);
+  typename Pairs<of_parameter>::Target new_parameter(run.new_parameter, at);
+  State::Target new_m(run.new_m, at), new_v(run.new_v, at);
+  TensorRandom random = rounding.random;
+  auto start = std::uint32_t(element);
+  FUSED_ADAM_VECTORIZE
+  for (std::uint32_t i = 0; i < count / 2; ++i) {
+    AdamState<float> a{parameter.first(i), m.first(i), v.first(i)};
+    AdamState<float> b{parameter.second(i), m.second(i), v.second(i)};
+    a = Rule::step(a, gradient.first(i), scalars, constants);
+    b = Rule::step(b, gradient.second(i), scalars, constants);
+    std::uint32_t first = start + 2 * i, second = first + 1;
+    std::uint32_t state_a = 0, state_b = 0, parameter_a = 0, parameter_b = 0;
+    if (rounding.m || rounding.v) {
+      state_a = random_bits(random.of_state, first);
+      state_b = random_bits(random.of_state, second);
+    }
+    if (rounding.parameter) {
+      parameter_a = more_random_bits(random.of_parameter, first);
+      parameter_b = more_random_bits(random.of_parameter, second);
+    }
+    new_v.store(i, a.v, {rounding.v, random_half(state_a, 0, 0)}, b.v,
+                {rounding.v, random_half(state_b, 0, 0)});
+    new_m.store(i, a.m, {rounding.m, random_half(state_a, 16, 0)}, b.m,
+                {rounding.m, random_half(state_b, 16, 0)});
+    new_parameter.store(i, a.parameter, {rounding.parameter, random_half(parameter_a, 0, 0)},
+                        b.parameter, {rounding.parameter, random_half(parameter_b, 0, 0)});
+  }
+  new_parameter.finish(rounding.parameter);
+}
+
+}  // namespace
+}  // namespace fused_adam::cpu

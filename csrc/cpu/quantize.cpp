@@ -1,0 +1,37 @@
+// Conversion of moments from and to quantized state on the CPU, row by row, by the kernels that updates use.
+#include "op/quantize.h"
+
+#include "cpu/kernels.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "op/allocate.h"
+#include "op/layout.h"
+
+namespace fused_adam {
+
+namespace mx = mlx::core;
+
+void ConvertMoment::eval_cpu(const std::vector<mx::array>& inputs,
+                             std::vector<mx::array>& outputs) {
+  for (auto& output : outputs) allocate(output);
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (auto& input : inputs) encoder.set_input_array(input);
+  for (auto& output : outputs) encoder.set_output_array(output);
+  size_t length = inputs[0].shape(-1), rows = length == 0 ? 0 : inputs[0].size() / length;
+  cpu::Source from{inputs[0].data<char>()};
+  cpu::Target to{outputs[0].data<char>()};
+  if (inputs.size() > 1) from.extra = inputs[1].data<char>();
+  if (outputs.size() > 1) to.extra = outputs[1].data<char>();
+  size_t from_bytes = inputs[0].itemsize(), to_bytes = outputs[0].itemsize();
+  encoder.dispatch([=, from_format = from_, to_format = to_]() mutable {
+    size_t scale_bytes = divide_up(length, kBlockElements) * sizeof(uint16_t);
+    for (size_t row = 0; row < rows; ++row) {
+      cpu::kernels().convert(from, from_format, to, to_format, length);
+      from.values += length * from_bytes;
+      to.values += length * to_bytes;
+      if (from.extra) from.extra += scale_bytes;
+      if (to.extra) to.extra += scale_bytes;
+    }
+  });
+}
+
+}  // namespace fused_adam

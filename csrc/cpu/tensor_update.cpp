@@ -1,0 +1,276 @@
+// See tensor_update.h. A gradient that is not row-major is brought into a small buffer piece by piece, so it is read from
+// memory once.
+#include "cpu/tensor_update.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "op/donation.h"
+
+namespace fused_adam::cpu {
+
+namespace mx = mlx::core;
+
+namespace {
+
+// Elements of a unit of linear work: small enough to balance, large enough that claiming it costs nothing.
+constexpr size_t kRun = 1 << 15;
+// Blocks of a general layout that make a unit.
+constexpr size_t kBlocksPerUnit = 8;
+// How many row-major elements cost as much as one of the other layouts, roughly.
+constexpr size_t kTiledCost = 2;
+constexpr size_t kGeneralCost = 4;
+constexpr size_t kCacheLine = 64;
+// Bytes of the sides of a transposed tile, a unit of tiled work: down the gradient's columns, whole cache lines, several of
+// them since memory hands out neighbours faster; along the parameter's rows, a page, since hardware prefetchers take time to
+// take up a row (prefetching rows by hand was slower than they are). So the tile lies in the second-level cache.
+constexpr size_t kTileRowBytes = 4 * kCacheLine;
+constexpr size_t kTileColumnBytes = 4096;
+// A tensor has about so many tiles at least, so that there is work for every thread, unless they become smaller than this.
+constexpr size_t kFewestTiles = 16;
+constexpr size_t kSmallestTileElements = 1 << 14;
+// Below these sides of a matrix, gathering by a table was measured to be faster than tiles: an update's rows are short there.
+constexpr TileSides kSmallestTile{4, 12};
+
+// Where row-major element `index` of an array with these axes lies, in elements.
+int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
+                  const std::vector<int64_t>& strides) {
+  int64_t offset = 0;
+  for (size_t axis = shape.size(); axis-- > 0;) {
+    offset += index % shape[axis] * strides[axis];
+    index /= shape[axis];
+  }
+  return offset;
+}
+
+// Elements after which blocks of codes begin anew: a row, unless its blocks are all whole or it is the only one.
+size_t row_of(const mx::array& parameter, const TensorFormats& formats) {
+  if (!formats.has_codes()) return parameter.size();
+  size_t length = parameter.shape(-1);
+  return length % kBlockElements == 0 ? parameter.size() : length;
+}
+
+// A thread's own room for a transposed tile of the widest gradients, kept for its next ones: too much for the stacks that
+// macOS gives to threads.
+char* tile_buffer() {
+  struct Free {
+    void operator()(char* bytes) const { ::operator delete(bytes, std::align_val_t(kCacheLine)); }
+  };
+  constexpr size_t kBytes = kTileRowBytes * (kTileColumnBytes / sizeof(uint16_t) + kBlockElements);
+  thread_local std::unique_ptr<char, Free> buffer(
+      static_cast<char*>(::operator new(kBytes, std::align_val_t(kCacheLine))));
+  return buffer.get();
+}
+
+}  // namespace
+
+TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, const TensorFormats& formats,
+                           UpdateRule rule)
+    : size_(in[0].size()), row_(row_of(in[0], formats)), formats_(formats) {
+  auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
+  layout_ = layout_of(parameter, gradient, m, v, kSmallestTile, row_ == size_);
+  size_t extras = extra_count(formats);
+  allocate_outputs(in, out, extras);
+  auto source = [](const mx::array& x) { return Source{x.data<char>()}; };
+  auto target = [](mx::array& x) { return Target{x.data<char>()}; };
+  base_ = {source(parameter), source(gradient), source(m),     source(v),
+           target(out[0]),    target(out[1]),   target(out[2])};
+  for (size_t i = 0; i < kArrays + extras; ++i) held_[i] = in[i].data_shared_ptr();
+  auto all = in;
+  in += AdamUpdate::kFirstExtraInput;
+  out += AdamUpdate::kFirstExtraOutput;
+  if (formats.has_remainder()) {
+    base_.parameter.extra = (in++)->data<char>();
+    base_.new_parameter.extra = (out++)->data<char>();
+  }
+  if (formats.has_codes()) {
+    base_.m.extra = in[0].data<char>();
+    base_.v.extra = in[1].data<char>();
+    base_.new_m.extra = out[0].data<char>();
+    base_.new_v.extra = out[1].data<char>();
+  }
+  parameter_bytes_ = parameter.itemsize();
+  gradient_bytes_ = gradient.itemsize();
+  state_bytes_ = m.itemsize();
+  auto& set = kernels();
+  update_ = rule == UpdateRule::adam ? set.adam : set.traffic;
+  transpose_ = gradient_bytes_ == 4 ? set.transpose_4_bytes : set.transpose_2_bytes;
+  switch (layout_.kind) {
+    case LayoutKind::linear:
+      units_ = divide_up(size_, linear_unit());
+      break;
+    case LayoutKind::tiled:
+      cut_into_tiles();
+      break;
+    case LayoutKind::general: {
+      bool gathered[kArrays];
+      for (int i = 0; i < kArrays; ++i) {
+        gathered[i] = !all[i].flags().row_contiguous;
+        gather_[i] = all[i].itemsize() == 4 ? set.gather_4_bytes : set.gather_2_bytes;
+      }
+      blocks_ = Blocks(layout_, gathered, formats.has_codes() ? kBlockElements : 1);
+      units_ = divide_up(blocks_.count(), kBlocksPerUnit);
+      break;
+    }
+  }
+}
+
+void TensorUpdate::round(const AdamRounding& rounding, uint32_t step, uint32_t number) {
+  auto random = tensor_random(uint32_t(rounding.seed), uint32_t(rounding.seed >> 32), step, number,
+                              formats_.has_codes());
+  rounding_ = {rounding.parameter, rounding.m, rounding.v, random};
+}
+
+size_t TensorUpdate::cost() const {
+  switch (layout_.kind) {
+    case LayoutKind::linear:
+      return size_;
+    case LayoutKind::tiled:
+      return kTiledCost * size_;
+    case LayoutKind::general:
+      return kGeneralCost * size_;
+  }
+  return size_;
+}
+
+void TensorUpdate::run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+  switch (layout_.kind) {
+    case LayoutKind::linear:
+      return run_linear(unit, scalars, constants);
+    case LayoutKind::tiled:
+      return run_tiled(unit, scalars, constants);
+    case LayoutKind::general:
+      return run_general(unit, scalars, constants);
+  }
+}
+
+// The tiles' grid begins before the matrix by what its first element lies past a cache line, so that the edges of tiles
+// fall on the edges of lines: MLX's buffers begin in the middle of one.
+void TensorUpdate::cut_into_tiles() {
+  auto past_line = [](const char* values, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(values) % kCacheLine / bytes;
+  };
+  size_t columns = layout_.columns, most_columns = kTileColumnBytes / parameter_bytes_;
+  size_t across = divide_up(columns, most_columns), line = kCacheLine / gradient_bytes_;
+  tiles_.row_shift = past_line(base_.gradient.values, gradient_bytes_);
+  // Whole rows have no edges within, and tiles of codes begin where blocks do.
+  bool is_shifted = across > 1 && !formats_.has_codes();
+  tiles_.column_shift = is_shifted ? past_line(base_.parameter.values, parameter_bytes_) : 0;
+  tiles_.columns =
+      divide_up(divide_up(columns + tiles_.column_shift, across), kBlockElements) * kBlockElements;
+  size_t most = kTileRowBytes / gradient_bytes_ * (most_columns + kBlockElements);
+  size_t wanted = std::clamp(size_ / kFewestTiles, kSmallestTileElements, most);
+  tiles_.rows =
+      std::min(divide_up(wanted / tiles_.columns, line), most / tiles_.columns / line) * line;
+  tiles_.across = divide_up(columns + tiles_.column_shift, tiles_.columns);
+  tiles_.down = divide_up(layout_.rows + tiles_.row_shift, tiles_.rows);
+  units_ = size_t(layout_.batches()) * tiles_.down * tiles_.across;
+}
+
+RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) const {
+  RunPointers run = base_;
+  auto move = [](auto& plane, int64_t values, int64_t extra) {
+    plane.values += values;
+    if (plane.extra) plane.extra += extra;
+  };
+  int64_t parameter = state_offset * int64_t(parameter_bytes_);
+  int64_t state = state_offset * int64_t(state_bytes_);
+  int64_t remainder = state_offset * int64_t(sizeof(int16_t)), scale = 0;
+  if (formats_.has_codes()) {
+    size_t row = state_offset / row_, column = state_offset % row_;
+    scale = (row * divide_up(row_, kBlockElements) + column / kBlockElements) * sizeof(uint16_t);
+  }
+  move(run.parameter, parameter, remainder);
+  run.gradient.values += gradient_offset * int64_t(gradient_bytes_);
+  move(run.m, state, scale);
+  move(run.v, state, scale);
+  move(run.new_parameter, parameter, remainder);
+  move(run.new_m, state, scale);
+  move(run.new_v, state, scale);
+  return run;
+}
+
+void TensorUpdate::update(RunPointers run, size_t first, size_t n, AdamScalars<float> scalars,
+                          AdamConstants constants) const {
+  auto part = [&](const RunPointers& pointers, size_t start, size_t count) {
+    update_(pointers, start, count, formats_, scalars, constants, rounding_);
+  };
+  size_t left_of_row = row_ - first % row_;
+  if (n <= left_of_row) return part(run, first, n);
+  // Whole rows, since a run that holds the end of one begins with one.
+  for (size_t done = 0; done < n; done += row_) {
+    RunPointers row = at(first + done, 0);
+    row.parameter.values = run.parameter.values + done * parameter_bytes_;
+    row.gradient.values = run.gradient.values + done * gradient_bytes_;
+    part(row, first + done, row_);
+  }
+}
+
+// Elements of a unit of linear work, which ends where a row does if rows matter.
+size_t TensorUpdate::linear_unit() const {
+  return row_ == size_ ? kRun : std::max<size_t>(1, kRun / row_) * row_;
+}
+
+void TensorUpdate::run_linear(size_t unit, AdamScalars<float> scalars,
+                              AdamConstants constants) const {
+  size_t start = unit * linear_unit();
+  update(at(start, start), start, std::min(linear_unit(), size_ - start), scalars, constants);
+}
+
+void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
+                             AdamConstants constants) const {
+  char* transposed = tile_buffer();
+  int64_t batch = unit / (tiles_.down * tiles_.across);
+  // A tile's part of the grid, which begins before the matrix.
+  auto part = [](size_t index, size_t side, size_t shift, size_t length) {
+    size_t first = std::max(index * side, shift) - shift;
+    return std::pair(first, std::min((index + 1) * side - shift, length) - first);
+  };
+  auto [row, rows] =
+      part(unit / tiles_.across % tiles_.down, tiles_.rows, tiles_.row_shift, layout_.rows);
+  auto [column, columns] =
+      part(unit % tiles_.across, tiles_.columns, tiles_.column_shift, layout_.columns);
+  int64_t gradient = offset_of(batch, layout_.shape, layout_.strides[1]) + int64_t(row) +
+                     int64_t(column) * layout_.gradient_column_stride;
+  transpose_(base_.gradient.values + gradient * int64_t(gradient_bytes_),
+             layout_.gradient_column_stride, rows, columns, transposed);
+  int64_t first = offset_of(batch, layout_.shape, layout_.strides[0]) +
+                  int64_t(row) * layout_.row_stride + int64_t(column);
+  // Whole rows that follow each other are one run.
+  size_t length = int64_t(columns) == layout_.row_stride ? rows * columns : columns;
+  for (size_t done = 0; done < rows * columns; done += length, first += layout_.row_stride) {
+    RunPointers run = at(first, 0);
+    run.gradient.values = transposed + done * gradient_bytes_;
+    update(run, first, length, scalars, constants);
+  }
+}
+
+void TensorUpdate::run_general(size_t unit, AdamScalars<float> scalars,
+                               AdamConstants constants) const {
+  alignas(kCacheLine) char buffers[kArrays][Blocks::kMost * sizeof(float)];
+  const char* bases[kArrays] = {base_.parameter.values, base_.gradient.values, base_.m.values,
+                                base_.v.values};
+  size_t bytes[kArrays] = {parameter_bytes_, gradient_bytes_, state_bytes_, state_bytes_};
+  size_t end = std::min((unit + 1) * kBlocksPerUnit, blocks_.count());
+  for (size_t index = unit * kBlocksPerUnit; index < end; ++index) {
+    auto block = blocks_[index];
+    const char* from[kArrays];
+    for (int i = 0; i < kArrays; ++i) {
+      from[i] = bases[i] + block.offsets[i] * int64_t(bytes[i]);
+      if (auto table = blocks_.table(i)) {
+        gather_[i](from[i], table, block.size, buffers[i]);
+        from[i] = buffers[i];
+      }
+    }
+    RunPointers run = at(block.start, 0);  // the outputs are row-major whatever the inputs are
+    run.parameter.values = from[0];
+    run.gradient.values = from[1];
+    run.m.values = from[2];
+    run.v.values = from[3];
+    update(run, block.start, block.size, scalars, constants);
+  }
+}
+
+}  // namespace fused_adam::cpu

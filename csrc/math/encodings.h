@@ -1,0 +1,155 @@
+// How a float32 value is stored: the only place where storage formats are written down. By value, so C++14, MSL and CUDA.
+//
+//   float32             as it is
+//   bfloat16, float16   rounded to nearest even, or stochastically
+//   bfloat16, remainder a bfloat16 and, in an int16 beside it, what rounding took away: together the float32, exactly
+//   int8, uint8         codes of m and of v, with a scale for each block of neighbours in a row (docs/state-codes.md)
+#pragma once
+
+#include "math/device_math.h"
+#include "math/random_bits.h"
+
+namespace fused_adam {
+
+// ---- 16-bit floats ----
+
+ADAM_FUNCTION float load_bfloat16(unsigned short h) { return float_of(unsigned(h) << 16); }
+
+// Every NaN becomes the one that MLX stores.
+ADAM_FUNCTION unsigned store_bfloat16(float x, Rounding rounding) {
+  unsigned u = bits_of(x);
+  unsigned nearest = 0x7FFFu + ((u >> 16) & 1u);
+  unsigned rounded = (u + (rounding.is_stochastic ? rounding.random : nearest)) >> 16;
+  return x != x ? 0x7FC0u : rounded;
+}
+
+// In integers but for the subnormals, whose arithmetic is of normal float32 numbers (the method of F. Giesen's conversions).
+ADAM_FUNCTION float load_float16(unsigned short h) {
+  unsigned normal = ((h & 0x7FFFu) << 13) + ((127u - 15u) << 23);
+  unsigned special = normal + ((128u - 16u) << 23);
+  unsigned subnormal = bits_of(float_of(normal + (1u << 23)) - float_of(113u << 23));
+  unsigned u = (h & 0x7C00u) == 0x7C00u ? special : normal;
+  u = (h & 0x7C00u) == 0u ? subnormal : u;
+  return float_of(u | ((h & 0x8000u) << 16));
+}
+
+ADAM_FUNCTION unsigned store_float16(float x, Rounding rounding) {
+  const unsigned magic = ((127u - 15u) + (23u - 10u) + 1u) << 23;
+  unsigned sign = bits_of(x) & 0x80000000u;
+  unsigned u = bits_of(x) ^ sign;
+  unsigned addend = rounding.is_stochastic ? rounding.random >> 3 : 0xFFFu + ((u >> 13) & 1u);
+  unsigned normal = (u - ((127u - 15u) << 23) + addend) >> 13;
+  unsigned nearest = bits_of(float_of(u) + float_of(magic)) - magic;
+  // The least subnormal is 2^-24, so this counts 2^-40; bits below are lost. Larger numbers are not for this branch.
+  bool is_subnormal = u < (113u << 23);
+  float small = is_subnormal ? float_of(u) : 0.0f;
+  unsigned fixed = unsigned(int(small * 1099511627776.0f));
+  unsigned subnormal = rounding.is_stochastic ? (fixed + rounding.random) >> 16 : nearest;
+  unsigned h = is_subnormal ? subnormal : normal;
+  h = h > 0x7C00u || u >= ((127u + 16u) << 23) ? 0x7C00u : h;
+  h = u > (255u << 23) ? 0x7E00u : h;
+  return h | (sign >> 16);
+}
+
+// ---- bfloat16 and remainder ----
+
+struct SplitFloat {
+  unsigned bfloat16;
+  unsigned remainder;  // the lower 16 bits count
+};
+
+// To nearest; ties go away from zero, since a remainder has 2^16 values and ties to even would need one more. So it is what the
+// lower half of the bits is as a signed number.
+ADAM_FUNCTION SplitFloat split(float x) {
+  unsigned u = bits_of(x);
+  bool is_special = (u & 0x7F800000u) == 0x7F800000u;
+  unsigned upper = is_special ? u : u + 0x8000u;
+  return {x != x ? 0x7FC0u : upper >> 16, is_special ? 0u : u};
+}
+
+// A bfloat16 that was changed since is met by an old remainder: the result then lies within half a unit in its last place,
+// and never beyond zero or infinity.
+ADAM_FUNCTION float join(unsigned bfloat16, int remainder) {
+  unsigned sign = (bfloat16 & 0x8000u) << 16;
+  int magnitude = int((bfloat16 & 0x7FFFu) << 16);
+  int sum = magnitude + remainder;
+  sum = sum < 0 ? 0 : sum;
+  bool is_whole = magnitude > 0x7F800000 || (magnitude == 0x7F800000 && remainder > 0);
+  return float_of(sign | unsigned(is_whole ? magnitude : sum));
+}
+
+// ---- 8-bit codes ----
+
+enum BlockSize { kBlockElements = 32 };
+
+// A power of two, stored as the upper half of its float32 bits: a bfloat16. Never below 2^-126, so that every level but 0 is
+// a normal float32: GPUs may flush others to zero.
+struct BlockScale {
+  unsigned stored;
+  float inverse;
+};
+
+// The bits of a magnitude, for the search of a block's largest: integers order as floats do. NaN is left out.
+ADAM_FUNCTION unsigned block_magnitude(float x) {
+  unsigned u = bits_of(x) & 0x7FFFFFFFu;
+  return u > 0x7F800000u ? 0u : u;
+}
+
+// The least power of two that is not below x.
+ADAM_FUNCTION BlockScale scale_above(float x) {
+  unsigned exponent = (bits_of(x) + 0x7FFFFFu) >> 23;
+  exponent = exponent < 1u ? 1u : exponent;
+  return {exponent << 7, float_of((254u - exponent) << 23)};
+}
+
+// The fourth power of x, but straight between powers of 16: a float's bits, read as an integer, are its logarithm but straight
+// between powers of two, so four times the bits are those of the power. From 8 on it is straight between integers too.
+ADAM_FUNCTION float bent_power(float x) { return float_of(4u * bits_of(x) - 0xBE800000u); }
+ADAM_FUNCTION float bent_root(float y) { return float_of((bits_of(y) >> 2) + 0x2FA00000u); }
+
+// From the bits of a block's largest magnitude: such that the largest level reaches it. More than 2^127 counts as that for v,
+// whose largest level might pass the largest float, and more than its root for m: where v has overflowed, an update is small.
+ADAM_FUNCTION BlockScale scale_for(unsigned largest, unsigned cap, float largest_level) {
+  return scale_above(float_of(largest < cap ? largest : cap) * (1.0f / largest_level));
+}
+ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) {
+  return scale_for(largest, 0x5F000000u, 327151616.0f);
+}
+ADAM_FUNCTION BlockScale scale_of_v(unsigned largest) {
+  return scale_for(largest, 0x7F000000u, 4697620480.0f);
+}
+
+// The integer below or above a root from 8 to 512: the upper one with the probability that makes the mean of the powers right,
+// since the power is straight between them. Infinity and NaN have large roots.
+ADAM_FUNCTION int one_of_two(float root, float largest, Rounding rounding) {
+  unsigned random = rounding.is_stochastic ? rounding.random : 0x8000u;
+  float sum = root + float(int(random >> 1)) * (1.0f / 32768.0f);
+  return int(sum < largest + 0.5f ? sum : largest + 0.5f);
+}
+
+// m = sign(code) * (P(|code| + 8) - P(8)) * scale, with P the power above.
+ADAM_FUNCTION int store_int8(float x, float inverse, Rounding rounding) {
+  float y = float_of(bits_of(x) & 0x7FFFFFFFu) * inverse;
+  int code = one_of_two(bent_root(y + 4096.0f), 135.0f, rounding) - 8;
+  return x < 0.0f ? -code : code;
+}
+
+ADAM_FUNCTION float load_int8(int code, float scale) {
+  float level = bent_power(float((code < 0 ? -code : code) + 8)) - 4096.0f;
+  return (code < 0 ? -level : level) * scale;
+}
+
+// v = P(code + 7) * scale, and 0 for code 0, which only 0 becomes.
+ADAM_FUNCTION int store_uint8(float x, float inverse, Rounding rounding) {
+  float root = bent_root(x * inverse);
+  root = root > 8.0f ? root : 8.0f;
+  int code = one_of_two(root, 262.0f, rounding) - 7;
+  return x == 0.0f ? 0 : code;
+}
+
+ADAM_FUNCTION float load_uint8(int code, float scale) {
+  float level = bent_power(float(code + 7));
+  return (code == 0 ? 0.0f : level) * scale;
+}
+
+}  // namespace fused_adam

@@ -1,0 +1,58 @@
+// How the four arrays of one update lie in memory, reduced to the three cases that the back ends have kernels for.
+// Stock layers hand over every nn.Linear weight gradient column-major, so that case has a kernel of its own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "mlx/array.h"
+
+namespace fused_adam {
+
+constexpr size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
+
+// The shape of a quantized moment's scales, one for each block of a row: [..., ceil(last / kBlockElements)].
+mlx::core::Shape scale_shape(mlx::core::Shape shape);
+
+enum class LayoutKind {
+  linear,  // all four arrays are row-major
+  tiled,  // parameter, m and v are row-major; the gradient's unit stride lies along another axis than the last
+  general,  // anything else
+};
+
+// Sizes and strides are in elements. Axes that can be walked as one are merged.
+struct Layout {
+  LayoutKind kind;
+
+  // tiled: the matrix spanned by the gradient's unit-stride axis (rows) and the last axis (columns) ...
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t row_stride = 0;              // of parameter, m and v; their column stride is 1
+  int64_t gradient_column_stride = 0;  // its row stride is 1
+
+  // ... and the axes around it; general: all axes. Strides are those of parameter, gradient, m, v in this order.
+  std::vector<int64_t> shape;
+  std::vector<int64_t> strides[4];
+
+  // tiled: how many such matrices there are.
+  int64_t batches() const;
+};
+
+// The sides of a matrix: along the gradient's unit stride, and along the last axis.
+struct TileSides {
+  int64_t rows;
+  int64_t columns;
+};
+
+// A matrix with a side below that of `smallest_tile` is `general`: a tile of it would be mostly edge. Without
+// `may_merge_rows`, the last axis stays the tensor's own.
+Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& gradient,
+                 const mlx::core::array& m, const mlx::core::array& v, TileSides smallest_tile,
+                 bool may_merge_rows = true);
+
+// How one array lies in memory, for what does not ask in which order its elements come: its axes from the longest stride to the
+// shortest, merged; linear if its elements follow each other without gaps in any order of axes. Never tiled.
+Layout layout_of_one(const mlx::core::array& x);
+
+}  // namespace fused_adam
