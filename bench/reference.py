@@ -2,7 +2,7 @@
 
 Kingma & Ba 2015; Loshchilov & Hutter 2019; in the form of mlx.optimizers. `exact` rounds nothing. `stepwise` rounds each
 operation's result to float32 (float64 holds each one exactly enough that this is IEEE float32 arithmetic), so a float32
-kernel must match it bit for bit. The benchmark uses it, and the tests by way of tests/oracle.py.
+kernel must match it bit for bit. The benchmark uses it, and the tests by way of tests/support/oracle.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Memory and traffic of a rank, from 1 to 1024 ranks: `python bench/scale.py [--check]` writes the tables of docs/scale.md.
 
-Arithmetic alone: nothing is measured. tests/test_scale.py holds the bytes of a parameter against real optimizers. For a model
-of your own, `python bench/scale.py --parameters 7e9` prints the tables and writes nothing.
+Arithmetic alone: nothing is measured. tests/benchmarks/test_scale.py compares the bytes of a parameter with real optimizers.
+For a model of your own, `python bench/scale.py --parameters 7e9` prints the tables and writes nothing.
 """
 
 import argparse

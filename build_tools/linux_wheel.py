@@ -21,7 +21,12 @@ import lief
 ROOT = Path(__file__).resolve().parents[1]
 RUNPATH = "$ORIGIN/../mlx/lib"
 # What can differ between the wheel and an installation from source: loading, pinning, evaluation. The rest is CI's.
-TESTS = ["test_package.py", "test_cpu_isas.py", "test_transforms.py", "test_in_place.py"]
+TESTS = [
+    "platforms/test_package.py",
+    "kernels/test_cpu_isas.py",
+    "kernels/test_transforms.py",
+    "optimizers/test_in_place.py",
+]
 TEST_PACKAGES = ["hypothesis", "ml-dtypes", "numpy", "pytest", "scikit-build-core"]
 
 
@@ -62,7 +67,8 @@ def test(wheel: Path) -> None:
         python = Path(folder) / "bin/python"
         run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cpu]", *TEST_PACKAGES)
         files = [ROOT / "tests" / name for name in TESTS]
-        run(python, "-m", "pytest", "-o", "addopts=", "-q", "-ra", *files, DEVICE="cpu")
+        options = ["-o", "addopts=--import-mode=importlib", "-q", "-ra"]
+        run(python, "-m", "pytest", *options, *files, DEVICE="cpu")
 
 
 def main() -> None:

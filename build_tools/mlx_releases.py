@@ -1,6 +1,6 @@
 """The mlx releases that the package builds against, and the nanobind whose ABI each was built with: the one place.
 
-Read by build_backend.py, check_abi.py and tests/releases/run.py. A new release is a line here; docs/mlx-releases.md
+Read by build_backend.py, check_abi.py and tests/platforms/releases/run.py. A new release is a line here; docs/mlx-releases.md
 says the rest.
 """
 

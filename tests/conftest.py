@@ -18,21 +18,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).parent.parent
+from emulator import build, hostile, project_shader
+from support import oracle
+
+ROOT = Path(__file__).parents[1]
 CHOICES = ("cpu", "gpu", "emulated")
 DEVICE = os.environ.get("DEVICE")
 IS_EMULATED_GPU = DEVICE == "gpu" and os.environ.get("FUSED_ADAM_EMULATED_GPU") == "1"
 
-sys.path.insert(0, str(Path(__file__).parent))
-import oracle  # noqa: E402
-from emulator import build, hostile, project_shader  # noqa: E402
-
 if DEVICE == "emulated" or IS_EMULATED_GPU:
     build.enter()  # before the package is imported
 
-from extension_users import use_extension  # noqa: E402
-
 from mlx_fused_adam import _backends, _operation  # noqa: E402
+from support.extension_users import use_extension  # noqa: E402
 
 # Examples derive from the test's name, so a failure repeats; the fixture `device` keeps no state between examples.
 settings.register_profile(

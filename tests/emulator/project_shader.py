@@ -1,4 +1,4 @@
-"""The project's shaders with every instantiation that csrc/metal/adam.cpp and csrc/metal/grad_norm.cpp can ask for, as one text.
+"""The project's shaders with every instantiation that csrc/metal/ can ask for, as one text.
 
 Used where all of it is compiled by another compiler: the strict check and CUDA.
 """

@@ -1,0 +1,96 @@
+"""One of several processes that each hold a shard of every gradient: trains, and writes what it ends with.
+
+Run by test_sharded.py: mlx.launch -n 2 --backend ring -- python sharded_steps.py FOLDER. A gradient of the last rank is bad.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import mlx_fused_adam as fused
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.launched import join_ring  # noqa: E402
+
+SHAPES = {"w": (66, 96), "b": (30,)}
+STEPS, BAD_STEP = 5, 1
+OPTIONS = dict(weight_decay=0.1, bias_correction=True, max_grad_norm=2.0, skip_nonfinite=True)
+
+
+def tree(rng: np.random.Generator) -> dict[str, mx.array]:
+    return {
+        name: mx.array(rng.normal(size=shape).astype(np.float32)) for name, shape in SHAPES.items()
+    }
+
+
+def shard(tree: dict[str, mx.array], rank: int, size: int) -> dict[str, mx.array]:
+    """A rank's rows of everything, in buffers of their own."""
+    return {name: mx.contiguous(mx.split(x, size)[rank]) for name, x in tree.items()}
+
+
+def whole_problem() -> tuple[dict[str, mx.array], list[dict[str, mx.array]]]:
+    """The parameters, and the gradients of every step: too large in the beginning, small in the end."""
+    rng = np.random.default_rng(0)
+    parameters = tree(rng)
+    steps = [tree(rng) for _ in range(STEPS)]
+    steps[-1] = {name: x * 1e-3 for name, x in steps[-1].items()}
+    rows = SHAPES["w"][0]
+    at_the_end = mx.arange(rows)[:, None] == rows - 1
+    steps[BAD_STEP]["w"] = mx.where(at_the_end, mx.nan, steps[BAD_STEP]["w"])
+    return parameters, steps
+
+
+def train(
+    parameters: dict[str, mx.array],
+    steps: list[dict[str, mx.array]],
+    group: mx.distributed.Group,
+) -> tuple[dict[str, mx.array], fused.AdamW, list[float]]:
+    optimizer = fused.AdamW(1e-2, **OPTIONS, shard_group=group)
+    optimizer.init(parameters)
+    norms = []
+    for gradients in steps:
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+        norms.append(optimizer.state["grad_norm"].item())
+    return parameters, optimizer, norms
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    group = join_ring(folder)
+    rank, size = group.rank(), group.size()
+    whole, steps = whole_problem()
+    shards = [shard(gradients, rank, size) for gradients in steps]
+    parameters, optimizer, norms = train(shard(whole, rank, size), shards, group)
+    fused.save_optimizer(folder / f"optimizer{rank}.safetensors", optimizer)
+    resumed = fused.AdamW(1e-2, **OPTIONS, shard_group=group)
+    fused.load_optimizer(folder / f"optimizer{rank}.safetensors", resumed)
+    refused = ""
+    try:
+        fused.load_optimizer(folder / f"optimizer{rank}.safetensors", fused.AdamW(1e-2, **OPTIONS))
+    except ValueError as error:
+        refused = str(error)
+    mx.save_safetensors(
+        str(folder / f"shard{rank}.safetensors"),
+        {f"{name}.{part}": x for name in SHAPES for part, x in
+         ({"p": parameters[name]} | optimizer.state[name]).items()},
+    )  # fmt: skip
+    record = {
+        "rank": rank,
+        "size": size,
+        "norms": norms,
+        "skipped": optimizer.state["skipped"].item(),
+        "step": optimizer.step.item(),
+        "resumed": resumed.state["skipped"].item(),
+        "refused": refused,
+    }
+    (folder / f"record{rank}.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Norms, clipped gradients and steps that are not applied on Metal: against the CPU's kernels, and with faults planted.
+
+The shaders are run by the emulator (emulator/README.md); with FUSED_ADAM_EMULATOR_HOSTILE=1, as a GPU may run them otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("the emulator runs on Linux", allow_module_level=True)
+
+from support.stored_tensors import (
+    DTYPES,
+    assert_same_bits,
+    extension_of_the_cpu,
+    lay_out,
+    make,
+    update,
+)
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
+
+FORMATS = [
+    (parameter, parameter.replace("master", "bfloat16"), state)
+    for parameter in ("float32", "bfloat16", "float16", "master")
+    for state in ("bfloat16", "float32", "int8")
+]
+LAYOUTS = {  # of the gradient; the shapes that bring each kernel to its edges
+    "linear": [(64, 96), (5, 33, 45), (4097,), (3, 1), (64,)],
+    "column-major": [(64, 96), (130, 70), (3, 40, 45)],
+    "strided": [(13, 70), (5, 33, 45), (4097,)],
+}
+
+
+@pytest.fixture(scope="session")
+def cpu_extension(emulated_extension) -> ModuleType:
+    return extension_of_the_cpu(emulated_extension)
+
+
+@pytest.fixture(autouse=True)
+def two_orders(monkeypatch) -> None:
+    monkeypatch.setenv("FUSED_ADAM_EMULATOR_ORDERS", "forward,shuffled")
+
+
+def named(formats: tuple[str, str, str]) -> str:
+    return "-".join(formats)
+
+
+def laid_out(extension, formats, layout, of="gradient"):
+    tensors = [make(extension, shape, formats, i) for i, shape in enumerate(LAYOUTS[layout])]
+    for tensor in tensors:
+        tensor[of] = lay_out(tensor[of], layout)
+    mx.eval(tensors)
+    return tensors
+
+
+def copied(tensor):
+    """With buffers of its own, which an update may take over; strides stay."""
+    copy = {
+        name: x if name == "gradient" or not x.size else x + mx.zeros_like(x)
+        for name, x in tensor.items()
+    }
+    mx.eval(copy)
+    return copy
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("formats", FORMATS, ids=named)
+def test_clipped_gradients(cpu_extension, emulated_extension, formats, layout):
+    tensors = laid_out(cpu_extension, formats, layout)
+    scale = {"gradient_scale": mx.array(0.37)}
+    expected = update(cpu_extension, tensors, **scale)
+    unclipped = update(cpu_extension, tensors)
+    for got, want, other in zip(
+        update(emulated_extension, tensors, **scale), expected, unclipped, strict=True
+    ):
+        assert_same_bits(got, want)
+        assert not mx.array_equal(got["m"], other["m"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("formats", FORMATS, ids=named)
+@pytest.mark.parametrize("which", ["cpu", "emulated"])
+def test_a_step_that_is_not_applied(cpu_extension, emulated_extension, which, formats, layout):
+    """Into fresh buffers, since the old arrays are held, and in place; NaN in the gradient or not."""
+    extension = {"cpu": cpu_extension, "emulated": emulated_extension}[which]
+    tensors = laid_out(cpu_extension, formats, layout)
+    settings = {"gradient_scale": mx.array(mx.nan), "is_applied": mx.array(False)}
+    for got, want in zip(update(extension, tensors, **settings), tensors, strict=True):
+        assert_same_bits(got, want, "held: ")
+    copies = [copied(t) for t in tensors]
+    results = update(extension, [copies.pop(0) for _ in tensors], **settings)
+    for got, want in zip(results, tensors, strict=True):
+        assert_same_bits(got, want, "in place: ")
+    applied = update(extension, tensors, gradient_scale=mx.array(1.0), is_applied=mx.array(True))
+    for got, want in zip(applied, update(extension, tensors), strict=True):
+        assert_same_bits(got, want, "applied: ")
+
+
+@pytest.mark.parametrize("which", ["cpu", "emulated"])
+@pytest.mark.parametrize("layout", ["column-major", "strided"])
+@pytest.mark.parametrize("formats", [f for f in FORMATS if f[2] != "float32"], ids=named)
+def test_parameters_that_are_not_row_major_stay(
+    cpu_extension, emulated_extension, which, formats, layout
+):
+    extension = {"cpu": cpu_extension, "emulated": emulated_extension}[which]
+    tensors = laid_out(cpu_extension, formats, layout, of="parameter")
+    results = update(extension, tensors, is_applied=mx.array(False))
+    for got, want in zip(results, tensors, strict=True):
+        assert_same_bits(got, want)
+
+
+# ---- Faults ----
+
+
+def total(extension: ModuleType, gradients: list[mx.array]) -> float:
+    return extension.sum_of_squares(gradients, is_fused=lambda dtype: True).item()
+
+
+def dense(count: int, size: int = 20000) -> list[mx.array]:
+    return [mx.sin(mx.arange(size + 7 * i) * 0.7) + 1.5 + i for i in range(count)]
+
+
+def between(count: int) -> list[mx.array]:
+    return [lay_out(x, "between vectors") for x in dense(count)]
+
+
+def strided(count: int) -> list[mx.array]:
+    return [lay_out(x[:9000].reshape(90, 100), "strided") for x in dense(count)]
+
+
+# What is replaced, by what, in the sum of which gradients.
+NORM_FAULTS = {
+    "a gradient's last elements": (dense, "min(at + length, count)", "min(at + length, count - 1)"),
+    "spans from the first gradient's": (dense, "(group - first_group) * kNormSpan", "group * kNormSpan"),
+    "the next gradient's first span": (dense, "group >= args.group_ends[which]", "group > args.group_ends[which]"),
+    "one gradient in two": (dense, "case 3: gradient = gradient_3", "case 3: gradient = gradient_2"),
+    "no other gradient": (dense, "case 1: gradient = gradient_1", "case 1: gradient = gradient_0"),
+    "one partial sum for all": (dense, "partials[group] = total", "partials[0] = total"),
+    "no barrier": (dense, "threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (thread_index", "if (thread_index"),
+    "half the threads": (dense, "uint half_of = kNormThreads / 2", "uint half_of = kNormThreads / 4"),
+    "not squared": (dense, "float square = x * x", "float square = x"),
+    "vectors at any address": (between, "args.vectors[which] != 0 && at", "at"),
+    "half a span": (dense, "at += kNormThreads * length", "at += 2 * kNormThreads * length"),
+    "rows not counted down": (strided, "rest /= size;\n    }\n    sum", "}\n    sum"),
+    "strides of one axis": (strided, "at += int64_t(rest % size) * strides[axis]", "at += int64_t(rest % size) * strides[0]"),
+    "one thread too few": (strided, "i < end; i += kNormThreads", "i + 1 < end; i += kNormThreads"),
+    "partials left out": (dense, "i < args.partials; i += kNormThreads", "i + 1 < args.partials; i += kNormThreads"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORM_FAULTS)
+def test_a_fault_planted_in_the_norm_is_seen(cpu_extension, emulated_extension, plant, name):
+    make_gradients, text, replacement = NORM_FAULTS[name]
+    gradients = make_gradients(5)
+    mx.eval(gradients)
+    expected = total(cpu_extension, gradients)
+    np.testing.assert_allclose(total(emulated_extension, gradients), expected, rtol=1e-6)
+    plant(text, replacement)
+    try:
+        found = total(emulated_extension, gradients)
+    except RuntimeError as error:
+        assert "[emulator]" in str(error)
+        return
+    assert not abs(found / expected - 1) < 1e-6, f"{name}: not seen"
+
+
+KEEP = {"is_applied": False}
+# Formats, layout of what, settings, what is replaced, by what.
+# Each stores something else: what is left unwritten may hold the right values by chance.
+FAULTS = {
+    "not clipped": (("float32",) * 3, ("gradient", "linear"), {"gradient_scale": 0.37},
+                    "count == kGuarded ? scalars[3] : 1.0f", "1.0f"),
+    "applied in any case": (("float32",) * 3, ("gradient", "linear"), KEEP,
+                            "args.scalar_count != kGuarded ||", "true ||"),
+    "m of v": (("float32",) * 3, ("gradient", "linear"), KEEP, "t.new_m[at] = t.m[at];", "t.new_m[at] = t.v[at];"),
+    "v of m": (("float32",) * 3, ("gradient", "strided"), KEEP, "t.new_v[at] = t.v[at]", "t.new_v[at] = t.m[at]"),
+    "no remainder": (("master", "bfloat16", "bfloat16"), ("gradient", "linear"), KEEP,
+                     "t.extra.new_remainder[to] = t.extra.remainder[to];", "t.extra.new_remainder[to] = short(7);"),
+    "parameter from where the result goes": (("bfloat16", "bfloat16", "int8"), ("parameter", "strided"), KEEP,
+                                             "keep_parameter(t, from + Index(k) * stride, at + Index(k))",
+                                             "keep_parameter(t, from + Index(k), at + Index(k))"),
+    "one code for a run": (("bfloat16", "bfloat16", "int8"), ("gradient", "column-major"), KEEP,
+                           "t.new_m[at + Index(k)] = t.m[at + Index(k)];", "t.new_m[at + Index(k)] = t.m[at];"),
+    "scale of v from m": (("bfloat16", "bfloat16", "int8"), ("gradient", "linear"), KEEP,
+                          "t.extra.new_v_scale[block] = t.extra.v_scale[block];",
+                          "t.extra.new_v_scale[block] = t.extra.m_scale[block];"),
+    "scale of another block": (("bfloat16", "bfloat16", "int8"), ("gradient", "strided"), KEEP,
+                               "t.extra.new_m_scale[block] = t.extra.m_scale[block]",
+                               "t.extra.new_m_scale[block] = t.extra.m_scale[0]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_planted_in_the_guard_is_seen(cpu_extension, emulated_extension, plant, name):
+    formats, (part, layout), settings, text, replacement = FAULTS[name]
+    assert formats[1] in DTYPES
+    tensor = make(cpu_extension, (64, 96), formats)
+    tensor[part] = lay_out(tensor[part], layout)
+    mx.eval(tensor)
+    settings = {key: mx.array(x) for key, x in settings.items()}
+    expected = update(cpu_extension, [tensor], **settings)[0]
+    assert_same_bits(update(emulated_extension, [tensor], **settings)[0], expected)
+    plant(text, replacement)
+    with pytest.raises((AssertionError, RuntimeError), match=r"\[emulator\]|Not equal|Arrays are"):
+        assert_same_bits(update(emulated_extension, [tensor], **settings)[0], expected)

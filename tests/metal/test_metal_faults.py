@@ -1,0 +1,851 @@
+"""The project's own shader on its own host path, with faults planted in the shader's text: each must be seen."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("the emulator runs on Linux", allow_module_level=True)
+
+from emulator import hostile
+from mlx_fused_adam import _ext
+from support import rounding_reference, stored_tensors
+from support.stored_tensors import lay_out
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
+
+
+STEP = 7
+SEED = 2**40 + 5
+ALL = (True, True, True)
+
+
+@pytest.fixture
+def update(emulated_extension):
+    """adam_update of the emulated extension on one tensor, with plain settings."""
+    return functools.partial(run_update, emulated_extension)
+
+
+@pytest.fixture(scope="module")
+def cpu_extension(emulated_extension):
+    return stored_tensors.extension_of_the_cpu(emulated_extension)
+
+
+def run_updates(extension, *lists: list[mx.array], **rounding) -> list[list[mx.array]]:
+    settings = {
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "bias_correction": False,
+    }
+    *results, _ = extension.adam_update(
+        *lists,
+        mx.array(0.1),
+        mx.array(STEP) if rounding else None,
+        is_fused=lambda *dtypes: True,
+        name=str,
+        **settings,
+        **rounding,
+    )
+    return results
+
+
+def run_update(extension, *tensor: mx.array, **rounding) -> list[mx.array]:
+    return [result[0] for result in run_updates(extension, *([x] for x in tensor), **rounding)]
+
+
+def assert_same_bits(actual: list[mx.array], expected: list[mx.array]) -> None:
+    for name, x, y in zip("wmv", actual, expected, strict=True):
+        kind = mx.uint32 if x.dtype == mx.float32 else mx.uint16
+        np.testing.assert_array_equal(np.array(x.view(kind)), np.array(y.view(kind)), name)
+
+
+def tensors(shape: tuple[int, ...], layout: str = "linear", dtype=mx.float32) -> list[mx.array]:
+    """Parameter, gradient, m, v; the layout is the gradient's."""
+    rng = np.random.default_rng(6)
+    w, g, m, v = (mx.array(rng.random(shape).astype(np.float32)).astype(dtype) for _ in range(4))
+    g = lay_out(g, layout)
+    mx.eval(w, g, m, v)
+    return [w, g, m, v]
+
+
+SHAPES = {
+    "linear": (1001,),
+    "column-major": (70, 139),  # more than a tile either way, and no whole runs
+    "column-major, padded": (37, 72),
+    "column-major, other batches": (4, 6, 20, 24),
+    "strided": (3, 4, 5, 6),
+}
+# The layout whose kernel it hits, the text replaced, the replacement, and what must be seen of it.
+PLANTED = {
+    "buffers swapped": (
+        "linear",
+        "device typename Format<S>::m* m [[buffer(kM)]]",
+        "device typename Format<S>::m* m [[buffer(kV)]]",
+        "differs",
+    ),
+    "tail one too long": ("linear", "min(size, start + length)", "start + length", "ends at"),
+    "tail one too short": (
+        "linear",
+        "min(size, start + length)",
+        "min(size - 1, start + length)",
+        "no thread writes|differs",
+    ),
+    "vectors where none fit": (
+        "linear",
+        "if (vectors && size - start >= length)",
+        "if (true)",
+        "ends at",
+    ),
+    "one access of two": (
+        "linear",
+        "start < N; start += count) {\n    uint4 words = uint4(0)",
+        "start + count < N; start += count) {\n    uint4 words = uint4(0)",
+        "no thread writes|differs",
+    ),
+    "no barrier": (
+        "column-major",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "",
+        "tile, which is uninitialised|tile, .*no barrier between",
+    ),
+    "barrier for the wrong memory": (
+        "column-major",
+        "threadgroup_barrier(mem_flags::mem_threadgroup)",
+        "threadgroup_barrier(mem_flags::mem_device)",
+        "no barrier between",
+    ),
+    "tile too narrow": (
+        "column-major",
+        "tile[side][side + 4 / sizeof(G)]",
+        "tile[side][side - 1]",
+        "threadgroup memory tile, which (ends at|another thread)",
+    ),
+    "wrong stride": (
+        "column-major",
+        "(first_column + k) * column_stride",
+        "(first_column + k) * (column_stride + 1)",
+        "ends at|differs",
+    ),
+    "bottom edge of the tile forgotten": (
+        "column-major",
+        "first_row + k < args.rows",
+        "true",
+        "ends at|data race|uninitialised",
+    ),
+    "right edge of the tile forgotten": (
+        "column-major",
+        "first_column + k < args.columns",
+        "true",
+        "ends at",
+    ),
+    "last elements of a line forgotten": (
+        "column-major",
+        "i < length && column + i < columns",
+        "i < length && column + length <= columns",
+        "no thread writes|differs",
+    ),
+    "vectors past the end of a column": (
+        "column-major, padded",
+        "args.vectors && row + length <= args.rows",
+        "args.vectors",
+        "ends at|differs|tile",
+    ),
+    "no vectors in the tile's second half": (
+        "column-major, padded",
+        "tile[k][start + i] = G(values[i])",
+        "tile[k][start + i % 2] = G(values[i])",
+        "uninitialised|differs",
+    ),
+    "batches not divided": (
+        "column-major, other batches",
+        "batch /= size;",
+        "",
+        "no thread writes|data race|differs",
+    ),
+    "batch stride of the gradient": (
+        "column-major, other batches",
+        "gradient_matrix += i * gradient_strides[axis]",
+        "gradient_matrix += i * parameter_strides[axis]",
+        "differs",
+    ),
+    "axes swapped": (
+        "strided",
+        "axis + 1 == args.axes",
+        "axis + 1 != args.axes",
+        "ends at|differs",
+    ),
+    "outer axes not divided": ("strided", "outer /= size;", "", "differs"),
+    "wrong place in the output": (
+        "strided",
+        "* Index(grid.y) +",
+        "* Index(grid.x) +",
+        "ends at|data race",
+    ),
+    "strides of m for v": (
+        "strided",
+        "v_at += i * Index(v_strides[axis])",
+        "v_at += i * Index(gradient_strides[axis])",
+        "ends at|differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_fault_planted_in_the_shader_is_seen(update, plant, name, dtype):
+    layout, text, replacement, problem = PLANTED[name]
+    inputs = tensors(SHAPES[layout], layout, dtype)
+    expected = run_update(_ext, *inputs)
+    assert_same_bits(update(*inputs), expected)
+    plant(text, replacement)
+    try:
+        wrong = update(*inputs)
+        mx.eval(wrong)
+        same = all(bool(mx.array_equal(a, b)) for a, b in zip(wrong, expected, strict=True))
+        seen = "" if same else "differs"
+    except RuntimeError as error:
+        assert "does not compile" not in str(error)
+        seen = str(error)
+    assert re.search(problem, seen), f"{name}: {seen or 'not seen'}"
+
+
+# For each kernel, the shapes and layouts of tensors that it updates with stochastic rounding, whole runs and single elements.
+ROUNDED = {
+    "linear": [((1003,), "linear")],
+    "linear, unaligned": [((1003,), "between vectors")],
+    "group": [((1003,), "linear"), ((64,), "linear"), ((37, 5), "linear")],
+    "tiled": [((70, 139), "column-major")],
+    "tiled, vectors": [((136, 72), "column-major")],
+    "general": [((3, 4, 5, 6), "strided")],
+}
+# Which of ROUNDED, which results are rounded stochastically, the text replaced and the replacement.
+PLANTED_IN_ROUNDING = {
+    "one draw for a run": (
+        "linear",
+        ALL,
+        "element_rounding(step.rounding, element + k)",
+        "element_rounding(step.rounding, element)",
+    ),
+    "one draw for single elements": (
+        "linear, unaligned",
+        ALL,
+        "t, i, first_element + i,",
+        "t, i, first_element,",
+    ),
+    "one number for a group": ("group", ALL, "args.numbers[which]", "args.numbers[0]"),
+    "column for element of a tile": ("tiled", ALL, "uint(at + i),", "column + i,"),
+    "column for element of a tile's runs": ("tiled, vectors", ALL, "at, uint(at),", "at, column,"),
+    "element as the gradient lies": (
+        "general",
+        ALL,
+        "args.first_element + uint(at)",
+        "args.first_element + uint(gradient_at)",
+    ),
+    "one draw for all steps": ("linear", ALL, "step[0], number", "0u, number"),
+    "half the seed": ("linear", ALL, "args.rounding.seed_high", "0u"),
+    "the bits of v for m": (
+        "linear",
+        ALL,
+        "random_half(of_state, 16u,",
+        "random_half(of_state, 0u,",
+    ),
+    "m with v": ("linear", (False, False, True), "flags & kRoundM", "flags & kRoundV"),
+    "v with m": ("linear", (False, True, False), "flags & kRoundV", "flags & kRoundM"),
+    "parameter with m": (
+        "linear",
+        (False, True, False),
+        "flags & kRoundParameter) != 0u, of",
+        "flags & kRoundM) != 0u, of",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("name", PLANTED_IN_ROUNDING)
+def test_a_fault_planted_in_the_rounding_is_seen(emulated_extension, plant, name, dtype):
+    which, results, text, replacement = PLANTED_IN_ROUNDING[name]
+    each = [tensors(shape, layout, dtype) for shape, layout in ROUNDED[which]]
+    lists = list(map(list, zip(*each, strict=True)))
+    how = {"rounding": results, "seed": SEED, "numbers": [3 + 5 * i for i in range(len(each))]}
+    expected = run_updates(_ext, *lists, **how)
+    for actual, want in zip(
+        zip(*run_updates(emulated_extension, *lists, **how), strict=True),
+        zip(*expected, strict=True),
+        strict=True,
+    ):
+        assert_same_bits(actual, want)
+    plant(text, replacement)
+    wrong = run_updates(emulated_extension, *lists, **how)
+    mx.eval(wrong)
+    pairs = zip(sum(wrong, []), sum(expected, []), strict=True)
+    assert not all(bool(mx.array_equal(x, y)) for x, y in pairs)
+
+
+CODES = ("bfloat16", "bfloat16", "int8")
+MASTER = ("master", "bfloat16", "bfloat16")
+# Formats, shape, which array lies how; the text replaced, the replacement, and what must be seen of it.
+PLANTED_IN_FORMATS = {
+    "a shuffle left out": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "x = max(x, simd_shuffle_xor(x, 1));",
+        "",
+        "differs",
+    ),
+    "a shuffle with another block": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "max(x, simd_shuffle_xor(x, 2))",
+        "max(x, simd_shuffle_xor(x, 4))",
+        "differs",
+    ),
+    "scales not handed on": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "x |= simd_shuffle_xor(x, 2);",
+        "",
+        "differs",
+    ),
+    "a thread beyond its row's end that leaves": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "  bool has_scales =",
+        "  if (count == 0u) return;\n  bool has_scales =",
+        "differs",
+    ),
+    "scales written by all threads of a block": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "if (has_scales) {\n    t.extra",
+        "if (count > 0u) {\n    t.extra",
+        "data race",
+    ),
+    "scales read by all threads of a block": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "if (has_scales) {\n    scales",
+        "if (count > 0u) {\n    scales",
+        "data race",
+    ),
+    "scale of the block before": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "t.extra.new_m_scale[block] = ushort",
+        "t.extra.new_m_scale[block > 0 ? block - 1 : 0] = ushort",
+        "data race|no thread writes|differs",
+    ),
+    "scale of v for m": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "load_int8(m_codes[k], old_m_scale)",
+        "load_int8(m_codes[k], old_v_scale)",
+        "differs",
+    ),
+    "rows not told apart": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "uint row = thread_of_tensor / row_threads;",
+        "uint row = 0u;",
+        "no thread writes|ends at|differs",
+    ),
+    "row length off by one": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "row * row_length + column",
+        "row * (row_length + 1) + column",
+        "ends at|no thread writes|differs",
+    ),
+    "row without its last block": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "(row_length + kBlockElements - 1) / kBlockElements",
+        "row_length / kBlockElements",
+        "ends at|no thread writes|data race|differs",
+    ),
+    "tail one too long": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "min(uint(kLongRun), columns - column)",
+        "min(uint(kLongRun), columns - column + 1)",
+        "ends at|data race",
+    ),
+    "tail one too short": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "min(uint(kLongRun), columns - column)",
+        "min(uint(kLongRun), columns - column - 1)",
+        "no thread writes|differs",
+    ),
+    "codes past the end of a row": (
+        CODES,
+        (64, 70),
+        ("gradient", "linear"),
+        "codes[k] = k < count ? from[k] : T(0);",
+        "codes[k] = from[k];",
+        "ends at|data race",
+    ),
+    "half of the codes of a vector": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "T(words[k / 4] >>",
+        "T(words[0] >>",
+        "differs",
+    ),
+    "codes that do not go on from step to step": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "tensor.random.advance)",
+        "0u)",
+        "differs",
+    ),
+    "codes with the draws of floats": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "number, scalars, step, Format<S>::has_codes",
+        "number, scalars, step, false",
+        "differs",
+    ),
+    "one draw for a run of codes": (
+        CODES,
+        (64, 96),
+        ("gradient", "linear"),
+        "element + k);\n    parameter[k] = float(stored(parameter[k]",
+        "element);\n    parameter[k] = float(stored(parameter[k]",
+        "differs",
+    ),
+    "one block for all columns of a tile": (
+        CODES,
+        (70, 96),
+        ("gradient", "column-major"),
+        "row_block + column / kBlockElements",
+        "row_block",
+        "data race|no thread writes|differs",
+    ),
+    "blocks of a tile's rows": (
+        CODES,
+        (70, 96),
+        ("gradient", "column-major"),
+        "parameter_strides[2 * args.axes + 1]",
+        "1",
+        "data race|no thread writes|differs",
+    ),
+    "blocks of a batch": (
+        CODES,
+        (3, 40, 70),
+        ("gradient", "column-major"),
+        "first_block += i * parameter_strides[args.axes + 1 + axis];",
+        "",
+        "data race|no thread writes|differs",
+    ),
+    "blocks of general rows": (
+        CODES,
+        (13, 70),
+        ("gradient", "strided"),
+        "place.row * row_blocks",
+        "place.row",
+        "data race|no thread writes|differs",
+    ),
+    "stride of the gradient": (
+        CODES,
+        (13, 70),
+        ("gradient", "strided"),
+        "Index(k) * place.gradient_stride",
+        "Index(k)",
+        "differs",
+    ),
+    "stride of the parameter": (
+        CODES,
+        (13, 70),
+        ("parameter", "strided"),
+        "Index(k) * place.parameter_stride",
+        "Index(k)",
+        "differs",
+    ),
+    "remainders of a run not stored": (
+        MASTER,
+        (64, 96),
+        ("gradient", "linear"),
+        "store_run<N>(t.extra.new_remainder + at, remainder);",
+        "",
+        "no thread writes|differs",
+    ),
+    "remainder not stored": (
+        MASTER,
+        (64, 96),
+        ("gradient", "strided"),
+        "t.extra.new_remainder[at] = as_type<short>(ushort(parts.remainder));",
+        "",
+        "no thread writes|differs",
+    ),
+    "remainders of a run not read": (
+        MASTER,
+        (64, 96),
+        ("gradient", "linear"),
+        "join(upper[k], remainder[k])",
+        "join(upper[k], 0)",
+        "differs",
+    ),
+    "remainder not read": (
+        MASTER,
+        (64, 96),
+        ("gradient", "strided"),
+        "t.extra.remainder[extra_at]",
+        "0",
+        "differs",
+    ),
+    "remainder where the parameter lies": (
+        MASTER,
+        (64, 96),
+        ("parameter", "strided"),
+        "remainder + at, m_scale",
+        "remainder + parameter_at, m_scale",
+        "ends at|differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_FORMATS)
+def test_a_fault_planted_in_a_format_is_seen(cpu_extension, emulated_extension, plant, name):
+    formats, shape, (which, layout), text, replacement, problem = PLANTED_IN_FORMATS[name]
+    tensor = stored_tensors.make(cpu_extension, shape, formats)
+    expected = stored_tensors.steps(cpu_extension, [tensor], layout, of=which)[0]
+
+    def run() -> dict[str, mx.array]:
+        return stored_tensors.steps(emulated_extension, [tensor], layout, of=which)[0]
+
+    stored_tensors.assert_same_bits(run(), expected)
+    plant(text, replacement)
+    try:
+        wrong = run()
+        pairs = [(stored_tensors.bits(wrong[x]), stored_tensors.bits(expected[x])) for x in wrong]
+        seen = "" if all(np.array_equal(x, y) for x, y in pairs) else "differs"
+    except RuntimeError as error:
+        assert "does not compile" not in str(error)
+        seen = str(error)
+    assert re.search(problem, seen), f"{name}: {seen or 'not seen'}"
+
+
+ARRAYS = ("w", "g", "m", "v")
+LAYOUTS = ("column-major", "strided", "reversed", "between vectors")
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", range(4), ids=ARRAYS)
+def test_one_array_that_lies_otherwise(update, which, layout, dtype):
+    """The verdict on a layout, the strides handed over, and the alignment, each depend on all four arrays.
+
+    "between vectors": MLX's buffers start at pages on Metal, so an array's own offset decides whether vectors fit.
+    """
+    inputs = tensors((24, 40), dtype=dtype)
+    expected = run_update(_ext, *inputs)
+    inputs[which] = lay_out(inputs[which], layout)
+    mx.eval(inputs)
+    assert_same_bits(update(*inputs), expected)
+
+
+@pytest.mark.parametrize("which", range(4), ids=ARRAYS)
+def test_one_array_of_a_tiled_update_between_vectors(update, which):
+    inputs = tensors((24, 40), "column-major")
+    expected = run_update(_ext, *inputs)
+    if which == 1:
+        inputs[1] = lay_out(mx.contiguous(inputs[1].T), "between vectors").T
+    else:
+        inputs[which] = lay_out(inputs[which], "between vectors")
+    mx.eval(inputs)
+    assert_same_bits(update(*inputs), expected)
+
+
+@pytest.mark.parametrize("which", range(4), ids=ARRAYS)
+def test_a_group_of_an_aligned_and_an_offset_tensor(emulated_extension, which):
+    both = [tensors((1001,)), tensors((999,))]
+    expected = [run_update(_ext, *inputs) for inputs in both]
+    both[1][which] = lay_out(both[1][which], "between vectors")
+    mx.eval(both)
+    for order in (both, both[::-1]):
+        results = run_updates(emulated_extension, *map(list, zip(*order, strict=True)))
+        actual = list(map(list, zip(*results, strict=True)))
+        for got, want in zip(actual, expected if order is both else expected[::-1], strict=True):
+            assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("shape", [(2**20 + 5,), (5, 2**10 + 3, 7)], ids=str)
+def test_a_strided_gradient_of_more_than_one_row_of_threads(update, shape, monkeypatch):
+    monkeypatch.setenv("FUSED_ADAM_EMULATOR_ORDERS", "forward")
+    inputs = tensors(shape, "strided")
+    assert_same_bits(update(*inputs), run_update(_ext, *inputs))
+
+
+@pytest.mark.parametrize("which", [None, "parameter", "gradient", "m and v"])
+def test_each_combination_of_dtypes_has_kernels_of_its_own(update, which):
+    """In one process, one combination after the other, so that a library kept under too short a name is seen."""
+    inputs = tensors((1001,))
+    for i, name in enumerate(("parameter", "gradient", "m and v", "m and v")):
+        if name == which:
+            inputs[i] = inputs[i].astype(mx.float16)
+    assert_same_bits(update(*inputs), run_update(_ext, *inputs))
+
+
+def test_one_call_with_gradients_of_two_dtypes(emulated_extension):
+    w, g, m, v = tensors((100,))
+    other = g.astype(mx.bfloat16)
+    actual = run_updates(emulated_extension, [w, w], [g, other], [m, m], [v, v])
+    for i, gradient in enumerate((g, other)):
+        assert_same_bits([xs[i] for xs in actual], run_update(_ext, w, gradient, m, v))
+
+
+def test_the_probe_has_kernels_of_its_own(emulated_extension):
+    """Adam first, then the probe on the same dtypes, which adds the gradient to all three."""
+    w, g, m, v = tensors((1001,))
+    assert_same_bits(run_update(emulated_extension, w, g, m, v), run_update(_ext, w, g, m, v))
+    assert_same_bits(list(emulated_extension.traffic_probe(w, g, m, v)), [w + g, m + g, v + g])
+
+
+@pytest.mark.parametrize("missing", ["adam_group", "adam_tiled", "adam_general_32"])
+def test_a_kernel_that_is_missing_leaves_everything_as_it_was(
+    emulated_extension, emulator, missing
+):
+    """Also where other tensors of the node could be updated in place: the failed evaluation can be tried again."""
+
+    def lists() -> list[list[mx.array]]:
+        each = [
+            tensors((1001,)),
+            tensors((999,)),
+            tensors((37, 70), "column-major"),
+            tensors((3, 4, 5, 6), "strided"),
+        ]
+        return list(map(list, zip(*each, strict=True)))
+
+    expected = run_updates(_ext, *lists())
+    results = run_updates(emulated_extension, *lists())
+    emulator.replace_in_shaders(f'host_name("{missing}")', 'host_name("another")')
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            mx.eval(results)
+    finally:
+        emulator.replace_in_shaders("", "")
+    message = str(raised.value)
+    assert (
+        f"{missing} of fused_adam<AdamRule, float, float, float> must compile and load" in message
+    )
+    assert "no kernel" in message and "MLX_FUSED_ADAM_BACKEND" in message
+    mx.eval(results)
+    for i in range(4):
+        assert_same_bits([xs[i] for xs in results], [xs[i] for xs in expected])
+
+
+def test_a_gpu_without_bfloat_names_what_it_lacks(update):
+    inputs = tensors((1001,))
+    with hostile.relaxed("no_bfloat"):
+        assert_same_bits(update(*inputs), run_update(_ext, *inputs))
+        with pytest.raises(
+            RuntimeError, match="(?s)adam_linear of .*<AdamRule, bfloat, .* no type bfloat"
+        ):
+            mx.eval(update(*tensors((1001,), dtype=mx.bfloat16)))
+
+
+LARGE = (2**16 + 1, 2**16)  # more than 2^32 elements
+TAIL = 64
+
+
+def large_tensors(emulator, layout: str) -> list[mx.array]:
+    """Half-precision tensors, not zero in their last elements only, that exist only where they are touched."""
+    shapes = {"batches": (5, 2**15, 2**15), "padded": (2**17 + 1, 2**14)}
+    shapes["three pieces"] = (2**15 + 1, 2**16)  # the last does not begin at a multiple of 2^32
+    shape = shapes.get(layout, LARGE)
+    in_memory, view_of = shape, lambda x: x
+    if layout in ("column-major", "batches"):
+        in_memory, view_of = (*shape[:-2], shape[-1], shape[-2]), lambda x: x.swapaxes(-1, -2)
+    if layout == "strided":
+        in_memory, view_of = (shape[0], shape[1] * 2), lambda x: x[:, ::2]
+    if layout == "padded":
+        in_memory, view_of = (shape[0], shape[1] + 8), lambda x: x[:, : shape[1]]
+    shapes = [shape, in_memory, shape, shape]
+    arrays = [emulator.sparse_zeros(s, mx.float16) for s in shapes]
+    for i, (x, value) in enumerate(zip(arrays, (1.0, 0.5, 0.25, 0.125), strict=True)):
+        view = np.array(x, copy=False)
+        last = (view_of(view) if i == 1 else view)[(-1,) * (view.ndim - 1)]
+        last[-TAIL:] = value * np.arange(1, TAIL + 1)
+    arrays[1] = view_of(arrays[1])
+    return arrays
+
+
+# The threadgroups that update the last elements, by what csrc/metal/adam.cpp chooses: of each dispatch of 2^30 elements the
+# first 32, which hold all of the last dispatch; the last tile of 64 x 64; the end of the last of eight equal pieces; of
+# pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
+LAST_THREADGROUPS = {
+    "linear": (0, 32),
+    "three pieces": (0, 32),
+    "column-major": (1024 * 1025 - 1, 1024 * 1025),
+    "strided": (2**21 + 31, 2**21 + 32),
+    "padded": (64 * 32769 - 1, 64 * 32769),
+    "batches": (5 * 512 * 512 - 1, 5 * 512 * 512),
+}
+OVERFLOWS = {
+    "column-major": ("int64_t at = matrix", "int at = matrix"),
+    "batches": ("int64_t matrix = 0", "int matrix = 0"),
+}
+
+
+@pytest.fixture
+def no_memory_limit():
+    """Results this large pass MLX's limit, upon which it may wait for tasks that failed in another test, for ever."""
+    before = mx.set_memory_limit(1 << 50)
+    yield
+    mx.set_memory_limit(before)
+
+
+def last_elements(emulator, update, layout: str, **rounding) -> list[np.ndarray]:
+    emulator.run_only_threadgroups(*LAST_THREADGROUPS[layout])
+    try:
+        results = update(*large_tensors(emulator, layout), **rounding)
+        mx.eval(results)
+    finally:
+        emulator.run_all_threadgroups()
+    return [np.array(x, copy=False).reshape(-1)[-TAIL:].copy() for x in results]
+
+
+@pytest.mark.usefixtures("no_memory_limit")
+@pytest.mark.parametrize("layout", LAST_THREADGROUPS)
+def test_tensors_of_more_than_2_32_elements(emulator, update, layout):
+    values = [mx.arange(1, TAIL + 1).astype(mx.float16) * x for x in (1.0, 0.5, 0.25, 0.125)]
+    expected = run_update(_ext, *values)
+    for got, want in zip(last_elements(emulator, update, layout), expected, strict=True):
+        np.testing.assert_array_equal(got, np.array(want))
+
+
+@pytest.mark.usefixtures("no_memory_limit")
+@pytest.mark.parametrize("layout", OVERFLOWS)
+def test_an_index_of_32_bits_is_seen(emulator, update, plant, layout):
+    right = last_elements(emulator, update, layout)
+    plant(*OVERFLOWS[layout])
+    try:
+        wrong = last_elements(emulator, update, layout)
+    except RuntimeError as error:
+        assert "before the start" in str(error) or "outside every buffer" in str(error)
+    else:
+        assert any(not np.array_equal(a, b) for a, b in zip(right, wrong, strict=True))
+
+
+# Elements beyond 2^32, or a piece that the host cut, counted anew from 0.
+COUNTED_ANEW = {
+    "three pieces": ("first_element + start, gradient", "start, gradient"),
+    "strided": ("args.first_element + uint(at)", "uint(at)"),
+}
+
+
+@pytest.mark.usefixtures("no_memory_limit")
+@pytest.mark.parametrize("layout", LAST_THREADGROUPS)
+def test_rounding_of_tensors_of_more_than_2_32_elements(emulator, update, plant, layout):
+    """Their draws are those of the row-major index modulo 2^32, in each of the dispatches that the host makes."""
+    values = [mx.arange(1, TAIL + 1).astype(mx.float32) * x for x in (1.0, 0.5, 0.25, 0.125)]
+    unrounded = np.array(run_update(_ext, *values)[2])
+    shape = large_tensors(emulator, layout)[0].shape
+    first, second = rounding_reference.key_of(SEED, STEP, 0)
+    start = np.uint32((math.prod(shape) - TAIL) % 2**32)
+    bits = rounding_reference.random_bits(first + start, second, TAIL) & 0xFFFF
+    expected = rounding_reference.rounded(unrounded, bits, mx.float16)
+    how = {"rounding": (False, False, True), "seed": SEED, "numbers": [0]}
+    found = last_elements(emulator, update, layout, **how)[2]
+    np.testing.assert_array_equal(found.astype(np.float64), expected)
+    if layout in COUNTED_ANEW:
+        plant(*COUNTED_ANEW[layout])
+        wrong = last_elements(emulator, update, layout, **how)[2]
+        assert not np.array_equal(wrong.astype(np.float64), expected)
+
+
+# Shapes of codes, the gradient's stride, how many of the last elements the last dispatch has in these of its threadgroups: a
+# dispatch takes 16386 such rows, so two and one row for a third, or the last of four that halving makes; or a part of a row.
+LARGE_ROWS = {
+    "rows": ((2 * 16386 + 1, 2**16 - 8), 1, 2**16 - 8, (0, 32)),
+    "one row": ((2**30 + 70,), 1, 70, (0, 1)),
+    "long rows": ((2, 2**30 + 70), 1, 70, (0, 1)),
+    "strided rows": ((2 * 16386 + 1, 2**16 - 8), 2, 2**16 - 8, (32 * 8193, 32 * 8194)),
+    "reversed row": ((2**30 + 70,), -1, 38, (2**18, 2**18 + 1)),
+}
+
+
+@pytest.mark.usefixtures("no_memory_limit")
+@pytest.mark.parametrize("name", LARGE_ROWS)
+def test_codes_of_more_than_one_dispatch(cpu_extension, emulated_extension, emulator, name):
+    """Their last elements, from zeros: values, and the scales that the last dispatch writes at its place."""
+    shape, stride, end, threadgroups = LARGE_ROWS[name]
+    dtypes = {"parameter": mx.float16, "gradient": mx.float16, "m": mx.int8, "v": mx.uint8}
+    tensor = {part: emulator.sparse_zeros(shape, dtype) for part, dtype in dtypes.items()}
+    scales = (*shape[:-1], -(-shape[-1] // 32))
+    for part in ("m_scale", "v_scale"):
+        tensor[part] = emulator.sparse_zeros(scales, mx.bfloat16)
+    values = np.zeros(end, np.float16)
+    values[-TAIL:] = np.arange(1, TAIL + 1)[:end]
+    in_memory = (*shape[:-1], shape[-1] * abs(stride))
+    tensor["gradient"] = emulator.sparse_zeros(in_memory, mx.float16)
+    np.array(tensor["gradient"], copy=False).reshape(-1)[::stride][-end:] = values
+    tensor["gradient"] = tensor["gradient"][..., ::stride]
+    small = {part: mx.zeros(end, dtype) for part, dtype in dtypes.items()}
+    small |= {f"{x}_scale": mx.zeros(-(-end // 32), mx.bfloat16) for x in "mv"}
+    expected = stored_tensors.update(
+        cpu_extension, [small | {"gradient": mx.array(values)}], rounding="none"
+    )[0]
+    emulator.run_only_threadgroups(*threadgroups)
+    try:
+        found = stored_tensors.update(emulated_extension, [tensor], rounding="none")[0]
+        mx.eval(found)
+    finally:
+        emulator.run_all_threadgroups()
+    for part in ("parameter", "m", "v", "m_scale", "v_scale"):
+        want = stored_tensors.bits(expected[part])
+        kind = {1: mx.uint8, 2: mx.uint16}[want.itemsize]
+        last = np.array(found[part].view(kind), copy=False).reshape(-1)[-want.size :]
+        np.testing.assert_array_equal(last, want, part)
+        assert want.any()
+
+
+FAR_APART = 2**26
+SPREAD = 40  # elements, so that 32-bit indices end before the last
+
+
+def spread_tensors(emulator) -> list[mx.array]:
+    """A gradient of few elements, walked backwards with a stride of -2^26."""
+    w, _, m, v = tensors((SPREAD,), dtype=mx.float16)
+    far = emulator.sparse_zeros((SPREAD, FAR_APART), mx.float16)
+    np.array(far, copy=False)[:, 0] = np.arange(1, SPREAD + 1)
+    return [w, far[::-1, 0], m, v]
+
+
+@pytest.mark.usefixtures("no_memory_limit")
+def test_negative_strides_count_in_the_choice_of_64_bits(emulator, update, plant):
+    expected = run_update(_ext, *spread_tensors(emulator))
+    assert_same_bits(update(*spread_tensors(emulator)), expected)
+    plant("i * Index(gradient_strides[axis])", "int(i) * int(gradient_strides[axis])")
+    try:
+        wrong = update(*spread_tensors(emulator))
+        mx.eval(wrong)
+    except RuntimeError as error:
+        assert "outside every buffer" in str(error) or "ends at" in str(error)
+    else:
+        assert not mx.array_equal(wrong[0], expected[0])

@@ -1,0 +1,406 @@
+"""The guard on first use: what an optimizer does where a kernel fails or computes something else than stock."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import mlx.core as mx
+import mlx.optimizers as stock
+import numpy as np
+import pytest
+
+import mlx_fused_adam as fused
+from mlx_fused_adam import _backends, _self_check, _step
+from support.extension_users import use_extension
+from support.mlx_release import since_mlx
+
+pytestmark = pytest.mark.usefixtures("device", "unchecked")
+
+
+@pytest.fixture
+def unchecked(device, monkeypatch):
+    """Nothing has been checked yet."""
+    monkeypatch.setattr(_backends, "_known", {})
+
+
+class Faulty:
+    """Stands in for the extension; what its kernels give is put through a fault, what stock operations give is not."""
+
+    def __init__(self, extension, fault):
+        self._extension = extension
+        self._fault = fault
+
+    def __getattr__(self, name):
+        return getattr(self._extension, name)
+
+    def adam_update(self, *args, is_fused, **kwargs):
+        kwargs |= getattr(self._fault, "settings", {})
+        answers = []
+
+        def ask(*dtypes):
+            answers.append(is_fused(*dtypes))
+            return answers[-1]
+
+        results = self._extension.adam_update(*args, is_fused=ask, **kwargs)
+        if not any(answers):
+            return results
+        step = args[5].item() if len(args) > 5 and args[5] is not None else 0
+        *arrays, extras = results
+        extras = getattr(self._fault, "of_extras", lambda x: x)(extras)
+        return *self._fault(arrays, step, kwargs.get("wide_indices", False)), extras
+
+
+def install(monkeypatch, extension, fault):
+    use_extension(monkeypatch, Faulty(extension, fault))
+
+
+def raise_compile_error(results, step, wide):
+    raise RuntimeError("shader does not compile")
+
+
+def shift(results, where):
+    """The last element of the parameters of these shapes, moved a little."""
+    parameters, m, v = results
+
+    def shifted(p):
+        at = mx.arange(p.size).reshape(p.shape) == p.size - 1
+        return mx.where(at, p + 0.01, p).astype(p.dtype) if where(p) else p
+
+    return [shifted(p) for p in parameters], m, v
+
+
+def give_nan(results, step, wide):
+    parameters, m, v = results
+    return parameters, [x * mx.nan for x in m], v
+
+
+def fail_when_evaluated(results, step, wide):
+    def bad(x):
+        return mx.zeros((3,)) @ mx.zeros((4,))
+
+    return [[bad(x) for x in xs] for xs in results]
+
+
+FAULTS = {
+    "does not compile": raise_compile_error,
+    "NaN": give_nan,
+    "fails when evaluated": fail_when_evaluated,
+    "linear": lambda r, step, wide: shift(r, lambda p: p.shape == (70001,)),
+    "group, not aligned": lambda r, step, wide: shift(r, lambda p: p.shape == (599,)),
+    "column-major": lambda r, step, wide: shift(r, lambda p: p.shape == (170, 150)),
+    "strided": lambda r, step, wide: shift(r, lambda p: p.shape == (130, 70) and not wide),
+    "64-bit indices": lambda r, step, wide: shift(r, lambda p: wide),
+    "second step": lambda r, step, wide: shift(r, lambda p: step == 4),
+}
+
+
+@pytest.mark.parametrize("lost", ["gradient_scale", "is_applied"])
+def test_a_kernel_that_ignores_the_guard_fails(extension, monkeypatch, lost):
+    def fault(results, step, wide):
+        return results
+
+    fault.settings = {lost: None}
+    faulty = Faulty(extension, fault)
+    assert "kernel is off by" in _self_check.run(
+        faulty, mx.default_device().type, (mx.float32,) * 3
+    )
+
+
+NORM_FAULTS = {
+    "raises": lambda gradients, total: 1 / 0,
+    "last gradient left out": lambda gradients, total: total - gradients[-1].square().sum(),
+    "NaN not seen": lambda gradients, total: mx.where(mx.isnan(total), 1.0, total),
+    "infinity not seen": lambda gradients, total: mx.where(mx.isinf(total), 1.0, total),
+    "NaN": lambda gradients, total: total * mx.nan,
+}
+
+
+@pytest.mark.parametrize("name", NORM_FAULTS)
+def test_a_broken_norm_leaves_norms_to_stock(extension, backend_name, monkeypatch, name):
+    """And updates to their kernel: with a warning, the right norm, and a skipped step where there should be one."""
+
+    class FaultyNorm(Faulty):
+        def sum_of_squares(self, gradients, *, is_fused, **kwargs):
+            answers = []
+
+            def ask(dtype):
+                answers.append(is_fused(dtype))
+                return answers[-1]
+
+            total = self._extension.sum_of_squares(gradients, is_fused=ask, **kwargs)
+            return NORM_FAULTS[name](gradients, total) if any(answers) else total
+
+    use_extension(monkeypatch, FaultyNorm(extension, lambda results, step, wide: results))
+    parameters, gradients = {"w": mx.ones(4)}, {"w": mx.full((4,), 3.0)}
+    optimizer = fused.AdamW(0.1, max_grad_norm=1.0, skip_nonfinite=True)
+    with pytest.warns(RuntimeWarning, match="leaves norms of float32 gradients on the"):
+        parameters = optimizer.apply_gradients(gradients, parameters)
+    assert optimizer.state["grad_norm"].item() == 6
+    optimizer.apply_gradients({"w": mx.full((4,), mx.inf)}, parameters)
+    assert optimizer.state["skipped"].item() == 1
+    assert optimizer.backend.startswith(f"{backend_name} (but stock for norms of float32")
+
+
+@pytest.fixture(params=FAULTS)
+def broken(request, extension, monkeypatch):
+    install(monkeypatch, extension, FAULTS[request.param])
+    return request.param
+
+
+def test_the_kernel_passes(backend_name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend = fused.Adam(0.1).backend
+    assert backend == backend_name
+
+
+@pytest.mark.parametrize("dtypes", [
+    (mx.float32, mx.bfloat16, mx.float32), (mx.bfloat16,) * 3, (mx.float16, mx.float16, mx.bfloat16),
+    (mx.float32, mx.float32, mx.int8), (mx.bfloat16, mx.bfloat16, mx.int8),
+    (mx.bfloat16, mx.bfloat16, mx.bfloat16, mx.int16), (mx.bfloat16, mx.float32, mx.int8, mx.int16),
+], ids=_self_check.names)  # fmt: skip
+def test_kernels_pass_in_16_bits(extension, dtypes):
+    assert _self_check.run(extension, mx.default_device().type, dtypes) is None
+
+
+def test_a_broken_kernel_leaves_the_work_to_stock(broken):
+    """One warning with the reason; results, state and derivatives as if nothing had been replaced."""
+    parameters, gradients = {"w": mx.ones((3, 4))}, {"w": mx.full((3, 4), 0.2)}
+    optimizer, reference = fused.AdamW(0.1), stock.AdamW(0.1)
+    with pytest.warns(RuntimeWarning, match="leaves updates of float32 on the .pu to stock"):
+        new = optimizer.apply_gradients(gradients, parameters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            expected = reference.apply_gradients(gradients, parameters)
+            assert mx.array_equal(new["w"], expected["w"]).item()
+            parameters = new
+            new = optimizer.apply_gradients(gradients, parameters)
+        assert optimizer.backend.startswith("stock (self-check ")
+        if broken == "does not compile":
+            assert "shader does not compile" in optimizer.backend
+        x = mx.ones(3)
+        w, m, v = fused.adam_update(x, x, x, x, 0.1)
+    np.testing.assert_allclose(np.array(w), 0.9, rtol=1e-6)
+
+
+def test_only_the_dtypes_that_fail_fall_back(extension, backend_name, monkeypatch):
+    """As on a GPU without bfloat: float32 still runs fused, in the same tree."""
+
+    def no_bfloat(results, step, wide):
+        if any(x.dtype == mx.bfloat16 for x in results[0]):
+            raise RuntimeError("unknown type name 'bfloat'")
+        return results
+
+    install(monkeypatch, extension, no_bfloat)
+    optimizer = fused.AdamW(0.1)
+    parameters = {"half": mx.ones(5, mx.bfloat16), "single": mx.ones(5)}
+    optimizer.init(parameters)
+    gradients = {k: mx.full((5,), 0.25, p.dtype) for k, p in parameters.items()}
+    assert optimizer.backend == backend_name
+    with pytest.warns(RuntimeWarning, match="leaves updates of bfloat16 on the"):
+        # Asked apart, since the stand-in spoils all of a call.
+        half = optimizer.apply_gradients({"half": gradients["half"]}, parameters)
+    backend = _backends.backend_of()
+    assert not backend.is_fused(*[mx.bfloat16] * 3) and backend.is_fused(*[mx.float32] * 3)
+    assert optimizer.backend.startswith(f"{backend_name} (but stock for bfloat16: self-check")
+    monkeypatch.undo()
+    assert half["half"].dtype == optimizer.state["half"]["v"].dtype == mx.bfloat16
+    # 0.9, to bfloat16's nearest: the update of 16-bit tensors is float32 arithmetic without a kernel too.
+    np.testing.assert_allclose(np.array(half["half"].astype(mx.float32)), 0.6836, atol=2e-3)
+
+
+def spoil(index):
+    """Of the extras: what stands at `index` is lost."""
+
+    def fault(results, step, wide):
+        return results
+
+    def spoilt(extras):
+        return [
+            [x * 0 if i == index and x is not None else x for i, x in enumerate(e)] for e in extras
+        ]
+
+    fault.of_extras = spoilt
+    return fault
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["remainder", "m_scale", "v_scale"])
+def test_a_kernel_that_stores_scales_or_remainders_wrongly_fails(extension, monkeypatch, index):
+    dtypes = (mx.bfloat16, mx.bfloat16, mx.int8, mx.int16)
+    faulty = Faulty(extension, spoil(index))
+    assert "kernel is off by" in _self_check.run(faulty, mx.default_device().type, dtypes)
+
+
+OPTIONS = [{"state_dtype": "int8"}, {"master_weights": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
+    """As on a GPU whose kernel for it fails; the stand-in is a back end of another name."""
+    parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
+    gradients = {"w": mx.full((64, 64), 0.25, mx.bfloat16)}
+    expected = fused.AdamW(0.1, **options).apply_gradients(gradients, parameters)
+    gpu = _backends.Backend("metal", None, mx.gpu)
+    gpu.place = lambda asked: asked
+    monkeypatch.setattr(_step, "backend_of", lambda: gpu)
+    find = _backends.Backend._find
+    monkeypatch.setattr(
+        _self_check, "run", lambda ext, kind, dtypes: "it is broken" if kind == mx.gpu else None
+    )
+    monkeypatch.setattr(_backends.Backend, "_find", find)
+    optimizer = fused.AdamW(0.1, **options)
+    with pytest.warns(
+        RuntimeWarning, match="leaves updates of bfloat16 .* to the CPU: it is broken"
+    ):
+        new = optimizer.apply_gradients(gradients, parameters)
+    assert mx.array_equal(new["w"], expected["w"])
+    gpu.verdicts[(mx.float32,) * 3] = None
+    assert gpu.description.startswith("metal (but the CPU for bfloat16 ")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_stock_cannot_store_is_an_error_where_stock_is_forced(monkeypatch, options):
+    forced = _backends.Backend(None, "MLX_FUSED_ADAM_BACKEND=stock", mx.cpu, is_forced=True)
+    monkeypatch.setattr(_step, "backend_of", lambda: forced)
+    parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
+    optimizer = fused.AdamW(0.1, **options)
+    with pytest.raises(
+        RuntimeError, match="must have a kernel, since stock operations cannot store"
+    ):
+        optimizer.apply_gradients(parameters, parameters)
+    assert optimizer.step.item() == 0
+    assert fused.AdamW(0.1).apply_gradients(parameters, parameters)["w"].dtype == mx.bfloat16
+
+
+def test_classes_put_in_the_place_of_stocks_are_not_the_reference(monkeypatch):
+    monkeypatch.setattr(stock, "Adam", fused.Adam)
+    monkeypatch.setattr(stock, "AdamW", fused.AdamW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = stock.AdamW(0.1)
+        new = optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
+    assert mx.all(new["w"] < 1).item() and not optimizer.backend.startswith("stock")
+
+
+PROGRAM = """
+import warnings
+warnings.simplefilter("error")
+import mlx.core as mx
+import mlx_fused_adam as fused
+"""
+USERS_ERROR = """
+mx.set_default_device(mx.cpu)
+slow = mx.ones((500, 500))
+mx.eval(slow)
+# The error comes once async_eval has returned, which would else raise it itself.
+bad = mx.linalg.inv((slow @ slow)[:3, :3] * 0)
+mx.async_eval(bad)
+import time
+time.sleep(2)
+print(fused.Adam(0.1).backend)
+try:
+    mx.synchronize()
+except RuntimeError as error:
+    print("LU factorization failed" in str(error))
+"""
+
+
+def run(program, **environment):
+    command = [sys.executable, "-c", PROGRAM + program]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@since_mlx("0.32.2", "mx.synchronize raises what a task of the CPU has thrown")
+def test_an_earlier_error_of_the_user_is_left_to_the_user(device):
+    """It is no fault of the kernel's, and whoever waits for that work is told."""
+    if device == "gpu":
+        pytest.skip("MLX factorizes matrices on the CPU only")
+    result = run(USERS_ERROR)
+    assert (result.returncode, result.stdout.split("\n")[1]) == (0, "True"), result.stderr
+    assert not result.stdout.startswith("stock")
+
+
+UPDATE = """
+optimizer = fused.AdamW(0.1)
+new = optimizer.apply_gradients({"w": mx.full((4,), 0.2)}, {"w": mx.ones(4)})
+print(optimizer.backend, new["w"].tolist())
+"""
+
+
+def test_the_environment_forces_stock():
+    result = run(UPDATE, MLX_FUSED_ADAM_BACKEND="stock")
+    assert result.returncode == 0, result.stderr  # and no warning
+    expected = stock.AdamW(0.1).apply_gradients({"w": mx.full((4,), 0.2)}, {"w": mx.ones(4)})
+    assert result.stdout.startswith("stock (MLX_FUSED_ADAM_BACKEND=stock)")
+    assert str(expected["w"].tolist()) in result.stdout
+
+
+def test_forced_stock_operations_run_where_they_are_asked_to():
+    backend = _backends.Backend(None, "forced", mx.gpu, is_forced=True)
+    assert backend.place(mx.cpu) == mx.cpu and backend.place(None) is None
+    assert _backends.Backend("cpu", None, mx.cpu, is_forced=True).place(mx.gpu) == mx.cpu
+
+
+@pytest.mark.parametrize("asked", ["cpu", "metal"])
+def test_the_environment_forces_a_back_end(asked):
+    result = run(UPDATE, MLX_FUSED_ADAM_BACKEND=asked)
+    name = run("print(fused.Adam(0.1).backend)").stdout.strip()
+    if asked == name.split()[0] or (asked == "cpu" and mx.is_available(mx.gpu)):
+        assert result.returncode == 0 and result.stdout.startswith(asked), result.stderr
+    else:
+        assert result.returncode != 0
+        assert "[MLX_FUSED_ADAM_BACKEND] must be one of stock, " in result.stderr
+
+
+def test_an_unknown_back_end_is_an_error_at_import():
+    result = run("", MLX_FUSED_ADAM_BACKEND="cuda")
+    assert result.returncode != 0
+    assert "MLX_FUSED_ADAM_BACKEND] must be one of stock, " in result.stderr
+    assert "but got 'cuda'" in result.stderr
+
+
+def test_a_forced_back_end_does_not_fall_back(extension, monkeypatch, backend_name):
+    install(monkeypatch, extension, give_nan)
+    monkeypatch.setenv("MLX_FUSED_ADAM_BACKEND", backend_name.split()[0])
+    parameters = {"w": mx.ones(3)}
+    optimizer = fused.Adam(0.1)
+    optimizer.init(parameters)
+    with pytest.raises(RuntimeError, match="is forced but its self-check of the linear kernel"):
+        optimizer.apply_gradients({"w": mx.ones(3)}, parameters)
+    assert optimizer.step.item() == 0
+
+
+def test_the_first_use_may_be_inside_compile():
+    optimizer = fused.Adam(0.1)
+    state = {"w": mx.ones(3)}
+    optimizer.init(state)
+
+    def step(g):
+        state.update(optimizer.apply_gradients({"w": g}, state))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mx.compile(step, inputs=[state, optimizer.state], outputs=[state, optimizer.state])(
+            mx.ones(3)
+        )
+    assert not optimizer.backend.startswith("stock")
+    assert mx.all(state["w"] < 1).item()
+
+
+def test_the_first_use_may_be_inside_grad():
+    def f(x):
+        return fused.adam_update(x, x, mx.zeros(3), mx.zeros(3), 0.1)[0].sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mx.grad(f)(mx.ones(3)).shape == (3,)
+
+
+def test_the_first_use_may_be_inside_vmap():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f = mx.vmap(lambda x: fused.adam_update(x, x, x, x, 0.1)[0])
+        assert f(mx.ones((2, 3))).shape == (2, 3)
