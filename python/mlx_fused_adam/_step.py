@@ -10,10 +10,10 @@ import mlx.core as mx
 from . import _ext
 from ._arguments import as_array, as_scalar
 from ._backends import backend_of
-from ._clipping import Guard
+from ._clipping import Clipping
 from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
-from ._state import EXTRAS, MOMENTS, has_codes
+from ._state import AUXILIARY, MOMENTS, is_quantized
 
 # New parameters, and what is new in their states.
 Results = tuple[Sequence[mx.array], Sequence[dict]]
@@ -64,7 +64,7 @@ class Step(NamedTuple):
     bias_correction: bool
     options: Options
     decay_filter: DecayFilter | None
-    guard: Guard | None
+    guard: Clipping | None
     stock: StockUpdate  # with and ...
     stock_without_decay: StockUpdate  # ... without weight decay
 
@@ -95,7 +95,7 @@ class Step(NamedTuple):
             converted[0].append(as_array("gradient", gradient, path))
             stored = {
                 name: as_array(name, state[name], path)
-                for name in (*MOMENTS, *EXTRAS)
+                for name in (*MOMENTS, *AUXILIARY)
                 if name in MOMENTS or name in state
             }
             converted[2].append({**state, **stored})
@@ -109,7 +109,7 @@ class Step(NamedTuple):
     def _update_by_stock(self, leaves: Leaves) -> Results:
         parameters, states = [], []
         for path, gradient, parameter, old in zip(leaves.paths(), *leaves[:3], strict=True):
-            if has_codes(old):
+            if is_quantized(old):
                 raise ValueError(
                     f"[{self.options.op}] state of {path} must not be in codes for a parameter of "
                     f"{parameter.dtype} but is: call init(parameters) after a change of dtypes"
@@ -161,13 +161,13 @@ class Step(NamedTuple):
             is_fused=backend.is_fused,
             stream=backend.place(None),
             name=name,
-            extras=self._extras(leaves, name) if self.options.has_extras else [],
+            extras=self._extras(leaves, name) if self.options.has_auxiliary else [],
             gradient_scale=self.guard and self.guard.gradient_scale,
             is_applied=self.guard and self.guard.is_applied,
         )
         new = [{"m": m, "v": v} for m, v in zip(new_m, new_v, strict=True)]
         for state, stored in zip(new, new_extras, strict=bool(new_extras)):
-            state |= {key: x for key, x in zip(EXTRAS, stored, strict=True) if x is not None}
+            state |= {key: x for key, x in zip(AUXILIARY, stored, strict=True) if x is not None}
         return new_parameters, new
 
     def _extras(
@@ -178,10 +178,10 @@ class Step(NamedTuple):
         for i, (parameter, state) in enumerate(zip(leaves.parameters, leaves.states, strict=True)):
             if reason := options.why_not(parameter):
                 raise ValueError(f"[{options.op}] parameter of {name(i)} {reason}")
-            if options.has_remainder(parameter) and "remainder" not in state:
+            if options.has_correction(parameter) and "remainder" not in state:
                 raise ValueError(
                     f"[{options.op}] state of {name(i)} must hold a remainder for master_weights but "
                     "got none: call init(parameters) after a change of parameters' dtypes"
                 )
-        remainder, m_scale, v_scale = EXTRAS
+        remainder, m_scale, v_scale = AUXILIARY
         return [(x.get(remainder), x.get(m_scale), x.get(v_scale)) for x in leaves.states]
