@@ -18,7 +18,8 @@ namespace adam_math = std;
 #if defined(__CUDACC__)
 #define ADAM_FUNCTION __host__ __device__ inline
 #else
-#define ADAM_FUNCTION inline
+// A call that stays one keeps the CPU's loops from being vectorised.
+#define ADAM_FUNCTION inline __attribute__((always_inline))
 #endif
 #endif
 
