@@ -1,4 +1,4 @@
-// What C++, MSL and CUDA call differently, for the headers that all three include: functions, exact square root, bits.
+// Names that differ among C++, MSL and CUDA, for the headers that all three include: functions, exact square root, bits.
 //
 // Every floating-point operation is rounded once, on every device, so that results are equal bit for bit. On Metal that takes
 // two things: no fused multiply-add, which its compiler forms unless told otherwise, and the correctly rounded square root
