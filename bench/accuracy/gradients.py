@@ -1,4 +1,4 @@
-"""Sequences of gradients on which state_codes.py tries storage codes: synthetic ones, and ones recorded from training.
+"""Sequences of gradients for bench/int8_state.py: recorded from training, and synthetic.
 
 Each is an array (steps, blocks, 32) of float32: 32 neighbours along a parameter's last axis share a scale.
 """
@@ -7,110 +7,79 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as stock
 import numpy as np
+from mlx.optimizers import AdamW, Optimizer
 from mlx.utils import tree_flatten
 
-from .example import Corpus, Transformer, mean_loss, read_text
-from .llama import Llama
-from .shapes import LlamaSizes
+from ..speed.llama import Llama
+from ..speed.shapes import LlamaSizes
+from .character_model import Sizes, Text, Transformer, mean_loss
 
 BLOCK = 32
 SMALL_LLAMA = LlamaSizes(2048, 128, 352, 2, 4, 4, 32)
 
 
-def lognormal(
-    spread: float, steps: int, blocks: int, degrees_of_freedom: float | None = None
-) -> np.ndarray:
+def lognormal(spread: float, steps: int, blocks: int) -> np.ndarray:
     """Noise whose scale differs within a block: its logarithm is normal with this deviation."""
     random = np.random.default_rng(1)
     scales = np.exp(spread * random.standard_normal((blocks, BLOCK)))
-    shape = (steps, blocks, BLOCK)
-    noise = (
-        random.standard_t(degrees_of_freedom, shape)
-        if degrees_of_freedom
-        else random.standard_normal(shape)
-    )
-    return (noise * scales).astype(np.float32)
-
-
-def constant(steps: int, blocks: int) -> np.ndarray:
-    return np.ones((steps, blocks, BLOCK), np.float32)
+    return (random.standard_normal((steps, blocks, BLOCK)) * scales).astype(np.float32)
 
 
 def mixed_constant(steps: int, blocks: int) -> np.ndarray:
-    """One element of a block has gradient 1, the others 0.3 or 0.03: rounding to nearest sticks."""
+    """One element of a block has gradient 1, the others 0.3 or 0.03: round-to-nearest sticks."""
     g = np.empty((steps, blocks, BLOCK), np.float32)
     g[:, ::2], g[:, 1::2] = 0.3, 0.03
     g[:, :, 0] = 1
     return g
 
 
-def stopping(steps: int, blocks: int) -> np.ndarray:
-    """Half of each block gets zeros after a fifth of the steps, the other half goes on."""
-    g = lognormal(0.5, steps, blocks)
-    g[steps // 5 :, :, ::2] = 0
-    return g
-
-
-def ramp(steps: int, blocks: int, factor: float) -> np.ndarray:
-    growth = factor ** (np.arange(steps) / steps)
-    return lognormal(0.5, steps, blocks) * growth.astype(np.float32)[:, None, None]
-
-
-def sparse(steps: int, blocks: int) -> np.ndarray:
-    """Each element has a gradient at one step of 50, at random."""
-    happens = np.random.default_rng(2).random((steps, blocks, BLOCK)) < 1 / 50
-    return lognormal(0.5, steps, blocks) * happens
-
-
 def periodic(steps: int, blocks: int) -> np.ndarray:
-    """Gradients at every 34th step only: thresholds that follow the golden ratio could keep time with that."""
+    """Gradients at every 34th step only: the golden ratio's multiples nearly repeat after 34."""
     g = lognormal(0.5, steps, blocks)
     g[np.arange(steps) % 34 != 0] = 0
     return g
 
 
-def sparse_in_dense(steps: int, blocks: int) -> np.ndarray:
-    """The same for half of each block; the other half has a gradient at every step."""
-    g = sparse(steps, blocks)
-    g[:, :, 1::2] = lognormal(0.5, steps, blocks)[:, :, 1::2]
+def half_sparse(steps: int, blocks: int) -> np.ndarray:
+    """Half of each block has a gradient at one step of 50, at random; the other half at every step."""
+    g = lognormal(0.5, steps, blocks)
+    happens = np.random.default_rng(2).random((steps, blocks, BLOCK)) < 1 / 50
+    g[:, :, ::2] *= happens[:, :, ::2]
     return g
 
 
 def synthetic(steps: int, blocks: int) -> dict[str, np.ndarray]:
-    """All that need no training, by name."""
+    """The sources that need no training, by name."""
     return {
-        "spread 0.5": lognormal(0.5, steps, blocks),
         "spread 1.5": lognormal(1.5, steps, blocks),
         "spread 3": lognormal(3, steps, blocks),
-        "spread 1.5, heavy tails": lognormal(1.5, steps, blocks, degrees_of_freedom=3),
-        "constant 1, 0.3, 0.03": mixed_constant(steps, blocks),
-        "half stop": stopping(steps, blocks),
-        "grow 100 times": ramp(steps, blocks, 100),
-        "shrink 100 times": ramp(steps, blocks, 0.01),
-        "1 step of 50": sparse(steps, blocks),
-        "half 1 step of 50": sparse_in_dense(steps, blocks),
-        "every 34th step": periodic(steps, blocks),
+        "constants": mixed_constant(steps, blocks),
+        "half sparse": half_sparse(steps, blocks),
+        "every 34th": periodic(steps, blocks),
     }
 
 
 def recorded(steps: int, blocks: int) -> dict[str, np.ndarray]:
-    """Those of training, by name."""
-    return {"example": example_model(steps, blocks), "Llama, Zipf": llama_zipf(steps, blocks)}
+    """Gradients of training, by name."""
+    return {
+        "characters": character_model(steps, blocks),
+        "Llama, Zipf": llama_zipf(steps, blocks),
+    }
 
 
-def example_model(steps: int, blocks: int) -> np.ndarray:
-    """Recorded while the transformer of examples/train.py learns Python's documentation."""
+def character_model(steps: int, blocks: int) -> np.ndarray:
+    """Recorded while the character model learns Python's documentation."""
     mx.random.seed(0)
-    corpus = Corpus(read_text(None), 64)
-    model = Transformer(len(corpus.characters), 64, 96, 4, 2)
-    optimizer = stock.AdamW(2e-3, betas=[0.9, 0.98], weight_decay=0.1, bias_correction=True)
+    sizes = Sizes()
+    text = Text(sizes.context)
+    model = Transformer(text.vocabulary, sizes)
+    optimizer = AdamW(2e-3, betas=[0.9, 0.98], weight_decay=0.1, bias_correction=True)
 
     def loss(inputs: mx.array, targets: mx.array) -> mx.array:
         return mean_loss(model, inputs, targets)
 
-    return _record(model, optimizer, loss, lambda: corpus.batch(corpus.train, 8), steps, blocks)
+    return _record(model, optimizer, loss, lambda: text.batch(text.train, 8), steps, blocks)
 
 
 def llama_zipf(steps: int, blocks: int) -> np.ndarray:
@@ -123,7 +92,7 @@ def llama_zipf(steps: int, blocks: int) -> np.ndarray:
     successor = random.permutation(vocabulary)
 
     def batch() -> tuple[mx.array, mx.array]:
-        """Half of the tokens follow from the one before, so that there is something to learn."""
+        """Half of the tokens follow from their predecessor, so that there is something to learn."""
         tokens = random.choice(vocabulary, (4, 65), p=frequency)
         for i in range(1, 65):
             follows = random.random(4) < 0.5
@@ -131,7 +100,7 @@ def llama_zipf(steps: int, blocks: int) -> np.ndarray:
         return mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:])
 
     model = Llama(SMALL_LLAMA)
-    optimizer = stock.AdamW(1e-3, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
+    optimizer = AdamW(1e-3, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
 
     def loss(inputs: mx.array, targets: mx.array) -> mx.array:
         return nn.losses.cross_entropy(model(inputs), targets, reduction="mean")
@@ -141,13 +110,13 @@ def llama_zipf(steps: int, blocks: int) -> np.ndarray:
 
 def _record(
     model: nn.Module,
-    optimizer: stock.Optimizer,
+    optimizer: Optimizer,
     loss: Callable[..., mx.array],
     batch: Callable[[], tuple[mx.array, mx.array]],
     steps: int,
     blocks: int,
 ) -> np.ndarray:
-    """Train, and keep the gradients of as many blocks of every tensor that has whole blocks."""
+    """Train, and keep the gradients of equally many blocks of every tensor that has whole blocks."""
     random = np.random.default_rng(4)
     value_and_grad = nn.value_and_grad(model, loss)
     whole = [(k, p.size // BLOCK) for k, p in tree_flatten(model.parameters()) if p.shape[-1] >= 32]
@@ -166,6 +135,6 @@ def _record(
 
 
 def _blocks(gradient: np.ndarray) -> np.ndarray:
-    """The whole blocks of a tensor's rows; what is left of a row is dropped."""
+    """The whole blocks of a tensor's rows; the rest of a row is dropped."""
     rows = gradient.reshape(-1, gradient.shape[-1])
     return rows[:, : rows.shape[1] // BLOCK * BLOCK].reshape(-1, BLOCK)

@@ -1,4 +1,4 @@
-"""Runs a module as `python -m` does, then prints the peak of MLX's memory: python bench/peak_memory.py MODULE ARGS…"""
+"""Run a module as `python -m` does, then print the peak of MLX's memory: python peak_of_module.py MODULE ARGS…"""
 
 import runpy
 import sys

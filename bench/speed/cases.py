@@ -1,7 +1,7 @@
-"""The benchmark's cases: which tensors, in which dtype and layout. compare.py runs one.
+"""The cases of bench/run.py: tensors, their dtype and the layout of their gradients.
 
 buffers: one tensor of every size; models, lora: published models' parameters; many: hundreds of
-small tensors; layouts: gradients as layers of many kinds leave them; growth: from little to much, with
+small tensors; layouts: gradients as many kinds of layers make them; growth: from little to much, with
 one thread and with more; step: whole training steps; memory: the peak memory of one of a published
 model, not timed.
 """
@@ -12,7 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import options, shapes
+from ..tables import names
+from . import shapes
 from .problem import Problem
 from .shapes import ParameterShape
 from .training import LanguageTask, LinearTask, Task
@@ -22,9 +23,9 @@ OPTIONS_FROM = 1_000_000  # elements of a buffer
 SIDES = [(25, 40), (250, 400), (1000, 1000), (2048, 2048), (4096, 4096)]
 GROWTH_THREADS = (1, 2, 8)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-OPTIONS_OF = {"float32": options.OF_FLOAT32, "bfloat16": options.OF_BFLOAT16}
+OPTIONS_OF = {"float32": names.OF_FLOAT32, "bfloat16": names.OF_BFLOAT16}
 TIMED_OPTIONS_OF = {
-    dtype: (*OPTIONS_OF.get(dtype, ()), options.GUARDED)
+    dtype: (*OPTIONS_OF.get(dtype, ()), names.CLIPPING)
     for dtype in ("float32", "bfloat16", "float16")
 }
 
@@ -34,14 +35,13 @@ class Case:
     suite: str
     name: str
     dtype: str
-    # Of the gradients: "row-major", "column-major", or "autograd" where each has its own.
-    layout: str
+    layout: str  # of the gradients: "autograd" where each has its own
     tensors: list[ParameterShape] = field(repr=False)
     # A whole training step instead of an update.
     task: Task | None = field(default=None, repr=False)
-    options: tuple[str, ...] = ()  # of ours, that take part besides
-    threads: tuple[int, ...] = ()  # of the CPU, with which ours takes part besides
-    is_timed: bool = True  # or else its memory is all that counts
+    options: tuple[str, ...] = ()  # of fused, that also take part
+    threads: tuple[int, ...] = ()  # numbers of them, with which fused also takes part
+    is_timed: bool = True  # or else only its memory is measured
 
     @property
     def size(self) -> int:
@@ -52,6 +52,20 @@ class Case:
         count = f"{len(self.tensors)} tensors, " if len(self.tensors) > 1 else ""
         elements = f"{count}{self.size:,} × {self.dtype}"
         return f"{self.suite}: {self.name} · {elements} · {self.layout} gradients"
+
+    def described(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The case in the JSON file."""
+        return {
+            "suite": self.suite,
+            "case": self.name,
+            "dtype": self.dtype,
+            "gradient_layout": self.layout,
+            "tensors": len(self.tensors),
+            "parameters": self.size,
+            "title": self.title,
+            "is_training_step": self.task is not None,
+            "implementations": results,
+        }
 
     def problem(self) -> Problem:
         return Problem.random(self.tensors, DTYPES[self.dtype])
@@ -74,8 +88,8 @@ def buffers(quick: bool) -> Iterator[Case]:
 
 def models(quick: bool) -> Iterator[Case]:
     """Qwen2.5 without options: with all their states it would not fit into 24 GB."""
-    fp32 = (*options.OF_FLOAT32, options.GUARDED)
-    bf16 = (*options.ALL_OF_BFLOAT16, options.GUARDED)
+    fp32 = (*names.OF_FLOAT32, names.CLIPPING)
+    bf16 = (*names.ALL_OF_BFLOAT16, names.CLIPPING)
     gpt2, smollm = shapes.gpt2, lambda: shapes.llama(shapes.SMOLLM_135M)
     if quick:
         tiny = shapes.llama(TINY_LLAMA)
@@ -101,7 +115,7 @@ def many(quick: bool) -> Iterator[Case]:
 
 
 def layouts(quick: bool) -> Iterator[Case]:
-    """Large matrices, narrow ones, and the layouts that other layers than nn.Linear leave behind."""
+    """Large matrices, narrow ones, and the layouts that layers other than nn.Linear make."""
 
     def matrix(rows: int, columns: int) -> dict[str, ParameterShape]:
         shape = (rows, columns)

@@ -1,8 +1,7 @@
-"""Those that take the same Adam step: this package, mlx.optimizers, torch and a traffic probe.
+"""Implementations of one Adam step: this package (fused), with options and other numbers of threads, and mlx.optimizers.
 
-Each owns `step()`, which returns when the update is done and the old arrays are released, as in a
-training loop. MLX's contenders take turns on one set of parameters and state; the others hold
-copies of the same values.
+Each has `step()`, which returns when the update is done and the old arrays are released, as in a training loop. They take
+turns on one set of parameters and state; torch's (torch_adam.py) has copies of the same values.
 """
 
 import sys
@@ -13,82 +12,65 @@ from importlib.util import find_spec
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers
 import numpy as np
 from mlx.utils import tree_map
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _ext
 
-from . import stored
-from .names import (
-    OURS,
-    OURS_COMPILED,
-    PROBE,
-    PROBE_16_BIT,
-    STOCK,
-    STOCK_CLIPPED,
-    STOCK_CLIPPED_COMPILED,
-    STOCK_COMPILED,
-    TORCH,
-    with_threads,
-)
-from .options import GUARDED, OPTIONS
+from ..tables import names
+from . import decode
 from .problem import BETAS, SETTINGS, Problem, Values, adam_step
-from .reference import to_numpy
-from .shapes import ParameterShape
 
 HAS_TORCH = find_spec("torch") is not None  # imported where it takes part: that takes seconds
 
-# Those of MLX: what makes the optimizer, and whether the step is compiled.
-MLX_CONTENDERS: dict[str, tuple[Callable[..., stock.Adam], bool]] = {
-    OURS: (fused.Adam, False),
-    OURS_COMPILED: (fused.Adam, True),
-    STOCK: (stock.Adam, False),
-    STOCK_COMPILED: (stock.Adam, True),
+Kind = Callable[..., mlx.optimizers.Adam]
+# What makes the optimizer, and whether the step is compiled.
+PLAIN: dict[str, tuple[Kind, bool]] = {
+    names.FUSED: (fused.Adam, False),
+    names.FUSED_COMPILED: (fused.Adam, True),
+    names.MLX: (mlx.optimizers.Adam, False),
+    names.MLX_COMPILED: (mlx.optimizers.Adam, True),
 }
-OPTION_CONTENDERS: dict[str, tuple[Callable[..., stock.Adam], bool]] = {
-    name: (partial(fused.Adam, **options), False) for name, options in OPTIONS.items()
+WITH_OPTIONS: dict[str, tuple[Kind, bool]] = {
+    name: (partial(fused.Adam, **options), False) for name, options in names.OPTIONS.items()
 }
-
-
-def take(x: mx.array, indices: np.ndarray) -> np.ndarray:
-    """Elements by their row-major number, without a copy of the whole of a column-major array."""
-    places = np.unravel_index(indices, x.shape)
-    return to_numpy(x[tuple(mx.array(place.astype(np.uint32)) for place in places)])
 
 
 @cache
-def _let_check_itself(kind: Callable[..., stock.Adam], dtype: mx.Dtype) -> None:
-    """A step of two small tensors: the package checks a kernel before its first use, in memory that is not the step's."""
+def _self_check(kind: Kind, dtype: mx.Dtype) -> None:
+    """Update two small tensors: the package checks a kernel before its first use, in memory that is not the step's."""
     tensors = {"weight": mx.zeros((128, 32), dtype), "bias": mx.zeros((32,), dtype)}
     optimizer = kind(1e-3)
     mx.eval(optimizer.apply_gradients(tensors, tensors), optimizer.state)
 
 
 class MlxAdam:
-    """An mlx.optimizers.Adam, or ours, applied through apply_gradients."""
+    """An mlx.optimizers.Adam, or the fused one, applied through apply_gradients."""
 
-    def __init__(
-        self, kind: type[stock.Adam], problem: Problem, compiled: bool, bias_correction: bool
-    ):
-        _let_check_itself(kind, problem.dtype)
+    def __init__(self, kind: Kind, problem: Problem, compiled: bool):
+        _self_check(kind, problem.dtype)
         self.problem = problem
         self.tensors = problem.tensors
-        self.dtype = problem.dtype
-        self.optimizer = kind(
-            SETTINGS.learning_rate, BETAS, SETTINGS.eps, bias_correction=bias_correction
-        )
-        # float16 moments underflow, so ours never keeps them; as many bytes in bfloat16.
-        is_converted = issubclass(kind, fused.Adam) and problem.dtype == mx.float16
-        self.state_dtype = mx.bfloat16 if is_converted else problem.dtype
-        # Shared by all MLX contenders with such a state: they use one memory.
-        self.state = self.optimizer.state = problem.state_in(self.state_dtype)
+        self.optimizer = kind(SETTINGS.learning_rate, BETAS, SETTINGS.eps)
+        self.optimizer.state = self._initial_state()
         self.optimizer.init(problem.parameters)
-        self.captured = [problem.parameters, self.optimizer.state]
+        self.state = self.optimizer.state
+        self.captured = [problem.parameters, self.state]
+        mx.eval(self.captured)
         self.apply: Callable[[dict], Any] = self._apply
         if compiled:
             self.apply = mx.compile(self._apply, inputs=self.captured, outputs=self.captured)
+
+    def _initial_state(self) -> dict[str, Any]:
+        """The problem's own, shared with all that have moments of the same dtype."""
+        # float16 moments underflow, so fused never has them; bfloat16 takes as many bytes.
+        is_fused = isinstance(self.optimizer, fused.Adam)
+        is_converted = is_fused and self.problem.dtype == mx.float16
+        self.dtype = self.problem.dtype
+        self.state_dtype = mx.bfloat16 if is_converted else self.dtype
+        return self.problem.state_in(self.state_dtype)
 
     def _apply(self, gradients: dict[str, mx.array]) -> None:
         parameters = self.problem.parameters
@@ -96,7 +78,7 @@ class MlxAdam:
 
     @property
     def stored_bytes(self) -> int:
-        return stored.bytes_of(self.problem.parameters, self.state)
+        return decode.bytes_of(self.problem.parameters, self.state)
 
     def step(self) -> None:
         self.apply(self.problem.gradients)
@@ -104,24 +86,24 @@ class MlxAdam:
 
     def sample(self, path: str, indices: np.ndarray) -> Values:
         state = self.state[path]
-        arrays = {
-            "parameter": self.problem.parameters[path],
-            "gradient": self.problem.gradients[path],
-        }
+        parameter = decode.take(self.problem.parameters[path], indices)
+        if "remainder" in state:
+            parameter = decode.joined(parameter, decode.take(state["remainder"], indices))
         return {
-            name: take(x, indices) for name, x in (arrays | {k: state[k] for k in "mv"}).items()
+            "parameter": parameter,
+            "gradient": decode.take(self.problem.gradients[path], indices),
+            **decode.moments(state, indices),
         }
 
     def expect(self, before: Values) -> Values:
-        step = self.optimizer.step.item() + 1 if self.optimizer.bias_correction else None
-        return adam_step(before, step)
+        return adam_step(before, None)
 
 
 class ThreadedAdam(MlxAdam):
-    """Ours with so many threads of the CPU."""
+    """Fused with a number of CPU threads."""
 
-    def __init__(self, threads: int, problem: Problem, bias_correction: bool):
-        super().__init__(fused.Adam, problem, False, bias_correction)
+    def __init__(self, threads: int, problem: Problem):
+        super().__init__(fused.Adam, problem, False)
         self.threads = threads
         self.usual_threads = _ext.num_threads()
 
@@ -133,97 +115,44 @@ class ThreadedAdam(MlxAdam):
             fused.set_num_threads(self.usual_threads)
 
 
-class ClippedStock(MlxAdam):
+class ClippedMlxAdam(MlxAdam):
     """mlx.optimizers.Adam after clip_grad_norm, of gradients that need no clipping."""
 
-    def __init__(self, problem: Problem, compiled: bool, bias_correction: bool):
-        super().__init__(stock.Adam, problem, compiled, bias_correction)
+    def __init__(self, problem: Problem, compiled: bool):
+        super().__init__(mlx.optimizers.Adam, problem, compiled)
 
     def _apply(self, gradients: dict[str, mx.array]) -> None:
-        clipped, self.norm = stock.clip_grad_norm(gradients, OPTIONS[GUARDED]["max_grad_norm"])
+        most = names.OPTIONS[names.CLIPPING]["max_grad_norm"]
+        clipped, self.norm = mlx.optimizers.clip_grad_norm(gradients, most)
         super()._apply(clipped)
 
 
 class OptionAdam(MlxAdam):
-    """Ours with options. It has a state of its own, made from the problem's; the parameters are those of all.
+    """Fused with options. It has its own state, made from the problem's; the parameters are shared.
 
-    What others do to the parameters meanwhile leaves a remainder that is not theirs, as loaded weights would.
+    Others change the parameters between its steps, so its corrections no longer belong to them, as after loading weights.
     """
 
-    def __init__(
-        self, name: str, problem: Problem, bias_correction: bool, eager: "OptionAdam | None" = None
-    ):
-        self.problem = problem
-        self.tensors = problem.tensors
-        kind, _ = OPTION_CONTENDERS[name]
-        _let_check_itself(kind, problem.dtype)
-        self.optimizer = kind(
-            SETTINGS.learning_rate, BETAS, SETTINGS.eps, bias_correction=bias_correction
-        )
-        # Copies: an array that is held elsewhere could not be updated in place.
-        self.optimizer.state = eager.state if eager else tree_map(lambda x: x + 0, problem.state)
-        self.optimizer.init(problem.parameters)
-        self.state = self.optimizer.state
-        options = OPTIONS[name]
-        has_remainder = options.get("master_weights") and problem.dtype == mx.bfloat16
-        self.dtype = mx.float32 if has_remainder else problem.dtype  # of what is checked
-        plain = "float32" if problem.dtype == mx.float32 else "bfloat16"
-        self.state_dtype = getattr(mx, options.get("state_dtype", plain))
-        self.captured = [problem.parameters, self.state]
-        mx.eval(self.captured)
-        self.apply = self._apply
-        if eager:
-            self.apply = mx.compile(self._apply, inputs=self.captured, outputs=self.captured)
-        else:
-            self.make_compiled = lambda: OptionAdam(name, problem, bias_correction, self)
+    def __init__(self, name: str, problem: Problem, eager: "OptionAdam | None" = None):
+        self.options, self.eager = names.OPTIONS[name], eager
+        super().__init__(WITH_OPTIONS[name][0], problem, eager is not None)
+        if not eager:
+            self.make_compiled = lambda: OptionAdam(name, problem, self)
 
-    def sample(self, path: str, indices: np.ndarray) -> Values:
-        state = self.state[path]
-        parameter = take(self.problem.parameters[path], indices)
-        if "remainder" in state:
-            parameter = stored.joined(parameter, take(state["remainder"], indices))
-        return {
-            "parameter": parameter,
-            "gradient": take(self.problem.gradients[path], indices),
-            **stored.moments(state, indices, take),
-        }
-
-
-class TrafficProbe:
-    """An update's reads and writes, in place, with one addition for each write.
-
-    It has all bytes of the case in one row-major tensor. In float32, whatever the case's dtype,
-    neither conversions nor the number of tensors slow it down: about what a step of the same
-    traffic should cost. It is a probe and no bound: another loop may be faster. In a 16-bit dtype it
-    shows what the conversions take of that.
-    """
-
-    def __init__(self, problem: Problem, dtype: mx.Dtype):
-        self.dtype = self.state_dtype = dtype
-        size = problem.size * problem.dtype.size // dtype.size
-        self.stored_bytes = 3 * size * dtype.size
-        self.tensors = [ParameterShape("all", (size,))]
-        self.gradient = mx.full((size,), 0.5, dtype)
-        self.state = [mx.zeros((size,), dtype) for _ in range(3)]
-        mx.eval(self.gradient, self.state)
-
-    def step(self) -> None:
-        parameter, m, v = self.state
-        self.state.clear()
-        self.state += _ext.traffic_probe(parameter, self.gradient, m, v)
-        del parameter, m, v
-        mx.eval(self.state)
-
-    def sample(self, path: str, indices: np.ndarray) -> Values:
-        arrays = dict(zip(("parameter", "m", "v"), self.state, strict=True), gradient=self.gradient)
-        return {name: take(x, indices) for name, x in arrays.items()}
-
-    def expect(self, before: Values) -> Values:
-        return {name: before[name] + before["gradient"] for name in ("parameter", "m", "v")}
+    def _initial_state(self) -> dict[str, Any]:
+        dtype = self.problem.dtype
+        is_master = self.options.get("master_weights") and dtype == mx.bfloat16
+        self.dtype = mx.float32 if is_master else dtype  # of what is checked
+        default = "float32" if dtype == mx.float32 else "bfloat16"
+        self.state_dtype = getattr(mx, self.options.get("state_dtype", default))
+        if self.eager:
+            return self.eager.state
+        # Copies: an array with another reference could not be updated in place.
+        return tree_map(lambda x: x + 0, self.problem.state)
 
 
 def torch_device(device: str) -> str | None:
-    """Where torch runs the same work, or None if it is absent or has no such device."""
+    """The device on which torch does the same work, or None if it is absent or has no such device."""
     if not HAS_TORCH:
         return None
     if device == "cpu":
@@ -233,37 +162,27 @@ def torch_device(device: str) -> str | None:
     return "mps" if torch.backends.mps.is_available() else None
 
 
-def make_contenders(
+def make_implementations(
     problem: Problem,
     device: str,
-    bias_correction: bool,
     options: Iterable[str] = (),
     threads: Iterable[int] = (),
 ) -> dict[str, Callable[[], Any]]:
-    """Name to a function that makes the contender, so that one may fail without the others.
-
-    `options` of ours and ours with other numbers of `threads` besides.
-    """
+    """Map each name to a function that makes the implementation, so that one may fail without the others."""
     makers: dict[str, Callable[[], Any]] = {
-        name: lambda kind=kind, compiled=compiled: MlxAdam(kind, problem, compiled, bias_correction)
-        for name, (kind, compiled) in MLX_CONTENDERS.items()
+        name: partial(MlxAdam, kind, problem, compiled) for name, (kind, compiled) in PLAIN.items()
     }
     for name in options:
-        makers[name] = lambda name=name: OptionAdam(name, problem, bias_correction)
-        if name == GUARDED:
-            makers[STOCK_CLIPPED] = lambda: ClippedStock(problem, False, bias_correction)
-            makers[STOCK_CLIPPED_COMPILED] = lambda: ClippedStock(problem, True, bias_correction)
+        makers[name] = partial(OptionAdam, name, problem)
+        if name == names.CLIPPING:
+            makers[names.MLX_CLIPPED] = partial(ClippedMlxAdam, problem, False)
+            makers[names.MLX_CLIPPED_COMPILED] = partial(ClippedMlxAdam, problem, True)
     for count in threads:
-        makers[with_threads(count)] = lambda count=count: ThreadedAdam(
-            count, problem, bias_correction
-        )
+        makers[names.with_threads(count)] = partial(ThreadedAdam, count, problem)
     if where := torch_device(device):
         from .torch_adam import TorchAdam
 
-        makers[TORCH] = lambda: TorchAdam(problem, where)
-    makers[PROBE] = lambda: TrafficProbe(problem, mx.float32)
-    if problem.dtype.size == 2 and len(problem.tensors) == 1:
-        makers[PROBE_16_BIT] = lambda: TrafficProbe(problem, problem.dtype)
+        makers[names.TORCH] = partial(TorchAdam, problem, where)
     return makers
 
 

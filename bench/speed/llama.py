@@ -1,4 +1,4 @@
-"""A Llama-like language model of stock `mlx.nn` layers, for whole training steps; its parameters are `shapes.llama`'s."""
+"""A Llama-like language model of `mlx.nn` layers, for whole training steps; its parameters are `shapes.llama`'s."""
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -1,4 +1,4 @@
-"""Which machine a run was made on, and whether it was idle."""
+"""The machine of a run, and whether it was idle."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_fused_adam import _ext
 
-from .contenders import versions
+from .implementations import versions
 
 BUSY = 0.5  # cores kept busy by others, above which a run is not worth quoting
 
@@ -51,13 +51,13 @@ def _cpu_model() -> str:
 
 
 class OthersWatch:
-    """Counts the cores that other processes keep busy from its making on; on Linux alone."""
+    """Counts the cores that other processes keep busy, from its creation on. On Linux only."""
 
     def __init__(self) -> None:
         self._start = self._times()
 
     def busy_cores(self) -> float | None:
-        """The mean so far."""
+        """The mean so far; None where it is not counted."""
         if self._start is None:
             return None
         wall, everyone, own = (x - y for x, y in zip(self._times(), self._start, strict=True))

@@ -1,7 +1,7 @@
-"""The tensors of one benchmark case, and an exact account of what one Adam step must make of them.
+"""The tensors of one benchmark case, and the check of an Adam step on them.
 
-`check_step` lets a contender take one step and compares samples of every tensor with the update in
-float64 (reference.py), so no result is timed that is not right.
+`check_step` lets an implementation take one step and compares samples of every tensor with the update in float64
+(reference.py), so no wrong step is timed.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ START = 1000  # a problem's steps so far: at the first, 1 - beta2**step is rough
 SAMPLES = 1 << 21  # elements compared per case, shared among its tensors
 FEWEST_SAMPLES = 4096  # per tensor; smaller tensors are compared whole
 
-# What a right step may be off by: a few roundings of a stored value, and a relative part of each
-# computed quantity. Stock computes in the storage dtype, with about eight roundings on the way and
-# beta2 = 0.999 itself rounded to 1 in bfloat16; the 16-bit figures allow for that. int8 stands for codes
-# of 8 bits, whose neighbours are at most a part of 4 / 64 apart, for such m and v as Problem.random makes.
+# The error allowed: a few roundings of a stored value, and a relative part of each computed quantity.
+# mlx.optimizers computes in the storage dtype, with about eight roundings on the way and beta2 = 0.999 itself
+# rounded to 1 in bfloat16; the 16-bit numbers allow for that. int8 is quantized state, whose neighbouring
+# values are at most a part of 4 / 64 apart, for such m and v as Problem.random makes.
 RELATIVE_ERROR = {mx.float32: 1e-5, mx.bfloat16: 4e-2, mx.float16: 5e-3, mx.int8: 8e-2}
 STORED_ERROR = {mx.float32: 2.0**-22, mx.bfloat16: 2.0**-7, mx.float16: 2.0**-10, mx.int8: 0.0}
 
@@ -32,16 +32,16 @@ Values = dict[str, np.ndarray]  # "parameter", "gradient", "m", "v", each a floa
 
 
 class Incorrect(Exception):
-    """A contender's result is not an Adam step; the message names tensor, quantity and error."""
+    """The result is not an Adam step; the message names tensor, quantity and error."""
 
 
 class Checked(Protocol):
-    """What `check_step` needs of a contender."""
+    """The part of an implementation that `check_step` needs."""
 
     tensors: list[ParameterShape]
     dtype: mx.Dtype
     state_dtype: mx.Dtype  # of m and v
-    stored_bytes: int  # parameters and all that is kept for them; no gradients
+    stored_bytes: int  # parameters and their state
 
     def step(self) -> object: ...
     def sample(self, path: str, indices: np.ndarray) -> Values: ...
@@ -50,7 +50,7 @@ class Checked(Protocol):
 
 @dataclass
 class Problem:
-    """Parameters, gradients, m and v, keyed by path, in one dtype; m and v in another for those who keep them so."""
+    """Parameters, gradients, m and v, keyed by path, in one dtype; m and v also in others, on demand."""
 
     tensors: list[ParameterShape]
     dtype: mx.Dtype
@@ -97,7 +97,7 @@ class Problem:
         return cls(tensors, dtype, parameters, {t.path: gradient(t) for t in tensors}, state)
 
     def state_in(self, dtype: mx.Dtype) -> dict[str, Any]:
-        """The state with m and v in this dtype: one tree for all who ask for the same."""
+        """The state with m and v in this dtype: one tree for each dtype."""
         if dtype == self.dtype:
             return self.state
         if dtype not in self._other_states:
@@ -111,7 +111,7 @@ class Problem:
         return self._other_states[dtype]
 
     def restore(self) -> None:
-        """Undo what a wrong step did to the arrays that others go on with."""
+        """Undo what a wrong step did to the shared arrays."""
         fresh = Problem.random(self.tensors, self.dtype)
         self.parameters.update(fresh.parameters)
         for dtype in (self.dtype, *self._other_states):
@@ -134,7 +134,7 @@ def adam_step(before: Values, step: int | None) -> Values:
 
 
 def sampled_indices(tensor: ParameterShape, most: int, seed: int = 0) -> np.ndarray:
-    """All of a small tensor; of a large one both ends, where tails go wrong, and random places."""
+    """All of a small tensor; both ends of a large one, where tails go wrong, and random places."""
     if tensor.size <= most:
         return np.arange(tensor.size)
     end = most // 8
@@ -144,23 +144,23 @@ def sampled_indices(tensor: ParameterShape, most: int, seed: int = 0) -> np.ndar
     )
 
 
-def check_step(contender: Checked, around_step: Callable[[Callable], object]) -> float:
+def check_step(implementation: Checked, around_step: Callable[[Callable], object]) -> float:
     """Take one step through `around_step`; return the worst error over its tolerance.
 
     Raises Incorrect where that is above 1.
     """
-    tensors = contender.tensors
+    tensors = implementation.tensors
     most = max(FEWEST_SAMPLES, SAMPLES // max(1, len(tensors)))
     indices = {tensor.path: sampled_indices(tensor, most) for tensor in tensors}
-    before = {path: contender.sample(path, where) for path, where in indices.items()}
-    expected = {path: contender.expect(values) for path, values in before.items()}
-    around_step(contender.step)
+    before = {path: implementation.sample(path, where) for path, where in indices.items()}
+    expected = {path: implementation.expect(values) for path, values in before.items()}
+    around_step(implementation.step)
     worst = 0.0
     for path, where in indices.items():
-        after = contender.sample(path, where)
-        scale = contender.expect(_magnitudes(before[path]))
+        after = implementation.sample(path, where)
+        scale = implementation.expect(_magnitudes(before[path]))
         for quantity, right in expected[path].items():
-            dtype = contender.dtype if quantity == "parameter" else contender.state_dtype
+            dtype = implementation.dtype if quantity == "parameter" else implementation.state_dtype
             error = _error(before[path][quantity], right, after[quantity], scale[quantity], dtype)
             if not error <= 1:  # so that NaN fails too
                 raise Incorrect(f"{quantity} of {path} is off by {error:.3g} times the tolerance")
@@ -169,7 +169,7 @@ def check_step(contender: Checked, around_step: Callable[[Callable], object]) ->
 
 
 def _magnitudes(before: Values) -> Values:
-    """Values whose step measures the terms of the real one before any of them cancel."""
+    """Values whose step measures the terms of the real one before they cancel."""
     absolute = {name: np.abs(x) for name, x in before.items()}
     return absolute | {"parameter": np.zeros_like(absolute["parameter"])}
 

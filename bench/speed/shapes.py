@@ -11,8 +11,8 @@ class ParameterShape(NamedTuple):
     path: str
     shape: tuple[int, ...]
     column_major: bool = False
-    # Of the gradient besides: its axes as they lie in memory, outermost first (default: in order, or reversed where it is
-    # column-major), those that lie backwards, and how many elements of memory there are for each one.
+    # The gradient's axes in memory, outermost first (default: in order, or reversed where it is column-major), those that
+    # run backwards, and its innermost stride.
     axes: tuple[int, ...] = ()
     flipped: tuple[int, ...] = ()
     spread: int = 1
@@ -31,7 +31,7 @@ class ParameterShape(NamedTuple):
 
 
 class LlamaSizes(NamedTuple):
-    """What decides the shapes of a Llama-like model (Llama, SmolLM, Qwen)."""
+    """The numbers that determine the shapes of a Llama-like model (Llama, SmolLM, Qwen)."""
 
     vocabulary: int
     dims: int
@@ -61,7 +61,7 @@ class LlamaSizes(NamedTuple):
         return parts[part]
 
     def all_linears(self) -> dict[str, tuple[int, int]]:
-        """The same of a whole block, by path."""
+        """All linear layers of a block, by path."""
         return {
             f"{part}.{name}": shape
             for part in ("self_attn", "mlp")

@@ -1,4 +1,4 @@
-"""torch's Adam as a contender. In a file of its own, so that torch is imported only where it takes part."""
+"""torch's Adam, as an implementation. In its own file, so that torch is imported only where it takes part."""
 
 from typing import Any
 

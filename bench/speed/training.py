@@ -1,6 +1,6 @@
-"""Whole training steps: forward, backward and update of a model of stock `mlx.nn` layers.
+"""Whole training steps: forward, backward and update of a model of `mlx.nn` layers.
 
-Used by the suite `step` for times, and by memory.py for peak memory.
+The suite `step` times them; bench/memory measures their peak memory.
 """
 
 from abc import ABC, abstractmethod
@@ -10,11 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as stock
+import mlx.optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .contenders import take
+from .decode import take
 from .llama import Llama
 from .problem import BETAS, SETTINGS, Problem, Values, adam_step
 from .shapes import LlamaSizes, ParameterShape
@@ -102,15 +102,15 @@ class LinearTask(Task):
 
 
 def is_column_major(x: mx.array) -> bool:
-    """Whether a matrix lies transposed in memory, by its buffer's strides."""
+    """True for a matrix that is transposed in memory, by its buffer's strides."""
     flags = np.array(x, copy=False).flags
     return bool(x.ndim == 2 and flags.f_contiguous and not flags.c_contiguous)
 
 
 class TrainingStep:
-    """Forward, backward and, if an optimizer is given, update, compiled as a whole or eager.
+    """Forward, backward and, if there is an optimizer, update, compiled as a whole or eager.
 
-    The moments begin as those of `problem`, or at zero.
+    The moments start as those of `problem`, or at zero.
     """
 
     dtype = state_dtype = mx.float32
@@ -118,7 +118,7 @@ class TrainingStep:
     def __init__(
         self,
         task: Task,
-        kind: Callable[..., stock.Adam] | None,
+        kind: Callable[..., mlx.optimizers.Adam] | None,
         compiled: bool,
         problem: Problem | None = None,
     ):
@@ -156,9 +156,9 @@ class TrainingStep:
 
     @property
     def stored_bytes(self) -> int:
-        """Of parameters and state, without the optimizer's few numbers."""
-        numbers = ("step", "learning_rate")
-        state = [(k, x) for k, x in tree_flatten(self.optimizer.state) if k not in numbers]
+        """Bytes of parameters and state, without the optimizer's scalars."""
+        scalars = ("step", "learning_rate")
+        state = [(k, x) for k, x in tree_flatten(self.optimizer.state) if k not in scalars]
         return sum(x.nbytes for _, x in [*tree_flatten(self.model.parameters()), *state])
 
     def step(self) -> None:
@@ -175,7 +175,7 @@ class TrainingStep:
         return {name: take(x, indices) for name, x in arrays.items()}
 
     def _gradients(self) -> dict[str, mx.array]:
-        """At the present parameters; kept until the next step, for all tensors to sample."""
+        """The gradients at the present parameters; kept until the next step, for all tensors to sample."""
         step = self.optimizer.step.item()
         if getattr(self, "_gradients_at", None) != step:
             self._gradients_at, self._kept_gradients = step, self.task.gradients(self.model)

@@ -1,33 +1,14 @@
-"""Memory and traffic of a rank, from 1 to 1024 ranks: `python bench/scale.py [--check]` writes the tables of docs/scale.md.
+"""Memory and traffic of a rank, from 1 to 1024 ranks, computed: the tables of docs/scale.md.
 
-Arithmetic alone: nothing is measured. tests/benchmarks/test_scale.py compares the bytes of a parameter with real optimizers.
-For a model of your own, `python bench/scale.py --parameters 7e9` prints the tables and writes nothing.
+bench/scale.py is the command. tests hold the bytes of a parameter against real optimizers.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__" and not __package__:
-    sys.path[0] = str(ROOT)  # run as a script: the package `bench` stands there, not its modules
-
-from bench.documents import rewrite  # noqa: E402
-from bench.options import (  # noqa: E402
-    BF16_STATE,
-    INT8_STATE,
-    MASTER,
-    MASTER_FP32,
-    MASTER_INT8,
-    OPTIONS,
-    as_code,
-)
-from bench.saved import number, table  # noqa: E402
-
-DOCUMENT = ROOT / "docs" / "scale.md"
+from .names import BF16_STATE, INT8_STATE, MASTER, MASTER_FP32, MASTER_INT8, OPTIONS, as_code
+from .text import number, table
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 SCALES_BYTES = 2 * 2 / 32  # of int8 state: a bfloat16 for m and one for v, for each 32 neighbours
@@ -41,12 +22,12 @@ GATHERED = "bfloat16"  # compute_dtype of nn.fully_shard
 # Transformer blocks of a model of so many parameters, each wrapped by itself.
 BLOCKS_OF = {1e8: 12, 1e9: 24, 1e10: 40, 1e11: 80, 1e12: 128}
 EXAMPLE = 1e9  # parameters
-# Gigabits per second, of the cable.
+# The cable's gigabits per second.
 LINKS = {"1 Gb/s Ethernet": 1, "10 Gb/s Ethernet": 10, "Thunderbolt 4": 40, "Thunderbolt 5": 80}
 
 
 class Bytes(NamedTuple):
-    """Of one parameter."""
+    """Bytes of one parameter."""
 
     parameter: float
     gradient: float
@@ -66,7 +47,7 @@ class Setup(NamedTuple):
 
     @property
     def code(self) -> str:
-        return f"`{as_code(self.options)}`" if self.options else "none (as stock)"
+        return f"`{as_code(self.options)}`" if self.options else "none (as mlx.optimizers)"
 
     @property
     def bytes(self) -> Bytes:
@@ -90,14 +71,14 @@ CHOSEN = [SETUPS[0], SETUPS[-1], SETUPS[5]]
 
 
 class Sending(NamedTuple):
-    """What a rank sends in a step, in bytes of a parameter, for a ring of very many ranks."""
+    """The bytes of a parameter that a rank sends in a step, on a ring of very many ranks."""
 
     name: str
     parts: str
     bytes: float
 
     def of(self, parameters: float, ranks: int) -> float:
-        """On a ring of so many, each part is sent in `ranks` pieces, all but one of them."""
+        """Bytes on a ring of `ranks`: each part is sent in so many pieces, all but one of them."""
         return parameters * self.bytes * (ranks - 1) / ranks
 
 
@@ -122,7 +103,7 @@ def blocks_of(parameters: float) -> int:
 def gathered(parameters: float, again: bool) -> float:
     """Bytes of whole parameters beside the shards, and of one block's gradient before it is scattered.
 
-    All parameters, since MLX keeps what the forward pass has gathered until the backward pass; or one block's, `again`.
+    All parameters, since MLX keeps what the forward pass gathers until the backward pass; with `again`, one block's.
     """
     whole = parameters * ITEM_BYTES[GATHERED]
     block = whole / blocks_of(parameters)
@@ -134,7 +115,7 @@ def usable(mac: int) -> float:
 
 
 def fewest_ranks(setup: Setup, parameters: float, mac: int, again: bool) -> int | None:
-    """How many Macs hold a fully sharded model, as a power of two; None: more than 1024, or no number."""
+    """The number of Macs that hold a fully sharded model, a power of two; None if more than 1024."""
     if stored(setup, parameters) <= usable(mac):
         return 1
     beside = gathered(parameters, again)
@@ -150,13 +131,13 @@ def size_text(count: float) -> str:
 
 
 def count_text(parameters: float) -> str:
-    """A count of parameters in words."""
+    """A number of parameters in words."""
     scale, name = (1e9, "billion") if parameters >= 1e9 else (1e6, "million")
     return f"{number(parameters / scale)} {name}"
 
 
 def power_text(parameters: float) -> str:
-    """Powers of ten as such."""
+    """A number of parameters, as a power of ten if it is one."""
     exponent = round(math.log10(parameters))
     digits = str(exponent).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"10{digits}" if parameters == 10**exponent else count_text(parameters)
@@ -180,7 +161,7 @@ def one_mac_table() -> str:
 
 
 def share_table(parameters: float = EXAMPLE) -> str:
-    """Of every setup, for one size."""
+    """A rank's share with every setup, for one size."""
     rows = [
         [setup.dtype, setup.code, *(size_text(stored(setup, parameters, ranks)) for ranks in RANKS)]
         for setup in SETUPS
@@ -190,7 +171,7 @@ def share_table(parameters: float = EXAMPLE) -> str:
 
 
 def sizes_table(sizes: tuple[float, ...] = tuple(BLOCKS_OF)) -> str:
-    """Of chosen setups, for every size; and what is gathered beside the share."""
+    """A rank's share with chosen setups, for every size; and what is gathered beside it."""
     rows = []
     for parameters in sizes:
         for setup in CHOSEN:
@@ -229,9 +210,9 @@ def links_table() -> str:
     return table(["link", "a gigabyte takes at least"], rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], str]] = {
     "bytes": bytes_table,
-    "one-mac": one_mac_table,
+    "one_mac": one_mac_table,
     "ranks": ranks_table,
     "share": share_table,
     "sizes": sizes_table,
@@ -240,39 +221,17 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 
 
-def content(name: str) -> str:
-    """What stands in the block of a name. An unknown one is a KeyError."""
-    return BLOCKS[name]()
-
-
-def show(parameters: float) -> None:
-    print(f"{count_text(parameters)} parameters: memory of a rank")
-    print(share_table(parameters))
+def shown(parameters: float) -> str:
+    """The tables for one model, as text."""
     beside, again = (size_text(gathered(parameters, again)) for again in (False, True))
-    print(f"\nBeside a share, fully sharded: {beside} gathered, or {again} if gathered again")
-    print("\nMacs that hold it fully sharded: as MLX gathers / gathered again")
-    print(ranks_table((parameters,)))
-    print("\nSent by a rank in a step, for a number of ranks")
-    print(traffic_table(parameters))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scale.py", description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if the document differs"
+    return "\n".join(
+        [
+            f"{count_text(parameters)} parameters: memory of a rank",
+            share_table(parameters),
+            f"\nBeside a share, fully sharded: {beside} gathered, or {again} if gathered again",
+            "\nMacs that hold it fully sharded: as MLX gathers / gathered again",
+            ranks_table((parameters,)),
+            "\nSent by a rank in a step, for a number of ranks",
+            traffic_table(parameters),
+        ]
     )
-    parser.add_argument("--parameters", type=float, help="print the tables for so many parameters")
-    options = parser.parse_args(arguments)
-    if options.parameters is not None:
-        if not 1 <= options.parameters < math.inf:
-            parser.error(f"--parameters must be at least 1 but got {options.parameters:g}")
-        show(options.parameters)
-        return 0
-    is_stale = rewrite(DOCUMENT, content, options.check)
-    if is_stale and options.check:
-        print("scale.py: docs/scale.md differs; run python bench/scale.py")
-    return int(is_stale and options.check)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -108,8 +108,9 @@ def test_every_public_name_is_in_the_api_page_with_its_docstring(site: Path, nam
 
 
 def test_links_out_of_docs_hand_out_the_file(site: Path) -> None:
-    html = (site / "state-codes.html").read_text(encoding="utf-8")
-    for target in ("bench/results/state_codes.md", "csrc/math/encodings.h"):
+    targets = {"state-codes": "csrc/math/encodings.h", "benchmarks": "bench/results/cpu.md"}
+    for page, target in targets.items():
+        html = (site / f"{page}.html").read_text(encoding="utf-8")
         (found,) = re.findall(rf'href="(_downloads/[^"]*/{Path(target).name})"', html)
         assert (site / found).read_bytes() == (ROOT / target).read_bytes()
 
