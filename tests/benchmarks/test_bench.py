@@ -407,6 +407,14 @@ def test_the_copy_moves_all_bytes_once(words: int, monkeypatch) -> None:
     assert len(moved) >= min(_ext.num_threads(), max(1, words // 65536))
 
 
+def test_the_copy_on_a_gpu_makes_as_many_new_elements(monkeypatch) -> None:
+    copy = CopyBandwidth(2 * PIECE_BYTES + 8 * 5, "gpu")
+    made: list[int] = []
+    monkeypatch.setattr(mx, "eval", lambda x: made.append(x.size))
+    copy.step()
+    assert made == [PIECE_BYTES // 4, 5]
+
+
 def test_fused_with_another_number_of_threads_restores_it() -> None:
     before = _ext.num_threads()
     made = problem.Problem.random(MATRIX, mx.float32)
