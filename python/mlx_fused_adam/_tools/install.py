@@ -11,7 +11,6 @@ import functools
 import inspect
 import threading
 from collections import Counter
-from types import TracebackType
 from typing import Any
 
 import mlx.optimizers as optim
@@ -58,12 +57,7 @@ class Installation:
             self.begin()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
     def defaults(self, fused: type[Adam] | type[AdamW]) -> dict[str, Any]:

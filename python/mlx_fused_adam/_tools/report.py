@@ -166,10 +166,9 @@ def _speed(kind: mx.DeviceType) -> dict[str, float]:
     with mx.stream(kind):
         timings = measure(
             {
-                "fused": _step_of(Adam(1e-3), compiled=False),
-                "fused compiled": _step_of(Adam(1e-3), compiled=True),
-                "mlx.optimizers": _step_of(_reference.Adam(1e-3), compiled=False),
-                "mlx.optimizers compiled": _step_of(_reference.Adam(1e-3), compiled=True),
+                f"{name}{mode}": _step_of(kind_of_adam(1e-3), is_compiled=bool(mode))
+                for name, kind_of_adam in (("fused", Adam), ("mlx.optimizers", _reference.Adam))
+                for mode in ("", " compiled")
             },
             _SECONDS,
             _FEWEST_ROUNDS,
@@ -177,7 +176,7 @@ def _speed(kind: mx.DeviceType) -> dict[str, float]:
     return {name: round(timing.median * 1e3, 3) for name, timing in timings.items()}
 
 
-def _step_of(optimizer: optim.Adam, compiled: bool) -> Callable[[], None]:
+def _step_of(optimizer: optim.Adam, is_compiled: bool) -> Callable[[], None]:
     parameters = {"w": mx.random.normal((_ELEMENTS,))}
     gradients = {"w": mx.random.normal((_ELEMENTS,))}
     optimizer.init(parameters)
@@ -187,7 +186,7 @@ def _step_of(optimizer: optim.Adam, compiled: bool) -> Callable[[], None]:
     def update(gradients: dict[str, mx.array]) -> None:
         parameters.update(optimizer.apply_gradients(gradients, parameters))
 
-    run = mx.compile(update, inputs=state, outputs=state) if compiled else update
+    run = mx.compile(update, inputs=state, outputs=state) if is_compiled else update
 
     def step() -> None:
         run(gradients)

@@ -63,15 +63,10 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoRet
             parser.error(f"{OPTIONS}: {error}")
     # In PYTHONPATH an empty entry is the current folder; an empty variable is no entry.
     others = environment.get("PYTHONPATH")
-    folders = (
-        [folder for folder in others.split(os.pathsep) if folder != _STARTUP] if others else []
-    )
+    folders = [x for x in others.split(os.pathsep) if x != _STARTUP] if others else []
     environment["PYTHONPATH"] = os.pathsep.join([_STARTUP, *folders])
     command = [sys.executable, *_flags()]
-    if arguments.is_module:
-        command += ["-m", target]
-    else:
-        command.append(_script(target))
+    command += ["-m", target] if arguments.is_module else [_script(target)]
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by the parent process
             stream.flush()
