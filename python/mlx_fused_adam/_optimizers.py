@@ -6,7 +6,6 @@ The state tree, schedules, defaults and errors are inherited from mlx.optimizers
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +16,8 @@ from mlx.optimizers import AdamW as _MLXAdamW
 from mlx.optimizers import Optimizer as _MLXOptimizer
 from mlx.utils import tree_map, tree_map_with_path
 
-from ._arguments import as_array, as_number, check_betas, check_ranges
+from . import _ext
+from ._arguments import as_array, as_number, as_scalar, check_betas, check_ranges
 from ._backends import backend_of
 from ._clipping import Clipping, check_names, clipping_of, fit_recorded
 from ._decay import DecayFilter
@@ -156,19 +156,21 @@ class _Fused(_MLXOptimizer):
         """The new parameters, each state with its changes, and the clipping; changes nothing."""
         walk = Walk(gradients, parameters, states)
         clipping = clipping_of(walk.gradients, self._options, walk.paths)
-        step = Step(
-            self.learning_rate,
-            self.step,
-            self.betas,
-            self.eps,
-            float(getattr(self, "weight_decay", 0.0)),
-            self.bias_correction,
-            self._options,
-            self._decay_filter,
-            clipping,
-            super().apply_single,
-            partial(_MLXAdam.apply_single, self),  # type: ignore[arg-type]  # Adam comes after this class
+        weight_decay = float(getattr(self, "weight_decay", 0.0))
+        fused_step = _ext.AdamStep(
+            as_scalar("learning_rate", self.learning_rate),
+            as_scalar("step", self.step),
+            betas=tuple(map(float, self.betas)),
+            eps=float(self.eps),
+            weight_decay=weight_decay,
+            bias_correction=bool(self.bias_correction),
+            rounding=self._options.rounding_request,
+            seed=self._options.seed,
+            gradient_scale=clipping and clipping.gradient_scale,
+            is_applied=clipping and clipping.is_applied,
         )
+        decay_filter = self._decay_filter if weight_decay else None
+        step = Step(fused_step, self._options, decay_filter, clipping, self._fall_back)
         new, states = step.update(Leaves(walk.gradients, walk.parameters, walk.states, walk.paths))
         walk.fill(new)
         return walk.result(), list(zip(walk.states, states, strict=True)), clipping
@@ -177,6 +179,17 @@ class _Fused(_MLXOptimizer):
         self._state.clear()
         self._state.update(state)
         self._initialized = is_initialized
+
+    def _fall_back(
+        self, gradient: mx.array, parameter: mx.array, state: dict, is_decayed: bool
+    ) -> mx.array:
+        """Update one parameter as mlx.optimizers does; its Adam is its AdamW without decay."""
+        result: mx.array
+        if is_decayed:
+            result = super().apply_single(gradient, parameter, state)
+        else:
+            result = _MLXAdam.apply_single(self, gradient, parameter, state)  # type: ignore[arg-type]  # Adam comes after this class
+        return result
 
     def _description(self) -> dict[str, Any]:
         """Hyper-parameters and options in JSON's types."""

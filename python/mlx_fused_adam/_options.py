@@ -137,12 +137,6 @@ class Options:
         """The results that are rounded stochastically: "nearest" for none, "v" or "all"; quantized ``m`` goes with ``v``."""
         return {None: "v", True: "all", False: "nearest"}[self.stochastic_rounding]
 
-    @property
-    def rounding(self) -> tuple[bool, bool, bool]:
-        """Whether parameters, ``m`` and ``v`` are rounded stochastically."""
-        is_all = self.rounding_request == "all"
-        return is_all, is_all, self.rounding_request != "nearest"
-
 
 def as_seed(op: str, seed: Any) -> int:
     """Check a seed of stochastic rounding."""
