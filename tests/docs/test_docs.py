@@ -19,7 +19,7 @@ import mlx_fused_adam
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tests/emulator/README.md", *PAGES]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/emulator/README.md", *PAGES]
 FOREIGN_MODULES = {"mlx_lm"}  # that documents run, and tests do not install
 
 
@@ -108,8 +108,12 @@ def test_every_public_name_is_in_the_api_page_with_its_docstring(site: Path, nam
 
 
 def test_links_out_of_docs_hand_out_the_file(site: Path) -> None:
-    html = (site / "state-codes.html").read_text(encoding="utf-8")
-    for target in ("bench/results/state_codes.md", "csrc/math/encodings.h"):
+    for page, target in (
+        ("state-codes", "csrc/math/encodings.h"),
+        ("options", "bench/results/precision.md"),
+        ("index", "CHANGELOG.md"),  # README's link
+    ):
+        html = (site / f"{page}.html").read_text(encoding="utf-8")
         (found,) = re.findall(rf'href="(_downloads/[^"]*/{Path(target).name})"', html)
         assert (site / found).read_bytes() == (ROOT / target).read_bytes()
 
@@ -127,10 +131,19 @@ def test_the_documents_that_should_have_snippets_do() -> None:
     assert {"README.md", "docs/start.md", "docs/options.md"} <= set(WITH_PYTHON)
 
 
+def anchors(document: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    text = re.sub(r"^ *```.*?^ *```", "", text_of(document), flags=re.DOTALL | re.M)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", text_of(document)):
-        assert (ROOT / document).parent.joinpath(target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text_of(document)):
+        path = (ROOT / document).parent.joinpath(target) if target else ROOT / document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(str(path)), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -169,20 +182,25 @@ def test_shell_snippets_name_what_is_there(document: str) -> None:
                 assert set(names.split(",")) <= extras, command
 
 
-def test_the_options_that_the_launcher_s_page_gives_are_taken() -> None:
+def test_the_options_that_commands_and_yaml_give_are_taken() -> None:
     page = "docs/mlx-lm.md"
-    given = [json.loads(x) for x in re.findall(r"'(\{.*?\})'", text_of(page))]
+    given = [
+        json.loads(x) for x in re.findall(r"'(\{.*?\})'", text_of(page) + text_of("README.md"))
+    ]
     given += [yaml.safe_load(x)["optimizer_config"]["adamw"] for x in snippets(page, "yaml")]
-    assert len(given) >= 6
+    assert len(given) >= 8
     for options in given:
         mlx_fused_adam.AdamW(1e-5, **options)
 
 
-def test_the_issue_form_asks_for_the_report() -> None:
+def test_the_issue_form_asks_for_the_report_but_can_do_without() -> None:
+    """Where the package cannot be imported, there is no report, and no code that shows more."""
     form = yaml.safe_load(text_of(".github/ISSUE_TEMPLATE/bug.yml"))
     fields = {field["id"]: field for field in form["body"]}
-    assert "`python -m mlx_fused_adam --json`" in fields["report"]["attributes"]["description"]
-    assert fields["report"]["validations"]["required"]
+    description = fields["report"]["attributes"]["description"]
+    assert "`python -m mlx_fused_adam --json`" in description and "imported" in description
+    required = {name for name, x in fields.items() if x.get("validations", {}).get("required")}
+    assert required == {"what", "stock"}
 
 
 def test_ci_builds_the_documentation_as_documented() -> None:

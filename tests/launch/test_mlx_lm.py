@@ -197,16 +197,24 @@ def test_the_benchmark_of_memory_runs_what_it_says(models):
     assert all(peak > 0 for peak in peaks.values())
 
 
-def test_the_lines_of_readme_do_what_they_say(tmp_path):
-    """From nothing to LoRA and full fine-tuning; all but the installation is run as it is printed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("## mlx-lm")[2].partition("\n## ")[0]
+def commands(document, heading):
+    """The lines of the section's shell snippets that start Python."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     lines = "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL)).replace("\\\n", " ")
-    commands = [line for line in lines.splitlines() if line.startswith("python ")]
-    assert len(commands) == 3 and lines.count("pip install") == 1
+    return [line for line in lines.splitlines() if line.startswith("python ")]
+
+
+def test_the_lines_of_the_documents_do_what_they_say(tmp_path):
+    """From nothing to LoRA and full fine-tuning, run as printed; README's, with the trial's model and data."""
+    printed = commands("docs/mlx-lm.md", "Try it")
+    (of_readme,) = commands("README.md", "Use with mlx-lm")
+    assert len(printed) == 3 and "--model MODEL --data DATA" in of_readme
+    of_readme = of_readme.replace("MODEL", "trial").replace("DATA", "trial")
+    of_readme += " --num-layers -1 --iters 20 --adapter-path trial/readme"
     (tmp_path / "bench").symlink_to(ROOT / "bench")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for command in commands:
+    for command in (*printed, of_readme):
         done = subprocess.run(
             command,
             shell=True,
@@ -216,5 +224,8 @@ def test_the_lines_of_readme_do_what_they_say(tmp_path):
             env={**os.environ, **OFFLINE, "PATH": path},
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "run -m" not in command or re.search(r"ran [\d,]+ updates of tensors", done.stderr)
-    assert "stochastic_rounding=True" in done.stderr and "Trainable" in done.stdout
+        if "mlx_lm" in command:
+            assert re.search(r"ran [\d,]+ updates of tensors", done.stderr), done.stderr
+            assert "Trainable" in done.stdout
+        for name in ("stochastic_rounding", "state_dtype"):
+            assert (f'"{name}": ' in command) == (f"{name}=" in done.stderr)
