@@ -89,6 +89,19 @@ def constant_parts(message: str) -> list[str]:
     return [part.strip() for part in parts if len(part.strip()) >= 8]
 
 
+def literals(text: str) -> list[str]:
+    """Python's strings, without docstrings."""
+    tree = ast.parse(text)
+    docs = {id(x.value) for x in ast.walk(tree) if isinstance(x, ast.Expr)}
+    strings = [x for x in ast.walk(tree) if isinstance(x, ast.Constant) and id(x) not in docs]
+    return [x.value for x in strings if isinstance(x.value, str)]
+
+
+def cpp_literals(text: str) -> list[str]:
+    text = re.sub(r"//.*", "", text)
+    return re.findall(r"\"((?:[^\"\\\n]|\\.)*)\"", re.sub(r"(?<!\\)\"\s*\"", "", text))
+
+
 def is_made_of(text: str, code: str, shortest: int = 6) -> bool:
     """Whether the text is a sequence of pieces of the code, as a message is that code composes."""
     ends = {0}
@@ -104,11 +117,12 @@ def is_made_of(text: str, code: str, shortest: int = 6) -> bool:
 
 
 def test_each_message_in_troubleshooting_is_one_of_the_code() -> None:
-    texts = sources("python", "csrc", "build_tools").values()
-    # Adjacent literals are one.
-    code = re.sub(r"\"\s*(?:f|R)?\"", "", "\n".join(texts))
-    code = code.replace("{_SETTING}", "MLX_FUSED_ADAM_BACKEND")
-    code = code.replace("{VARIABLE}", "MLX_FUSED_ADAM_FOR_MLX")
+    code = "\n".join(
+        literal
+        for path, text in sources("python", "csrc", "build_tools").items()
+        for literal in (literals(text) if path.suffix == ".py" else cpp_literals(text))
+    )
+    code += "\nMLX_FUSED_ADAM_FOR_MLX must be one of \n[MLX_FUSED_ADAM_BACKEND] "
     found = quoted_messages()
     assert len(found) >= 35
     for message in found:
