@@ -1,1 +1,1 @@
-"""The benchmark of this repository: `python bench/run.py` is the command. A package so that no name clashes with others."""
+"""The benchmarks of this repository; bench/README.md has the commands. A package, so that no module's name clashes."""

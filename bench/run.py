@@ -1,13 +1,14 @@
-"""How fast is one Adam step, and what memory does it take? `pip install '.[bench]' && python bench/run.py`.
+"""Measures the time and memory of one Adam step: `pip install '.[bench]' && python bench/run.py`.
 
-Ours, mlx.optimizers and (where installed) torch take the same step on the same tensors, next to a
-probe of the bare memory traffic. No contender is timed before its step has been compared with the
-update in float64; see mlx_fused_adam/_tools/timing.py for how times are taken. `--publish` makes the files
-in bench/results and the figures in README.md, and refuses a machine that is not idle.
+The fused update, mlx.optimizers and (where installed) torch take the same step on the same tensors, beside a plain copy of as
+many bytes. Each implementation's step is compared with the update in float64 before it is timed; see
+mlx_fused_adam/_tools/timing.py for how times are taken. `--publish` makes the files in bench/results and the tables in
+docs/benchmarks.md, and needs an idle machine.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,23 +29,22 @@ import mlx_fused_adam as fused
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ in ("__main__", "__mp_main__") and not __package__:
-    sys.path[0] = str(ROOT)  # run as a script: the package `bench` stands there, not its modules
+    sys.path[0] = str(ROOT)  # run as a script: import the package `bench`, not its modules
 
-from bench import machine, pictures, readme, report, saved  # noqa: E402
-from bench.cases import SUITES, Case  # noqa: E402
-from bench.compare import memory_needed, run_case  # noqa: E402
-from bench.contenders import HAS_TORCH  # noqa: E402
-from bench.goals import goals  # noqa: E402
+from bench.memory import whole_steps  # noqa: E402
+from bench.speed import machine  # noqa: E402
+from bench.speed.cases import SUITES, Case  # noqa: E402
+from bench.speed.compare import memory_needed, run_case  # noqa: E402
+from bench.speed.implementations import HAS_TORCH  # noqa: E402
+from bench.tables import documents, plots, speed, terminal, text  # noqa: E402
 
 MEMORY_SHARE = 0.8  # of the machine's, that a case may need
-PICTURES = (".png", ".svg", ".pdf")
 SECONDS = 3.0  # for timing a case, unless the command line says otherwise
-RESULTS = ROOT / "bench" / "results"
 
 
 def run(cases: list[Case], options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Run the cases one after the other; print each one's table when it is done."""
-    results: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     columns = [
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f} cases"),
@@ -63,16 +63,23 @@ def run(cases: list[Case], options: argparse.Namespace, console: Console) -> lis
 
             if memory_needed(case) > MEMORY_SHARE * options.memory:
                 needed = memory_needed(case) / 2**30
-                console.print(
-                    f"left out: {escape(case.title)}: needs about {needed:.0f} GiB of memory"
-                )
+                console.print(f"left out: {escape(case.title)}: needs {needed:.0f} GiB of memory")
                 continue
-            result = run_case(
-                case, options.device, options.bias_correction, options.seconds, options.rounds, show
-            )
-            make_table = report.case_table if case.is_timed else report.memory_table
-            console.print(make_table(result))
-            results.append(result)
+            found.append(case.described(run_one(case, options, show)))
+            make_table = terminal.case_table if case.is_timed else terminal.memory_table
+            console.print(make_table(found[-1]))
+    return found
+
+
+def run_one(case: Case, options: argparse.Namespace, show: Callable) -> dict[str, dict[str, Any]]:
+    """The results of a case: times, memory, or both."""
+    if not case.is_timed:
+        return whole_steps.measure(case, options.device, show)
+    results = run_case(case, options.device, options.seconds, options.rounds, show)
+    if case.task:
+        for name, memory in whole_steps.measure(case, options.device, show).items():
+            if "rejected" not in results[name]:
+                results[name]["peak_bytes"] = memory["peak_bytes"]
     return results
 
 
@@ -89,18 +96,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="which cases (default: all)",
     )
     add("--device", choices=["cpu", "gpu"], default="gpu" if mx.metal.is_available() else "cpu")
-    add("--json", type=Path, metavar="FILE", help="save all figures")
-    add("--plot", type=Path, metavar="FILE", help="save a picture of all updates (.png, .svg)")
-    add("--models-plot", type=Path, metavar="FILE", help="save a small picture of the real models")
-    add("--growth-plot", type=Path, metavar="FILE", help="save a picture of how time grows")
-    add("--memory-plot", type=Path, metavar="FILE", help="save a picture of steps' peak memory")
+    add("--json", type=Path, metavar="FILE", help="save all results")
+    add("--plot", type=Path, metavar="FILE", help="save a plot of the updates (.png, .svg)")
     add("--markdown", type=Path, metavar="FILE", help="save the tables as Markdown")
     add("--case", default="", metavar="TEXT", help="only cases whose title contains TEXT")
-    add(
-        "--bias-correction",
-        action="store_true",
-        help="let MLX's contenders correct the bias too, as torch always does",
-    )
     add(
         "--seconds",
         type=float,
@@ -110,36 +109,29 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add(
         "--quick",
         action="store_true",
-        help="small cases and few rounds: a trial of the benchmark, not a measurement",
+        help="small cases and few rounds: a trial, not a measurement",
     )
     add(
         "--publish",
         action="store_true",
-        help="everything, into bench/results and README.md; on an idle machine alone",
+        help="run everything and write the published files; needs an idle machine",
     )
     options = parser.parse_args(arguments)
     if options.device == "gpu" and not mx.is_available(mx.gpu):
         parser.error("this MLX has no GPU")
     if options.publish:
         if set(arguments) - {"--publish", "--device", options.device}:
-            parser.error("--publish goes with --device alone")
-        options.json = RESULTS / f"{options.device}.json"
-        options.markdown = RESULTS / f"{options.device}.md"
-        options.plot = RESULTS / f"{options.device}.png"
-        options.models_plot = RESULTS / f"{options.device}-models.png"
-        options.growth_plot = RESULTS / f"{options.device}-growth.png"
-        of_device = "" if options.device == "cpu" else f"{options.device}-"
-        options.memory_plot = RESULTS / f"{of_device}memory.png"
-    plots = (options.plot, options.models_plot, options.growth_plot, options.memory_plot)
-    for path in plots:
-        if path and path.suffix not in PICTURES:
-            parser.error(f"{path} must end in one of {', '.join(PICTURES)}")
-    for path in (options.json, *plots, options.markdown):
+            parser.error("only --device goes with --publish")
+        stem = documents.RESULTS / options.device
+        options.json, options.markdown, options.plot = (
+            stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")
+        )
+    if options.plot and options.plot.suffix not in plots.SUFFIXES:
+        parser.error(f"{options.plot} must end in one of {', '.join(plots.SUFFIXES)}")
+    for path in (options.json, options.markdown, options.plot):
         if path and not path.parent.is_dir():
             parser.error(f"there is no folder {path.parent}")
-    options.is_whole = not (
-        options.quick or options.bias_correction or options.case or options.suite != ["all"]
-    )
+    options.is_whole = not (options.quick or options.case or options.suite != ["all"])
     if options.seconds is None:
         options.seconds = 0.1 if options.quick else SECONDS
     options.rounds = 2 if options.quick else 3
@@ -155,7 +147,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def why_not_publishable(
     options: argparse.Namespace, load: float, others: float | None = None
 ) -> list[str]:
-    """Why figures of such a run should not be quoted; empty if they may."""
+    """Why the results of such a run should not be quoted; empty if they may be."""
     reasons = []
     if load > machine.BUSY:
         reasons.append(f"the load average was {load:.1f} at the start, above {machine.BUSY}")
@@ -180,10 +172,10 @@ def main(arguments: list[str] | None = None) -> int:
     # Also lets the package check itself before anything is measured.
     backend = fused.Adam(1e-3).backend
     here = machine.describe(options.device, backend)
-    console.print(f"[bold]{escape(saved.machine_text(here))}")
+    console.print(f"[bold]{escape(speed.machine_text(here))}")
     reasons = why_not_publishable(options, here["load"])
     if options.publish and reasons:
-        print(f"run.py: refused to publish: {'; '.join(reasons)}", file=sys.stderr)
+        print(f"run.py: not published: {'; '.join(reasons)}", file=sys.stderr)
         return 2
     if here["load"] > machine.BUSY:
         console.print(
@@ -202,12 +194,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("run.py: no case was run", file=sys.stderr)
         return 2
     timed = [case for case in found if case["suite"] != "memory"]
-    refused = [
-        (r["title"], name) for r in found for name, x in r["contenders"].items() if "refused" in x
+    rejected = [
+        (case["title"], name)
+        for case in found
+        for name, x in case["implementations"].items()
+        if "rejected" in x
     ]
     others = watch.busy_cores()
     reasons = why_not_publishable(options, here["load"], others)
-    reasons += [f"{name} was refused in {title}" for title, name in refused]
+    reasons += [f"{name} was rejected in {title}" for title, name in rejected]
     results = {
         "machine": here,
         "settings": {
@@ -215,40 +210,31 @@ def main(arguments: list[str] | None = None) -> int:
             "date": datetime.now(timezone.utc).date().isoformat(),
             "seconds": options.seconds,
             "quick": options.quick,
-            "bias_correction": options.bias_correction,
             "cores_busy_with_others": None if others is None else round(others, 2),
             "not_publishable": reasons,
         },
         "cases": timed,
         "memory": [case for case in found if case not in timed],
-        "goals": [goal.as_dict() for goal in goals(timed)],
     }
 
     if timed:
-        console.print(report.summary_table(timed))
-        console.print(saved.LEGEND)
-    if timed and not options.quick:
-        console.print(report.goals_table(timed))
-    for title, name in refused:
-        print(f"run.py: refused {name} in {title}", file=sys.stderr)
+        console.print(terminal.summary_table(timed))
+        console.print(speed.LEGEND)
+    for title, name in rejected:
+        print(f"run.py: rejected {name} in {title}", file=sys.stderr)
     if options.publish and reasons:
-        print(f"run.py: refused to publish: {'; '.join(reasons)}", file=sys.stderr)
+        print(f"run.py: not published: {'; '.join(reasons)}", file=sys.stderr)
         return 1
     if options.json:
-        saved.save_json(options.json, results)
+        text.save_json(options.json, results)
     if options.plot:
-        pictures.save_traffic(options.plot, results)
-    if options.models_plot:
-        pictures.save_models(options.models_plot, results)
-    if options.growth_plot:
-        pictures.save_growth(options.growth_plot, results)
-    if options.memory_plot:
-        pictures.save_memory(options.memory_plot, results)
+        plots.save_run(options.plot, results)
+        console.print(f"plot: {options.plot}")
     if options.markdown:
-        saved.save_markdown(options.markdown, results)
+        speed.save_markdown(options.markdown, results)
     if options.publish and options.device == "cpu":
-        readme.main([])
-    return 1 if refused else 0
+        documents.write()
+    return 1 if rejected else 0
 
 
 if __name__ == "__main__":

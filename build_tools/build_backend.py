@@ -7,10 +7,19 @@ nanobind are installed are built with; check_abi.py says if they do not fit.
 """
 
 import os
+import sys
 
-import scikit_build_core.build as _build
-from mlx_releases import NANOBIND, VARIABLE
-from scikit_build_core.build import *  # noqa: F403 - the hooks that stay as they are
+# pip runs this file before it reads requires-python, so 3.9 (Apple's command line tools) must be able to parse it.
+if sys.version_info < (3, 10):  # noqa: UP036
+    found = f"{sys.version_info[0]}.{sys.version_info[1]} ({sys.executable})"
+    raise SystemExit(
+        f"mlx-fused-adam needs Python 3.10 or newer, but this is {found}: install a newer one (python.org, or "
+        "brew install python) and make the virtual environment with it"
+    )
+
+import scikit_build_core.build as _build  # noqa: E402
+from mlx_releases import NANOBIND, VARIABLE  # noqa: E402
+from scikit_build_core.build import *  # noqa: E402, F403 - the hooks that stay as they are
 
 _Settings = dict[str, str | list[str]] | None
 

@@ -1,4 +1,4 @@
-"""Adam and AdamW for MLX in one pass over memory: drop-in replacements for those of mlx.optimizers.
+"""Drop-in replacements for mlx.optimizers.Adam and AdamW that update in one pass over memory, in place.
 
 Use: ``import mlx_fused_adam as fused; optimizer = fused.AdamW(learning_rate=1e-3)``.
 """
@@ -7,7 +7,7 @@ from importlib.metadata import version as _version
 
 from ._compatibility import check_mlx as _check_mlx
 
-_check_mlx()  # before the extension loads: against another mlx it might crash instead of failing
+_check_mlx()  # before the extension is loaded: with another mlx it might crash
 
 from . import _backends, _threads  # noqa: E402
 from ._checkpoints import load_optimizer, save_optimizer  # noqa: E402
@@ -17,7 +17,7 @@ from ._optimizers import Adam, AdamW  # noqa: E402
 from ._state import stock_state  # noqa: E402
 from ._tools.install import Installation, install  # noqa: E402
 
-# A bad setting is an error at import, not in the middle of a training run.
+# A bad environment variable is an error at import, not in the middle of a training run.
 set_num_threads(_threads.default_num_threads())
 _backends.forced_backend()
 

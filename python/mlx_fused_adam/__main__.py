@@ -1,4 +1,4 @@
-"""python -m mlx_fused_adam: report on this machine; python -m mlx_fused_adam run: any training script with our optimizers."""
+"""python -m mlx_fused_adam: check this machine; python -m mlx_fused_adam run: train any script with the fused optimizers."""
 
 import argparse
 import sys
@@ -9,21 +9,23 @@ from ._tools import report, run
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_fused_adam",
-        description="Checks the kernels on this machine and reports what it found. Exit status 1 if a check fails.",
+        description="Check and time the kernels on this machine. Exits with 1 if a check fails.",
     )
-    parser.add_argument("--json", action="store_true", help="the report as JSON, for bug reports")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON, for bug reports"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     launcher = commands.add_parser(
         "run",
-        help="run a training script or module whose mlx.optimizers.Adam and AdamW become ours",
-        description="Runs a script or module as Python would, with every mlx.optimizers.Adam and AdamW that it builds replaced "
-        "by the fused one; in its child processes too.",
+        help="run a training script or module with the fused Adam and AdamW",
+        description="Run a script or module as Python would; each mlx.optimizers.Adam and AdamW that it or its child "
+        "processes build is the fused one.",
     )
     run.add_arguments(launcher)
     arguments = parser.parse_args()
     if arguments.command == "run":
         if arguments.json:
-            parser.error("--json is of the report, and run makes none")
+            parser.error("--json belongs to the report; run prints none")
         run.run(launcher, arguments)
     return report.main(arguments.json)
 

@@ -1,7 +1,6 @@
-"""Turns what users pass (numbers, NumPy arrays, YAML's strings) into what the extension takes, or says what is wrong.
+"""Convert users' arguments (numbers, NumPy arrays, YAML's strings) to what the extension takes, or raise.
 
-Errors read ``[op] what must be X but got Y``. Shapes, dtypes and ranges of arrays are checked by the extension, where the
-graph is built.
+Errors read ``[op] what must be X but got Y``. The extension checks arrays (shapes, dtypes, ranges) when it builds the graph.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _LARGEST_STEP = 2**63 - 1
 
 
 def as_number(op: str, what: str, x: Any, finite: bool = True) -> float:
-    """A float; a string is read as a number, since YAML hands over ``1e-3`` as a string.
+    """A float from a number or its text, since YAML reads ``1e-3`` as a string.
 
     Raises:
-        TypeError: If ``x`` is no number.
+        TypeError: If ``x`` is not a number.
         ValueError: If it is not real, not finite (where it must be), or not the text of a number.
     """
     if isinstance(x, Complex) and not isinstance(x, Real):
@@ -43,7 +42,7 @@ def as_number(op: str, what: str, x: Any, finite: bool = True) -> float:
 
 
 def check_betas(op: str, betas: Any) -> tuple[float, float]:
-    """Two numbers; their range is checked by whoever uses them."""
+    """Two numbers, whose range the caller checks."""
     if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
         kind = ValueError if isinstance(betas, Sequence) else TypeError
         raise kind(f"[{op}] betas must be two numbers but got {betas!r}")
@@ -52,7 +51,7 @@ def check_betas(op: str, betas: Any) -> tuple[float, float]:
 
 
 def check_ranges(op: str, betas: Sequence[float], eps: float) -> None:
-    """What an older stock takes without a word; a newer one refuses it before, in its own words."""
+    """Check what older releases of mlx.optimizers accept silently; newer ones raise first."""
     for i, beta in enumerate(betas, 1):
         if not 0 <= beta < 1:
             raise ValueError(f"[{op}] beta{i} must be in [0, 1) but got {beta}")
@@ -61,7 +60,7 @@ def check_ranges(op: str, betas: Sequence[float], eps: float) -> None:
 
 
 def as_scalar(what: str, x: Any) -> mx.array:
-    """An array as it is; a number as float32, or as int64 if it is a step."""
+    """An array as it is, or a number as a float32 array."""
     if isinstance(x, mx.array):
         return x
     if hasattr(x, "__array__") and not isinstance(x, Complex):
@@ -78,7 +77,7 @@ def as_scalar(what: str, x: Any) -> mx.array:
 
 
 def as_array(what: str, x: Any, path: str = "") -> mx.array:
-    """An array as it is; a NumPy array copied, unless it is a gradient, which no transformation of MLX gives as one.
+    """An array as it is, or a copy of a NumPy array. NumPy gradients are rejected: MLX never produces them.
 
     Raises:
         TypeError: For anything else, naming the path of the leaf.
@@ -90,7 +89,7 @@ def as_array(what: str, x: Any, path: str = "") -> mx.array:
         raise TypeError(f"[adam_update] {what}{leaf} must be an array but got {_described(x)}")
     try:
         return mx.array(x)
-    except (BufferError, ValueError):  # strides that MLX does not take
+    except (BufferError, ValueError):  # strides that MLX rejects
         return mx.array(x.copy())
 
 

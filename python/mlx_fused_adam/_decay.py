@@ -1,4 +1,4 @@
-"""What weight decay applies to: a callable, or regular expressions on a parameter's path."""
+"""The option ``decay_filter``: which parameters weight decay applies to, by a callable or regular expressions on paths."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Wanted = Callable[[str, mx.array], bool]
 
 
 class DecayFilter:
-    """The option ``decay_filter``, checked. A path's answer is asked for once and kept.
+    """A callable or regular expressions, checked; the answer for a path is cached.
 
     Raises:
-        TypeError: If it is neither a callable nor a string or strings.
-        ValueError: If a string is no regular expression, or there is none.
+        TypeError: If ``wanted`` is neither a callable nor a string or strings.
+        ValueError: If a string is not a regular expression, or there is none.
     """
 
     def __init__(self, op: str, wanted: Any) -> None:
@@ -64,7 +64,7 @@ class DecayFilter:
         return self._known[path]
 
     def check(self, paths: Iterable[str]) -> None:
-        """Refuses an expression that matches none of the paths: it is misspelt.
+        """Reject an expression that matches none of the paths: it is misspelt.
 
         Raises:
             ValueError: Naming the expression, and some of the paths.

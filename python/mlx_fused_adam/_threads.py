@@ -1,7 +1,7 @@
-"""How many threads a CPU update uses: MLX_FUSED_ADAM_NUM_THREADS, else as many as the CPUs that the process may use.
+"""The default number of threads of a CPU update: MLX_FUSED_ADAM_NUM_THREADS, or the CPUs that the process may use.
 
-Those are the CPUs of its affinity mask (taskset, batch systems) or, if that is less, what the quota of its control group
-(containers) amounts to, rounded up.
+Those are the CPUs of its affinity mask (taskset, batch systems) or the quota of its control group (containers), rounded up,
+whichever is less.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def default_num_threads(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """CPUs that the process may keep busy; ``root`` stands for the file system in tests."""
+    """The number of CPUs that the process may use; ``root`` is the root of the file system, another one in tests."""
     if hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
     else:
@@ -50,7 +50,7 @@ def _quotas(root: Path) -> Iterator[float]:
             top = root / "sys/fs/cgroup/cpu"
         else:
             continue
-        # Inside a container the path may be that of the host, and the group lies at the top.
+        # In a container the path may be the host's, and the group is at the top.
         group = top / path.strip("/")
         for folder in (group, *group.parents):
             if controllers == "":

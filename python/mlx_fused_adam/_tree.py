@@ -1,7 +1,7 @@
-"""Walks a tree of gradients beside its parameters and states once, leaving places for the results.
+"""Flatten gradients, parameters and states in one walk, and rebuild the tree from the results.
 
 Takes the trees that mlx.utils.tree_map takes (dicts, lists, tuples). With hundreds of small tensors two passes of
-tree_map would cost more than the update itself; for the same reason there is no object per leaf here.
+tree_map would cost more than the update itself; hence also no object per leaf.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from mlx.utils import tree_flatten
 
 
 class Walk:
-    """Parallel lists, one item a leaf, in the order of mlx.utils.tree_flatten; then ``fill`` and ``result``.
+    """Parallel lists with one item per leaf, in the order of mlx.utils.tree_flatten; then ``fill`` and ``result``.
 
     Raises:
-        ValueError: If parameters or states lack what the gradients have, naming its path.
+        ValueError: If a gradient has no parameter or state, naming its path.
     """
 
     def __init__(self, gradients: Any, parameters: Any, states: Any) -> None:
@@ -28,7 +28,7 @@ class Walk:
         self._keys: list[Any] = []
         self._tuples: list[tuple[Any, Any, type]] = []
         self._tree = gradients
-        # A root above the tree, so that a tree which is a single leaf has a place too.
+        # A root above the tree, so that a single leaf has a container too.
         self._root: dict[str, Any] = {"": None}
         try:
             self._walk(self._root, [("", gradients)], {"": parameters}, {"": states})
@@ -76,10 +76,6 @@ class Walk:
         """The path of each leaf, as in ``layers.0.weight``."""
         return [path or "the parameter" for path, _ in flattened(self._tree)]
 
-    def path(self, leaf: int) -> str:
-        """The path of one leaf, for an error."""
-        return self.paths()[leaf]
-
 
 def flattened(tree: Any) -> list[tuple[str, Any]]:
     """mlx.utils.tree_flatten, which returns a dict only where it is given one."""
@@ -87,7 +83,7 @@ def flattened(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _missing(gradients: Any, tree: Any, path: str = "") -> str | None:
-    """The path of the first leaf or container of the gradients that the tree has no counterpart of."""
+    """The path of the first leaf or container of the gradients that the tree lacks."""
     if isinstance(gradients, dict):
         items = list(gradients.items())
     elif isinstance(gradients, (list, tuple)):

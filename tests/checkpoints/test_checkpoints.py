@@ -176,6 +176,27 @@ def test_a_damaged_file_is_refused(tmp_path):
     fused.load_optimizer(path, fused.AdamW(**SETTINGS))
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("shape", [64, 71]), ("shape", [64, 69]), ("shape", [-64, 70]), ("shape", "x"), ("shape", None), ("dtype", "F32"),
+    ("dtype", "F8"), ("data_offsets", [2**40, 2**40 + 17920]), ("data_offsets", [8, 4]), ("data_offsets", None),
+], ids=str)  # fmt: skip
+def test_a_header_that_contradicts_the_data_is_refused(name, value, tmp_path):
+    path = tmp_path / "o"
+    saved(path, state_dtype="bfloat16")
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    assert header["a.w.m"]["dtype"] == "BF16" and header["a.w.m"][name] != value
+    header["a.w.m"][name] = value
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    refused(
+        path,
+        "must hold a whole safetensors file but got",
+        fused.AdamW(**SETTINGS | {"state_dtype": "bfloat16"}),
+    )
+
+
 def with_metadata(path: Path, **changes: str | None) -> None:
     arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     mx.eval(arrays)

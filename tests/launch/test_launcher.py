@@ -365,7 +365,7 @@ def test_bad_options_are_refused_before_the_script_runs(script, options, message
 def test_a_command_that_is_none_is_refused(arguments):
     done = run(*arguments, command=RUN[:-1])
     assert done.returncode == 2
-    assert "is required" in done.stderr or "run makes none" in done.stderr
+    assert "is required" in done.stderr or "run prints none" in done.stderr
 
 
 def test_an_empty_variable_is_none(script):

@@ -1,5 +1,6 @@
 """The package as installed: its pin on mlx, its typing, its shader text, its settings."""
 
+import ast
 import email
 import os
 import re
@@ -123,6 +124,18 @@ def test_an_isolated_build_gets_the_newest_mlx_or_the_one_asked_for(hook, build_
         SystemExit, match=rf"{VARIABLE} must be one of .*{newest}.* but got '0.0.1'"
     ):
         getattr(build_backend, hook)()
+
+
+def test_an_old_python_is_rejected_in_one_line(build_tools, monkeypatch):
+    """pip runs the build backend before it reads requires-python."""
+    source = (ROOT / "build_tools/build_backend.py").read_text()
+    ast.parse(source, feature_version=(3, 8))
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    with pytest.raises(
+        SystemExit, match=r"needs Python 3\.10 or newer, but this is 3\.9 \("
+    ) as error:
+        exec(compile(source, "build_backend.py", "exec"), {})
+    assert "\n" not in str(error.value)
 
 
 def test_the_source_archive_does_not_say_which_mlx_its_wheels_are_for(build_tools, tmp_path):
@@ -254,6 +267,17 @@ def test_types_are_right_with_the_extension_s_stub(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(
+    MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone"
+)
+def test_a_misspelt_option_is_a_type_error(tmp_path):
+    for call, name in (("Adam(1e-3, state_dtyp='int8')", "state_dtyp"), ("AdamW(1, lr=1)", "lr")):
+        check = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)]
+        code = f"import mlx_fused_adam as fused; fused.{call}"
+        result = subprocess.run([*check, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert f'Unexpected keyword argument "{name}"' in result.stdout, result.stdout
 
 
 def test_typed_with_a_stub_for_the_extension():

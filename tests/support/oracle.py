@@ -1,4 +1,4 @@
-"""What tests compare with: the float64 Adam of bench/reference.py, and what a tensor of each dtype can hold of it."""
+"""What tests compare with: the float64 Adam of bench/speed/reference.py, and what a tensor of each dtype can hold of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[2]))
-from bench.reference import Settings, adam, exact, stepwise, to_numpy  # noqa: E402
+from bench.speed.reference import Settings, adam, exact, stepwise, to_numpy  # noqa: E402
 from emulator.hostile import scalar_error  # noqa: E402
 
 __all__ = [

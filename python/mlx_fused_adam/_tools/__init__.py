@@ -1,1 +1,1 @@
-"""Commands and helpers around the optimizers: the report, `install`, `run` and what takes times."""
+"""Tools around the optimizers: the report, `install`, `run`, and timing."""

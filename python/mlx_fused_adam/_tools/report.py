@@ -1,5 +1,6 @@
-"""Self-check and report for this machine: versions, devices, each kernel's verdict, a small benchmark, and what to do about
-what is off. Run as python -m mlx_fused_adam; with --json for bug reports.
+"""Report on this machine: versions, devices, the self-check of each kernel, a small benchmark, and advice.
+
+Use: python -m mlx_fused_adam; with --json for bug reports.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 
 from .. import Adam, __version__, _backends, _ext, _reference, _self_check
 from .._build_info import MLX_VERSION
@@ -20,7 +21,7 @@ from .._compatibility import installed_mlx
 from .._threads import default_num_threads
 from .timing import measure
 
-# The combinations of dtypes that training meets: of parameter, gradient, m and v, and remainder.
+# The usual combinations of dtypes: parameter, gradient, m and v, and remainder.
 _CHECKED: list[_self_check.Dtypes] = [
     (mx.float32, mx.float32, mx.float32),
     (mx.bfloat16, mx.bfloat16, mx.bfloat16),
@@ -29,7 +30,7 @@ _CHECKED: list[_self_check.Dtypes] = [
     (mx.float32, mx.float32, mx.int8),
     (mx.bfloat16, mx.bfloat16, mx.int8),
     (mx.bfloat16, mx.bfloat16, mx.bfloat16, mx.int16),
-    # and the norm of gradients:
+    # The norm of gradients:
     (mx.float32,),
     (mx.bfloat16,),
     (mx.float16,),
@@ -41,14 +42,14 @@ _SECONDS, _FEWEST_ROUNDS = 3.0, 5
 
 
 def main(as_json: bool) -> int:
-    """Prints the report; 1 if a kernel that should work does not."""
+    """Print the report; return 1 if a kernel fails its check."""
     report = collect()
     print(json.dumps(report, indent=2) if as_json else as_text(report))
     return 0 if report["ok"] else 1
 
 
 def collect() -> dict[str, Any]:
-    """The report in what JSON can say."""
+    """The report in JSON's types."""
     devices = [
         _device(kind)
         for kind in (mx.DeviceType.cpu, mx.DeviceType.gpu)
@@ -84,28 +85,26 @@ def as_text(report: dict[str, Any]) -> str:
         if timings := device["milliseconds"]:
             lines.append(
                 f"  a step of {_ELEMENTS / 1e6:.1f}M float32 parameters ({_BYTES} bytes each; "
-                "x: time over ours, eager over eager and compiled over compiled):"
+                "x: time relative to fused, eager to eager and compiled to compiled):"
             )
         for name, milliseconds in timings.items():
             rate = _BYTES * _ELEMENTS / milliseconds / 1e6
-            ours = timings["ours compiled" if "compiled" in name else "ours"]
+            fused = timings["fused compiled" if "compiled" in name else "fused"]
             lines.append(
-                f"  {name:16} {milliseconds:8.2f} ms  {rate:6.1f} GB/s  {milliseconds / ours:5.1f}x"
+                f"  {name:24} {milliseconds:8.2f} ms  {rate:6.1f} GB/s  {milliseconds / fused:5.1f}x"
             )
     lines.append("")
     lines += [f"To do: {x}" for x in report["advice"]]
-    lines.append(
-        "Everything that should work does." if report["ok"] else "A kernel failed: see above."
-    )
+    lines.append("All checks passed." if report["ok"] else "A kernel failed its check: see above.")
     return "\n".join(lines)
 
 
 def _device(kind: mx.DeviceType) -> dict[str, Any]:
-    """What updates on this device, how its kernels compare with stock's results, and how long a step takes."""
+    """The device's back end, its kernels' checks against mlx.optimizers, and the time of a step."""
     backend = _backends.backend_of(kind)
     checks, milliseconds, is_right = {}, {}, True
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the reasons are among the verdicts
+        warnings.simplefilter("ignore")  # the report has the reasons
         description = backend.description
         if backend.name is None:
             is_right = _backends.kernel_of(kind)[0] is None or backend.is_forced
@@ -118,7 +117,7 @@ def _device(kind: mx.DeviceType) -> dict[str, Any]:
                 milliseconds = _speed(kind)
     return {
         "kind": kind.name,
-        "name": _in_words(kind),
+        "name": _name(kind),
         "backend": description,
         "checks": checks,
         "milliseconds": milliseconds,
@@ -126,8 +125,8 @@ def _device(kind: mx.DeviceType) -> dict[str, Any]:
     }
 
 
-def _in_words(kind: mx.DeviceType) -> str:
-    """As in ``Apple M4 Max, memory 128.0 GiB``."""
+def _name(kind: mx.DeviceType) -> str:
+    """The device's name and memory, as ``Apple M4 Max, memory 128.0 GiB``."""
     info = mx.device_info(mx.Device(kind))
     name = str(info.get("device_name") or info.get("architecture") or kind.name)
     sizes = [
@@ -139,27 +138,27 @@ def _in_words(kind: mx.DeviceType) -> str:
 
 
 def _advice(report: dict[str, Any]) -> list[str]:
-    """What to do about what is off, in sentences."""
+    """Sentences that say what to do about a failure or an unusual setting."""
     advice = []
     forced = report["settings"].get("MLX_FUSED_ADAM_BACKEND")
     if forced:
         advice.append(
-            f"MLX_FUSED_ADAM_BACKEND={forced} is set; unset it to let each device have its own."
+            f"MLX_FUSED_ADAM_BACKEND={forced} is set; unset it to use each device's own kernels."
         )
     for device in report["devices"]:
         if not device["ok"]:
             advice.append(
-                f"send this report (python -m mlx_fused_adam --json) as an issue: the {device['kind']}'s kernels fail here. "
-                "Training goes on meanwhile, with MLX's own operations."
+                f"file an issue with this report (python -m mlx_fused_adam --json): the {device['kind']}'s kernels fail here. "
+                "Until then training works, with MLX's own operations."
             )
         elif device["backend"].startswith("stock") and not forced:
             advice.append(
-                f"nothing is fused on the {device['kind']}; "
-                "mx.set_default_device(mx.cpu) trains on the CPU, whose kernel works."
+                f"the {device['kind']} has no kernel; train on the CPU, which has one: "
+                "mx.set_default_device(mx.cpu)."
             )
     threads, best = report["cpu_kernels"]["threads"], default_num_threads({})
     if threads != best:
-        advice.append(f"{threads} threads are set; this process may use {best}.")
+        advice.append(f"{threads} threads are set, but this process may use {best}.")
     return advice
 
 
@@ -167,10 +166,9 @@ def _speed(kind: mx.DeviceType) -> dict[str, float]:
     with mx.stream(kind):
         timings = measure(
             {
-                "ours": _step_of(Adam(1e-3), compiled=False),
-                "ours compiled": _step_of(Adam(1e-3), compiled=True),
-                "stock": _step_of(_reference.Adam(1e-3), compiled=False),
-                "stock compiled": _step_of(_reference.Adam(1e-3), compiled=True),
+                f"{name}{mode}": _step_of(kind_of_adam(1e-3), is_compiled=bool(mode))
+                for name, kind_of_adam in (("fused", Adam), ("mlx.optimizers", _reference.Adam))
+                for mode in ("", " compiled")
             },
             _SECONDS,
             _FEWEST_ROUNDS,
@@ -178,7 +176,7 @@ def _speed(kind: mx.DeviceType) -> dict[str, float]:
     return {name: round(timing.median * 1e3, 3) for name, timing in timings.items()}
 
 
-def _step_of(optimizer: stock.Adam, compiled: bool) -> Callable[[], None]:
+def _step_of(optimizer: optim.Adam, is_compiled: bool) -> Callable[[], None]:
     parameters = {"w": mx.random.normal((_ELEMENTS,))}
     gradients = {"w": mx.random.normal((_ELEMENTS,))}
     optimizer.init(parameters)
@@ -188,7 +186,7 @@ def _step_of(optimizer: stock.Adam, compiled: bool) -> Callable[[], None]:
     def update(gradients: dict[str, mx.array]) -> None:
         parameters.update(optimizer.apply_gradients(gradients, parameters))
 
-    run = mx.compile(update, inputs=state, outputs=state) if compiled else update
+    run = mx.compile(update, inputs=state, outputs=state) if is_compiled else update
 
     def step() -> None:
         run(gradients)

@@ -1,8 +1,7 @@
-"""python -m mlx_fused_adam run: any training script or module, with `install` done first; its child processes too.
+"""python -m mlx_fused_adam run: run any training script or module after `install`, in its child processes too.
 
-This process becomes the one that runs the script (exec), so that its exit status, tracebacks, arguments, signals and
-`__main__` are what they are without. startup/sitecustomize.py brings `start` into it, and into every
-Python that inherits its environment.
+This process becomes the script's (exec), so that exit status, tracebacks, arguments, signals and `__main__` are those of a
+plain run. startup/sitecustomize.py calls `start` in it, and in every Python that inherits its environment.
 """
 
 from __future__ import annotations
@@ -32,27 +31,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adam-options",
         metavar="JSON",
         type=_checked,
-        help=f"options of Adam and AdamW for code that cannot pass them, as '{{\"max_grad_norm\": 1.0}}'; default: {OPTIONS}",
+        help=f"options of Adam and AdamW for code that cannot pass them, as '{{\"max_grad_norm\": 1.0}}'; default: ${OPTIONS}",
     )
     parser.add_argument("-m", action="store_true", dest="is_module", help="run a module")
-    # One argument takes all: a second one would lose a "--" that stands between them.
+    # One argument takes all: with two, argparse would drop a "--" between them.
     parser.add_argument("command_line", metavar="SCRIPT|MODULE ARGS", nargs=argparse.REMAINDER)
 
 
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoReturn:
-    """Become the Python that runs the script, with the environment that has its optimizers replaced."""
+    """Become the Python that runs the script, in an environment that installs the fused optimizers."""
     if sys.flags.ignore_environment or sys.flags.no_site:
         parser.error(
-            "Python must be started without -E, -I and -S, which keep optimizers as they are"
+            "Python must be started without -E, -I and -S, which disable PYTHONPATH or sitecustomize"
         )
-    given = (
-        arguments.command_line
-    )  # argparse of some Pythons takes a "--" before it away, that of others leaves it
+    # Some Pythons' argparse removes a leading "--", others keep it.
+    given = arguments.command_line
     target, *rest = given[given[:1] == ["--"] :] or [None]
     if target is None:
         parser.error("SCRIPT or -m MODULE is required")
     if os.pathsep in _STARTUP:
-        parser.error(f"{_STARTUP} must have no {os.pathsep!r} in it, which PYTHONPATH divides at")
+        parser.error(
+            f"{_STARTUP} must not contain {os.pathsep!r}, which separates folders of PYTHONPATH"
+        )
     environment = dict(os.environ)
     if arguments.adam_options is not None:
         environment[OPTIONS] = json.dumps(arguments.adam_options)
@@ -61,25 +61,20 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoRet
             _checked(os.environ.get(OPTIONS) or "{}")
         except argparse.ArgumentTypeError as error:
             parser.error(f"{OPTIONS}: {error}")
-    # An empty folder among others is the current one; an empty variable is none.
+    # In PYTHONPATH an empty entry is the current folder; an empty variable is no entry.
     others = environment.get("PYTHONPATH")
-    folders = (
-        [folder for folder in others.split(os.pathsep) if folder != _STARTUP] if others else []
-    )
+    folders = [x for x in others.split(os.pathsep) if x != _STARTUP] if others else []
     environment["PYTHONPATH"] = os.pathsep.join([_STARTUP, *folders])
     command = [sys.executable, *_flags()]
-    if arguments.is_module:
-        command += ["-m", target]
-    else:
-        command.append(_script(target))
+    command += ["-m", target] if arguments.is_module else [_script(target)]
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed by whoever started this
+        if stream is not None:  # closed by the parent process
             stream.flush()
     os.execve(sys.executable, [*command, *rest], environment)
 
 
 def start() -> None:
-    """Replaces the optimizers of a process that the launcher or its children started; says so, and what came of it."""
+    """Install the fused optimizers in this process; log it, and at exit what they did."""
     options = _parsed(os.environ.get(OPTIONS) or "{}")
     installation = install(**options)
     given = ", ".join(f"{name}={x!r}" for name, x in options.items())
@@ -109,22 +104,22 @@ def _say(line: str) -> None:
     who = f"mlx-fused-adam (rank {rank})" if rank else "mlx-fused-adam"
     if sys.stderr is None:
         return
-    # A full disk or a closed pipe is no reason to end a training run; nor to fail at exit, as a line left in a buffer would.
+    # A full disk or a closed pipe must not end a training run, nor make it fail at exit because of a buffered line.
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
         try:
             file = sys.stderr.fileno()
-        except (AttributeError, OSError):  # the program has put something else there
+        except (AttributeError, OSError):  # replaced by the program
             print(f"{who}: {line}", file=sys.stderr, flush=True)
         else:
             os.write(file, f"{who}: {line}\n".encode())
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """Options as JSON; `install` checks them.
+    """Options from JSON, unchecked.
 
     Raises:
-        ValueError: If it is no JSON object.
+        ValueError: If the text is not a JSON object.
     """
     try:
         options = json.loads(text)
@@ -139,10 +134,10 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _checked(text: str) -> dict[str, Any]:
-    """The same, before there is a script.
+    """Options from JSON, checked by `install`.
 
     Raises:
-        argparse.ArgumentTypeError: Also if they are not of the options that there are.
+        argparse.ArgumentTypeError: If they are not JSON or not valid options.
     """
     try:
         options = _parsed(text)
@@ -153,7 +148,7 @@ def _checked(text: str) -> dict[str, Any]:
 
 
 def _flags() -> list[str]:
-    """What this Python was given before `-m mlx_fused_adam`."""
+    """This Python's arguments before `-m mlx_fused_adam`."""
     given = sys.orig_argv[1:]
     for i, word in enumerate(given):
         if word == f"-m{_PACKAGE}":
@@ -165,7 +160,7 @@ def _flags() -> list[str]:
 
 
 def _script(target: str) -> str:
-    """What Python can run as it is; else a command that was installed beside this Python, or is on the PATH."""
+    """A file or folder that Python can run, or the path of a command beside this Python or on PATH."""
     is_runnable = os.path.isfile(target) or os.path.isfile(os.path.join(target, "__main__.py"))
     if is_runnable or os.path.dirname(target):
         return target

@@ -1,8 +1,8 @@
-"""The one place that takes times: warm-up, turns, median and quartiles. Used by `python -m mlx_fused_adam` and bench/.
+"""Time several implementations side by side: warm-up, turns, median and quartiles. Used by the report and bench/.
 
-Every contender has a turn in every round, in an order drawn anew, so that drift of the machine meets all alike. A turn
-is a block of steps after a pause and an untimed step: torch's OpenMP threads spin for about 10 ms after a step and would
-slow whoever came next, and after the pause a contender's own threads must wake before its times count.
+Each implementation takes a turn in every round, in random order, so that drift of the machine affects all alike. A turn is
+a pause, an untimed step and some timed ones: torch's OpenMP threads spin for about 10 ms after a step and would slow the
+next implementation; after the pause an implementation's own threads must wake before its times count.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 Step = Callable[[], object]
 
 PAUSE_SECONDS = 0.02
-TURN_SECONDS = 0.04  # fast contenders repeat their step until a turn lasts about this long
+TURN_SECONDS = 0.04  # fast steps are repeated until a turn takes about this long
 MOST_REPEATS = 50
 MOST_ROUNDS = 15
-LONG_STEP_SECONDS = 0.5  # a step this long outlasts what an untimed one would absorb
+LONG_STEP_SECONDS = 0.5  # a step this long needs no untimed one before it
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def measure(
     fewest_rounds: int,
     on_round: Callable[[float], None] = lambda fraction: None,
 ) -> dict[str, Timing]:
-    """Time each step; ``seconds`` is a wish for all together, which slow steps and ``fewest_rounds`` may overrun."""
+    """Time each step. All together take about ``seconds``, or longer if ``fewest_rounds`` of slow steps need it."""
     with _no_garbage_collection():
         cost = {name: _warm_up(step) for name, step in steps.items()}
         is_long = {name: cost[name] > LONG_STEP_SECONDS for name in steps}
@@ -57,7 +57,7 @@ def measure(
         round_seconds = sum(PAUSE_SECONDS + (1 + repeats[name]) * cost[name] for name in steps)
         rounds = max(fewest_rounds, min(MOST_ROUNDS, int(seconds / round_seconds)))
 
-        # A long step needs no warming up: its first call counts, and it sits out the last round.
+        # The first call of a long step counts, and it sits out the last round.
         samples = {name: [cost[name]] if is_long[name] else [] for name in steps}
         for done, order in enumerate(_orders(list(steps), rounds)):
             for name in order:
@@ -79,7 +79,7 @@ def _orders(names: list[str], rounds: int) -> Iterator[list[str]]:
 
 
 def _warm_up(step: Step) -> float:
-    """The seconds of a step once it is warm; a long step is taken at its first word."""
+    """The seconds of a warm step; of a long one, those of its first call."""
     seconds = _seconds_of(step)
     if seconds < LONG_STEP_SECONDS:
         seconds = min(_seconds_of(step) for _ in range(3))

@@ -17,7 +17,7 @@ from platforms.arm64 import build  # noqa: E402
 # These compile for the host, or measure: not arm64's business.
 NOT_HERE = (
     "arm64 bench cost cuda_compile cuda_link emulator emulator_calibration half_conversions hostile_gpu "
-    "macos_build metal_faults parallel_for readme shader_strict state_formats_metal threads train_example"
+    "macos_build metal_faults parallel_for shader_strict state_formats_metal tables threads train_example"
 ).split()
 
 

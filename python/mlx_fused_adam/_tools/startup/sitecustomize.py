@@ -1,7 +1,7 @@
-"""Run by every Python that starts under `python -m mlx_fused_adam run`, whose launcher puts this folder first on PYTHONPATH.
+"""Install the fused optimizers in every Python under `python -m mlx_fused_adam run`, which puts this folder on PYTHONPATH.
 
-Has the optimizers replaced as soon as mlx.optimizers is imported, if it ever is, so that other processes start as fast as
-without. Then it takes itself off the path and gives way to the sitecustomize that it stands before, if there is one.
+The import of mlx.optimizers triggers it, so that processes without MLX start as fast as before. Then this module removes
+itself from the path and imports the user's sitecustomize, if there is one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _started = False
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what the other finders find, and has `_loaded` called after it."""
+    """Find a module with the other finders, and call `_loaded` once it is loaded."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
@@ -40,7 +40,7 @@ class _Loader(importlib.abc.Loader):
         self._loader = loader
 
     def __getattr__(self, name: str) -> object:
-        # Who looks at a module before it is loaded finds its own loader.
+        # Code that inspects the module before it is loaded sees its own loader.
         return getattr(self.__dict__["_loader"], name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -56,19 +56,19 @@ class _Loader(importlib.abc.Loader):
 def _loaded(name: str) -> None:
     global _started
     if name == "mlx_fused_adam":
-        if _started:  # reloaded, or found by way of another finder like this one
+        if _started:  # reloaded, or found through another finder like this one
             return
         _started = True
         importlib.import_module("mlx_fused_adam._tools.run").start()
         return
     try:
-        # If it is what is importing mlx.optimizers, its own turn comes when it is complete.
+        # If mlx_fused_adam itself imports mlx.optimizers, `_loaded` is called for it once it is complete.
         importlib.import_module("mlx_fused_adam")
-    except ImportError as error:  # another Python than the launcher's
+    except ImportError as error:  # another Python than that of `run`
         if sys.stderr is not None:
             with contextlib.suppress(OSError, ValueError):
                 print(
-                    f"mlx-fused-adam: optimizers stay those of MLX in this process: {error}",
+                    f"mlx-fused-adam: this process keeps mlx.optimizers: {error}",
                     file=sys.stderr,
                 )
 
