@@ -111,6 +111,7 @@ def test_links_out_of_docs_hand_out_the_file(site: Path) -> None:
     for page, target in (
         ("state-codes", "csrc/math/encodings.h"),
         ("options", "bench/results/precision.md"),
+        ("benchmarks", "bench/results/cpu.md"),
         ("index", "CHANGELOG.md"),  # README's link
     ):
         html = (site / f"{page}.html").read_text(encoding="utf-8")
