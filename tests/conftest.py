@@ -30,7 +30,7 @@ if DEVICE == "emulated" or IS_EMULATED_GPU:
     build.enter()  # before the package is imported
 
 from mlx_fused_adam import _backends, _operation  # noqa: E402
-from support.extension_users import use_extension  # noqa: E402
+from support.extension import extension_of_the_cpu, use_extension  # noqa: E402
 
 # Examples derive from the test's name, so a failure repeats; the fixture `device` keeps no state between examples.
 settings.register_profile(
@@ -88,6 +88,12 @@ def emulated_extension():
 
 
 @pytest.fixture(scope="session")
+def cpu_extension(emulated_extension):
+    """The extension whose kernels are the CPU's, to compare the emulated one with."""
+    return extension_of_the_cpu(emulated_extension)
+
+
+@pytest.fixture(scope="session")
 def emulator():
     """The module that runs single kernels and steers the emulated extension."""
     return build.load_emulator()
@@ -102,8 +108,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     # Self-checked once for all tests; test_self_check.py begins anew.
     monkeypatch.setattr(_backends, "_known", _known.setdefault(request.param, {}))
     if request.param == "emulated" and DEVICE is None:
-        emulated = request.getfixturevalue("emulated_extension")
-        use_extension(monkeypatch, emulated)
+        use_extension(monkeypatch, request.getfixturevalue("emulated_extension"))
     before = mx.default_device()
     mx.set_default_device(mx_device(request.param))
     yield request.param

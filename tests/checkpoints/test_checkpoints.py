@@ -15,6 +15,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
+from support import training
+from support.arrays import assert_same_bits, random
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -29,27 +31,13 @@ OPTIONS = {
 }
 
 
-def random(rng, shape, dtype=mx.bfloat16):
-    return mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
-
-
 def tree(seed: int = 0):
     rng = np.random.default_rng(seed)
     return {"a": {"w": random(rng, (64, 70))}, "b": [random(rng, (9,)), random(rng, ())]}
 
 
 def train(optimizer, parameters, seeds):
-    for seed in seeds:
-        parameters = optimizer.apply_gradients(tree(seed), parameters)
-        mx.eval(parameters, optimizer.state)
-    return parameters
-
-
-def assert_equal_trees(a, b):
-    found, expected = dict(tree_flatten(a)), dict(tree_flatten(b))
-    assert found.keys() == expected.keys()
-    for path, x in expected.items():
-        assert found[path].dtype == x.dtype and mx.array_equal(found[path], x), path
+    return training.train(optimizer, parameters, map(tree, seeds))
 
 
 @pytest.mark.parametrize("is_initialized", [False, True])
@@ -65,8 +53,8 @@ def test_training_goes_on_bit_for_bit(name, is_initialized, tmp_path):
         resumed.init(parameters)
     fused.load_optimizer(file, resumed)
     expected = train(whole, parameters, [4, 5])
-    assert_equal_trees(train(resumed, parameters, [4, 5]), expected)
-    assert_equal_trees(resumed.state, whole.state)
+    assert_same_bits(train(resumed, parameters, [4, 5]), expected)
+    assert_same_bits(resumed.state, whole.state)
 
 
 IN_A_NEW_PROCESS = """
@@ -111,7 +99,7 @@ def test_schedules_go_on(tmp_path):
     fused.save_optimizer(tmp_path / "o", whole)
     resumed = make()
     fused.load_optimizer(str(tmp_path / "o"), resumed)
-    assert_equal_trees(train(resumed, parameters, [3]), train(whole, parameters, [3]))
+    assert_same_bits(train(resumed, parameters, [3]), train(whole, parameters, [3]))
     with pytest.raises(ValueError, match="learning_rate: 'schedule', not 0.01"):
         fused.load_optimizer(tmp_path / "o", fused.AdamW(1e-2, betas=[0.8, 0.9]))
 
@@ -123,18 +111,12 @@ def test_a_step_that_is_compiled_already_takes_the_loaded_state(tmp_path):
     expected = train(whole, parameters, [3])
     resumed = fused.AdamW(**SETTINGS)
     resumed.init(tree())
-    found = {k: x for k, x in parameters.items()}
-    state = [found, resumed.state]
-
-    def step(g):
-        found.update(resumed.apply_gradients(g, found))
-
-    step = mx.compile(step, inputs=state, outputs=state)
+    found = training.copied(parameters)
+    step = training.compiled(resumed, found)
     fused.load_optimizer(tmp_path / "o", resumed)
     step(tree(3))
-    mx.eval(state)
-    assert_equal_trees(found, expected)
-    assert_equal_trees(resumed.state, whole.state)
+    assert_same_bits(found, expected)
+    assert_same_bits(resumed.state, whole.state)
 
 
 # ---- What does not fit ----
@@ -247,7 +229,7 @@ def test_hyperparameters_that_differ_are_an_error_unless_told(name, value, told,
     fused.load_optimizer(file, theirs, hyperparameters="file")
     assert theirs._description() == first._description()
     parameters = tree(9)
-    assert_equal_trees(train(theirs, parameters, [3]), train(first, parameters, [3]))
+    assert_same_bits(train(theirs, parameters, [3]), train(first, parameters, [3]))
 
     own = fused.AdamW(**SETTINGS | {name: value})
     description = own._description()

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from distributed.data_parallel_steps import LEARNING_RATE, SETUPS, STEPS, STOCK, runs_of, train
+from support.arrays import assert_same_bits
 from support.launched import (
-    assert_same_bits,
     failed_ranks,
     launch,
     launch_well,

@@ -17,7 +17,8 @@ from mlx.optimizers import clip_grad_norm
 import mlx_fused_adam as fused
 from distributed import fully_sharded_steps as fsdp
 from distributed.sharded_steps import BAD_STEP, OPTIONS, SHAPES, whole_problem
-from support.launched import assert_same_bits, launch_well, needs_launch, of_run
+from support.arrays import assert_same_bits
+from support.launched import launch_well, needs_launch, of_run
 from support.mlx_release import since_mlx
 
 pytestmark = [pytest.mark.cpu_only, needs_launch]
@@ -96,7 +97,7 @@ def test_fully_sharded_float32_ends_with_the_bits_of_stock(ends, size):
         found = of_run(end, "ours/eager")
         assert found["model.left.weight"].shape == (fsdp.OUTPUTS // size, fsdp.INPUTS)
         assert found["state.left.weight.m"].shape == (fsdp.OUTPUTS // size, fsdp.INPUTS)
-        assert_same_bits(found, of_run(end, "stock/eager"), f"rank {rank}")
+        assert_same_bits(found, of_run(end, "stock/eager"), f"rank {rank}: ")
 
 
 @needs_fully_shard
@@ -104,7 +105,7 @@ def test_fully_sharded_float32_ends_with_the_bits_of_stock(ends, size):
 def test_fully_sharded_and_compiled_ends_with_the_bits_of_eager(ends):
     for rank, end in enumerate(ends):
         found, expected = (of_run(end, f"guard/{how}") for how in ("compiled", "eager"))
-        assert_same_bits(found, expected, f"rank {rank}")
+        assert_same_bits(found, expected, f"rank {rank}: ")
 
 
 @needs_fully_shard
@@ -149,7 +150,7 @@ def test_a_rank_s_checkpoint_goes_on_bit_for_bit(ends, name):
     for rank, end in enumerate(ends):
         through = of_run(end, f"{name}/through")
         assert through["state.step"].item() >= fsdp.STEPS - 1
-        assert_same_bits(of_run(end, f"{name}/resumed"), through, f"rank {rank}")
+        assert_same_bits(of_run(end, f"{name}/resumed"), through, f"rank {rank}: ")
 
 
 @needs_fully_shard

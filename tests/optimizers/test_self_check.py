@@ -12,7 +12,7 @@ import pytest
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _backends, _self_check, _step
-from support.extension_users import use_extension
+from support.extension import use_extension
 from support.mlx_release import since_mlx
 
 pytestmark = pytest.mark.usefixtures("device", "unchecked")

@@ -10,56 +10,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 import mlx_fused_adam as fused
+from support.arrays import DTYPES, assert_same_bits, bits, lay_out, random
 from support.storage_reference import decode, draws_of_step, encode, joined, upper_half
+from support.training import copied, train
 
 pytestmark = pytest.mark.usefixtures("device")
 
 STATE_DTYPES = ["float32", "bfloat16", "int8"]
 SETTINGS = dict(learning_rate=1e-2, weight_decay=0.1, bias_correction=True)
-LAYOUTS = ["row-major", "column-major", "strided"]
-
-
-def random(rng: np.random.Generator, shape, dtype: mx.Dtype = mx.float32) -> mx.array:
-    return mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
-
-
-def laid_out(g: mx.array, layout: str) -> mx.array:
-    if layout == "strided":
-        return mx.repeat(g, 2, axis=-1)[..., ::2]
-    if layout == "column-major" and g.ndim > 1:
-        turned = mx.contiguous(mx.swapaxes(g, 0, -1))
-        return mx.swapaxes(turned, 0, -1)
-    return g
+LAYOUTS = ["linear", "all axes reversed", "strided columns"]
 
 
 def to_numpy(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
 
-def bits(x: mx.array) -> np.ndarray:
-    return np.array(x.view(mx.uint16))
-
-
 def full_value(parameter: mx.array, state: dict) -> np.ndarray:
     return joined(bits(parameter), np.array(state["remainder"]).astype(np.int64))
-
-
-def equal_states(a: dict, b: dict) -> None:
-    found, expected = dict(tree_flatten(a)), dict(tree_flatten(b))
-    assert found.keys() == expected.keys()
-    for path, x in expected.items():
-        assert found[path].dtype == x.dtype, path
-        assert mx.array_equal(found[path], x), path
-
-
-def train(optimizer, parameters: dict, gradients: list[dict]) -> dict:
-    for g in gradients:
-        parameters = optimizer.apply_gradients(g, parameters)
-        mx.eval(parameters, optimizer.state)
-    return parameters
 
 
 # ---- 8-bit codes ----
@@ -91,12 +61,12 @@ def assert_codes_are_right(parameter: mx.array, gradients: list[mx.array], seed:
 @pytest.mark.parametrize(
     "shape", [(128, 40), (64, 64), (4, 33, 40), (4097,), (2, 2050), (33, 150)], ids=str
 )
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_are_those_of_the_reference(dtype, shape, layout):
     rng = np.random.default_rng(0)
-    gradients = [laid_out(random(rng, shape, dtype), layout) for _ in range(3)]
+    gradients = [lay_out(random(rng, shape, dtype), layout) for _ in range(3)]
     gradients[1] = gradients[1] * mx.array(np.exp(rng.normal(size=shape) * 3).astype(np.float32))
-    gradients[1] = laid_out(mx.clip(gradients[1], -1e3, 1e3).astype(dtype), layout)
+    gradients[1] = lay_out(mx.clip(gradients[1], -1e3, 1e3).astype(dtype), layout)
     assert_codes_are_right(random(rng, shape, dtype), gradients, seed=2**40 + 5)
 
 
@@ -112,7 +82,7 @@ def test_codes_are_those_of_the_reference(dtype, shape, layout):
 def test_codes_of_any_shape_and_scale(row, extra, outer, layout, scale, seed):
     shape = (*outer, -(-4096 // row) + extra, row)
     rng = np.random.default_rng(seed % 1000)
-    gradients = [laid_out(random(rng, shape) * scale, layout) for _ in range(2)]
+    gradients = [lay_out(random(rng, shape) * scale, layout) for _ in range(2)]
     assert_codes_are_right(random(rng, shape), gradients, seed)
 
 
@@ -208,7 +178,7 @@ def test_small_parameters_keep_bfloat16(shape, is_coded):
 def test_codes_do_not_depend_on_the_number_of_threads():
     rng = np.random.default_rng(2)
     parameters = {"w": random(rng, (300, 501), mx.bfloat16)}
-    gradients = [{"w": laid_out(random(rng, (300, 501), mx.bfloat16), x)} for x in LAYOUTS]
+    gradients = [{"w": lay_out(random(rng, (300, 501), mx.bfloat16), x)} for x in LAYOUTS]
     before, states = fused.num_threads(), []
     try:
         for count in (1, 3):
@@ -218,7 +188,7 @@ def test_codes_do_not_depend_on_the_number_of_threads():
             states.append(optimizer.state)
     finally:
         fused.set_num_threads(before)
-    equal_states(*states)
+    assert_same_bits(*states)
 
 
 # ---- Master weights ----
@@ -235,9 +205,7 @@ def test_master_weights_are_those_of_float32_training(state_dtype, rounding):
     parameters, weights = start, {k: p.astype(mx.float32) for k, p in start.items()}
     for step in range(6):
         gradients = {
-            k: laid_out(
-                random(rng, shape, mx.bfloat16), LAYOUTS[step % 3] if shape else "row-major"
-            )
+            k: lay_out(random(rng, shape, mx.bfloat16), LAYOUTS[step % 3] if shape else "linear")
             for k, shape in shapes.items()
         }
         parameters = ours.apply_gradients(gradients, parameters)
@@ -335,8 +303,11 @@ def test_bytes_of_weights_and_state(name):
     assert sum(x.nbytes for _, x in arrays) == BYTES[name] * 128 * 128
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_resumed_and_compiled_runs_repeat_the_bits(name, tmp_path):
+STOCHASTIC = dict(stochastic_rounding=True, seed=5)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {}, STOCHASTIC], ids=str)
+def test_resumed_and_compiled_runs_repeat_the_bits(options, tmp_path):
     rng = np.random.default_rng(3)
     start = {"a": random(rng, (70, 90), mx.bfloat16), "b": [random(rng, (9,), mx.bfloat16)]}
 
@@ -344,33 +315,21 @@ def test_resumed_and_compiled_runs_repeat_the_bits(name, tmp_path):
         return {"a": random(rng, (90, 70), mx.bfloat16).T, "b": [random(rng, (9,), mx.bfloat16)]}
 
     steps = [gradients() for _ in range(6)]
-    whole = fused.AdamW(**SETTINGS, **OPTIONS[name])
+    whole = fused.AdamW(**SETTINGS, **options)
     expected = train(whole, start, steps)
 
-    half = fused.AdamW(**SETTINGS, **OPTIONS[name])
+    half = fused.AdamW(**SETTINGS, **options)
     parameters = train(half, start, steps[:3])
     path = str(tmp_path / "state.safetensors")
     mx.save_safetensors(path, dict(tree_flatten(half.state)))
-    resumed = fused.AdamW(**SETTINGS, **OPTIONS[name])
+    resumed = fused.AdamW(**SETTINGS, **options)
     resumed.state = tree_unflatten(list(mx.load(path).items()))
-    equal_states(train(resumed, parameters, steps[3:]), expected)
-    equal_states(resumed.state, whole.state)
+    assert_same_bits(train(resumed, parameters, steps[3:]), expected)
+    assert_same_bits(resumed.state, whole.state)
 
-    compiled = fused.AdamW(**SETTINGS, **OPTIONS[name])
-    parameters = {"a": start["a"] + 0, "b": [start["b"][0] + 0]}
-    compiled.init(parameters)
-    captured = [parameters, compiled.state]
-
-    def step(g):
-        new = compiled.apply_gradients(g, parameters)
-        parameters.update(new)
-
-    step = mx.compile(step, inputs=captured, outputs=captured)
-    for g in steps:
-        step(g)
-        mx.eval(captured)
-    equal_states(parameters, expected)
-    equal_states(compiled.state, whole.state)
+    again = fused.AdamW(**SETTINGS, **options)
+    assert_same_bits(train(again, start, steps, is_compiled=True), expected)
+    assert_same_bits(again.state, whole.state)
 
 
 def state_of(name: str, parameters: dict, gradients: list[dict]) -> dict:
@@ -565,8 +524,8 @@ def test_an_optimizer_can_be_copied_and_pickled(name):
     copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
     expected = train(optimizer, parameters, [parameters])
     for other in copies:
-        equal_states(train(other, parameters, [parameters]), expected)
-        equal_states(other.state, optimizer.state)
+        assert_same_bits(train(other, parameters, [parameters]), expected)
+        assert_same_bits(other.state, optimizer.state)
 
 
 @pytest.mark.cpu_only
@@ -609,8 +568,8 @@ def test_a_state_is_converted_inside_a_shapeless_trace():
         optimizer.state = state
         return optimizer.apply_gradients(parameters, parameters)["w"]
 
-    state = tree_map(lambda x: x, other.state)
-    expected = step(parameters, tree_map(lambda x: x, state))
+    state = copied(other.state)
+    expected = step(parameters, copied(state))
     found = mx.compile(step, shapeless=True)(parameters, state)
     assert mx.array_equal(found, expected)
 
@@ -634,7 +593,7 @@ def test_moments_that_are_not_row_major_are_taken_as_they_are_meant():
     plain = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
     train(plain, parameters, [g] * 2)
     turned = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
-    turned.state = tree_map(lambda x: x, plain.state)
+    turned.state = copied(plain.state)
     turned.init(parameters)
     for name, x in turned.state["w"].items():
         turned.state["w"][name] = mx.contiguous(x.T).T
@@ -643,8 +602,8 @@ def test_moments_that_are_not_row_major_are_taken_as_they_are_meant():
     expected = plain.apply_gradients(g, parameters)
     found = turned.apply_gradients(g, parameters)
     assert state["m"] is not plain.state["w"]["m"]
-    equal_states(found, expected)
-    equal_states(turned.state["w"], plain.state["w"])
+    assert_same_bits(found, expected)
+    assert_same_bits(turned.state["w"], plain.state["w"])
 
 
 def test_a_compiled_update_of_codes_that_are_not_row_major_is_an_error():

@@ -99,17 +99,6 @@ def free_ports(count: int) -> int:
                 x.close()
 
 
-def bits(x: mx.array) -> np.ndarray:
-    kind = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[x.dtype.size]
-    return np.array(mx.contiguous(x).view(kind))
-
-
-def assert_same_bits(found: dict[str, mx.array], expected: dict[str, mx.array], where: str) -> None:
-    assert found.keys() == expected.keys(), where
-    for path, x in expected.items():
-        np.testing.assert_array_equal(bits(found[path]), bits(x), f"{where}: {path}")
-
-
 def of_run(end: dict[str, mx.array], name: str) -> dict[str, mx.array]:
     """Of all that a rank has written, what one run ended with."""
     start = f"{name}/"

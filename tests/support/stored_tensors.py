@@ -1,62 +1,22 @@
-"""Tensors in every storage format, laid out anyhow, and their update by one extension or the other, bit for bit."""
+"""Tensors in every storage format, and their update by a given extension: the one place that calls its adam_update."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_fused_adam import _ext
+from support.arrays import lay_out
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 ROUNDINGS = {"v": (False, False, True), "all": (True, True, True), "none": (False, False, False)}
 
 
-def extension_of_the_cpu(emulated: ModuleType) -> ModuleType:
-    """The extension whose kernels are the CPU's: for DEVICE=emulated the installed one, beside the package's."""
-    if _ext is not emulated:
-        return _ext
-    files = importlib.metadata.files("mlx-fused-adam") or []
-    installed = next(f for f in files if f.match("mlx_fused_adam/_ext*.so")).locate()
-    spec = importlib.util.spec_from_file_location("mlx_fused_adam_installed._ext", installed)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def lay_out(x: mx.array, layout: str) -> mx.array:
-    """The same values, lying otherwise in memory."""
-    if layout == "column-major":
-        return mx.contiguous(x.swapaxes(-1, -2)).swapaxes(-1, -2)
-    if layout == "column-major, padded":  # by 8, which leaves columns aligned
-        rows = x.shape[-2]
-        padded = mx.pad(x.swapaxes(-1, -2), [(0, 0)] * (x.ndim - 1) + [(0, -rows % 8)])
-        return padded[..., :rows].swapaxes(-1, -2)
-    if layout == "column-major, other batches":
-        return mx.contiguous(x.transpose(1, 0, 3, 2)).transpose(1, 0, 3, 2)
-    if layout == "strided":
-        for axis in range(x.ndim):
-            x = mx.repeat(x, 2, axis=axis)
-        return x[tuple(slice(None, None, 2) for _ in x.shape)]
-    if layout == "reversed":
-        back = tuple(slice(None, None, -1) for _ in x.shape)
-        return mx.contiguous(x[back])[back]
-    if layout == "broadcast":
-        return mx.broadcast_to(x[:1], x.shape)
-    if layout == "broadcast columns":
-        return mx.broadcast_to(x[..., :1], x.shape)
-    if layout == "between vectors":
-        return mx.concatenate([mx.zeros(1, x.dtype), x.reshape(-1)])[1:].reshape(x.shape)
-    assert layout == "linear"
-    return x
-
-
 Tensor = dict[str, mx.array]
 PARTS = ("parameter", "gradient", "m", "v", "remainder", "m_scale", "v_scale")
+RESULTS = ("parameter", "m", "v")
 
 
 def make(
@@ -92,9 +52,16 @@ def update(
     extension: ModuleType,
     tensors: list[Tensor],
     *,
-    rounding: str = "all",
-    step: int = 5,
-    **settings,
+    learning_rate: float = 0.01,
+    step: int | None = 5,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    bias_correction: bool = False,
+    rounding: str | tuple[bool, bool, bool] = "all",
+    seed: int = 2**40 + 5,
+    numbers: list[int] | None = None,
+    **settings: Any,
 ) -> list[Tensor]:
     """The tensors after a step, lazily."""
     lists = [[t[part] for t in tensors] for part in PARTS[:4]]
@@ -102,16 +69,16 @@ def update(
     has_extras = any(x is not None for extra in extras for x in extra)
     *new, new_extras = extension.adam_update(
         *lists,
-        mx.array(0.01),
-        mx.array(step),
-        beta1=0.9,
-        beta2=0.99,
-        eps=1e-8,
-        weight_decay=0.1,
-        bias_correction=False,
-        rounding=ROUNDINGS[rounding],
-        seed=2**40 + 5,
-        numbers=[3 + 5 * i for i in range(len(tensors))],
+        mx.array(learning_rate),
+        None if step is None else mx.array(step),
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        bias_correction=bias_correction,
+        rounding=ROUNDINGS[rounding] if isinstance(rounding, str) else rounding,
+        seed=seed,
+        numbers=numbers or [3 + 5 * i for i in range(len(tensors))],
         is_fused=lambda *dtypes: True,
         name=str,
         extras=extras if has_extras else [],
@@ -119,23 +86,15 @@ def update(
     )
     results = []
     for i, tensor in enumerate(tensors):
-        values = dict(zip(("parameter", "m", "v"), (x[i] for x in new), strict=True))
+        values = dict(zip(RESULTS, (x[i] for x in new), strict=True))
         if has_extras:
             values |= zip(PARTS[4:], new_extras[i], strict=True)
         results.append(tensor | {name: x for name, x in values.items() if x is not None})
     return results
 
 
-def bits(x: mx.array) -> np.ndarray:
-    kinds = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
-    return np.array(mx.contiguous(x).view(kinds[x.dtype.size]))
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    assert set(actual) == set(expected)
-    for name, x in expected.items():
-        assert actual[name].dtype == x.dtype and actual[name].shape == x.shape, name
-        np.testing.assert_array_equal(bits(actual[name]), bits(x), f"{what}{name}")
+def sum_of_squares(extension: ModuleType, gradients: list[mx.array]) -> mx.array:
+    return extension.sum_of_squares(gradients, is_fused=lambda dtype: True)
 
 
 def steps(
