@@ -64,6 +64,16 @@ def pytest_configure(config: pytest.Config) -> None:
         # A shell's background jobs ignore it, and so would the processes that tests interrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "cpu_only: about the CPU back end, whatever else there is")
+    config.addinivalue_line("markers", "tools: needs a heavy tool (support/tools.py)")
+
+
+def pytest_report_header() -> str:
+    """Says what the minutes of silence are for."""
+    devices = _devices()
+    text = f"device: {', '.join(devices)} (DEVICE chooses one)"
+    if "emulated" in devices and not build.is_built():
+        text += "; the first tests build the emulated Metal extension, which takes a minute or two"
+    return text
 
 
 # Files whose few tests take minutes: one that comes last would keep a single process busy.

@@ -15,22 +15,11 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
-from support.stored_tensors import (
-    DTYPES,
-    assert_same_bits,
-    extension_of_the_cpu,
-    lay_out,
-    make,
-    update,
-)
+from support.arrays import assert_same_bits, lay_out
+from support.stored_tensors import DTYPES, FORMATS, make, named, sum_of_squares, update
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
-FORMATS = [
-    (parameter, parameter.replace("master", "bfloat16"), state)
-    for parameter in ("float32", "bfloat16", "float16", "master")
-    for state in ("bfloat16", "float32", "int8")
-]
 LAYOUTS = {  # of the gradient; the shapes that bring each kernel to its edges
     "linear": [(64, 96), (5, 33, 45), (4097,), (3, 1), (64,)],
     "column-major": [(64, 96), (130, 70), (3, 40, 45)],
@@ -38,18 +27,9 @@ LAYOUTS = {  # of the gradient; the shapes that bring each kernel to its edges
 }
 
 
-@pytest.fixture(scope="session")
-def cpu_extension(emulated_extension) -> ModuleType:
-    return extension_of_the_cpu(emulated_extension)
-
-
 @pytest.fixture(autouse=True)
 def two_orders(monkeypatch) -> None:
     monkeypatch.setenv("FUSED_ADAM_EMULATOR_ORDERS", "forward,shuffled")
-
-
-def named(formats: tuple[str, str, str]) -> str:
-    return "-".join(formats)
 
 
 def laid_out(extension, formats, layout, of="gradient"):
@@ -120,7 +100,7 @@ def test_parameters_that_are_not_row_major_stay(
 
 
 def total(extension: ModuleType, gradients: list[mx.array]) -> float:
-    return extension.sum_of_squares(gradients, is_fused=lambda dtype: True).item()
+    return sum_of_squares(extension, gradients).item()
 
 
 def dense(count: int, size: int = 20000) -> list[mx.array]:

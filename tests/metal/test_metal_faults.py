@@ -16,8 +16,8 @@ if sys.platform != "linux":
 
 from emulator import hostile
 from mlx_fused_adam import _ext
-from support import rounding_reference, stored_tensors
-from support.stored_tensors import lay_out
+from support import arrays, rounding_reference, stored_tensors
+from support.arrays import bits, lay_out
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
@@ -31,11 +31,6 @@ ALL = (True, True, True)
 def update(emulated_extension):
     """adam_update of the emulated extension on one tensor, with plain settings."""
     return functools.partial(run_update, emulated_extension)
-
-
-@pytest.fixture(scope="module")
-def cpu_extension(emulated_extension):
-    return stored_tensors.extension_of_the_cpu(emulated_extension)
 
 
 def run_updates(extension, *lists: list[mx.array], **rounding) -> list[list[mx.array]]:
@@ -538,11 +533,11 @@ def test_a_fault_planted_in_a_format_is_seen(cpu_extension, emulated_extension, 
     def run() -> dict[str, mx.array]:
         return stored_tensors.steps(emulated_extension, [tensor], layout, of=which)[0]
 
-    stored_tensors.assert_same_bits(run(), expected)
+    arrays.assert_same_bits(run(), expected)
     plant(text, replacement)
     try:
         wrong = run()
-        pairs = [(stored_tensors.bits(wrong[x]), stored_tensors.bits(expected[x])) for x in wrong]
+        pairs = [(bits(wrong[x]), bits(expected[x])) for x in wrong]
         seen = "" if all(np.array_equal(x, y) for x, y in pairs) else "differs"
     except RuntimeError as error:
         assert "does not compile" not in str(error)
@@ -818,7 +813,7 @@ def test_codes_of_more_than_one_dispatch(cpu_extension, emulated_extension, emul
     finally:
         emulator.run_all_threadgroups()
     for part in ("parameter", "m", "v", "m_scale", "v_scale"):
-        want = stored_tensors.bits(expected[part])
+        want = bits(expected[part])
         kind = {1: mx.uint8, 2: mx.uint16}[want.itemsize]
         last = np.array(found[part].view(kind), copy=False).reshape(-1)[-want.size :]
         np.testing.assert_array_equal(last, want, part)

@@ -6,7 +6,6 @@ below must be refused, for the reason that it is a fault.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -15,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from emulator import project_shader, translate
+from support import tools
 
-if importlib.util.find_spec("ziglang") is None:
-    pytest.skip("needs clang from the package ziglang (extra: test)", allow_module_level=True)
+pytestmark = tools.module_needs("ziglang")  # which is clang
 
 FLAGS = ["-std=c++14", "-x", "c++", "-nostdinc", "-c", "-Wno-unused-command-line-argument"]
 FLAGS += ["-Werror=c++17-extensions", "-Werror=c++20-extensions"]

@@ -16,6 +16,7 @@ import pytest
 
 import mlx_fused_adam
 from mlx_fused_adam import _build_info, _compatibility
+from support import tools
 
 ROOT = Path(__file__).parents[2]
 MLX = Path(mx.__file__).parent
@@ -126,7 +127,6 @@ def test_an_isolated_build_gets_the_newest_mlx_or_the_one_asked_for(hook, build_
 
 
 def test_the_source_archive_does_not_say_which_mlx_its_wheels_are_for(build_tools, tmp_path):
-    pytest.importorskip("nanobind", reason="what the build needs: pip install '.[test]'")
     import build_backend
 
     with tarfile.open(tmp_path / build_backend.build_sdist(str(tmp_path))) as archive:
@@ -241,6 +241,7 @@ def test_the_hook_s_pins_are_those_of_the_package(build_tools):
     assert next(iter(NANOBIND)) == MLX_OF_HOOK
 
 
+@tools.needs("mypy")
 @pytest.mark.skipif(
     MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone"
 )

@@ -13,10 +13,21 @@ from support.arrays import lay_out
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 ROUNDINGS = {"v": (False, False, True), "all": (True, True, True), "none": (False, False, False)}
 
+# Of parameter, gradient, m and v; "master" is bfloat16 with a correction.
+FORMATS = [
+    (parameter, parameter.replace("master", "bfloat16"), state)
+    for parameter in ("float32", "bfloat16", "float16", "master")
+    for state in ("bfloat16", "float32", "int8")
+]
 
 Tensor = dict[str, mx.array]
 PARTS = ("parameter", "gradient", "m", "v", "remainder", "m_scale", "v_scale")
 RESULTS = ("parameter", "m", "v")
+
+
+def named(formats: tuple[str, str, str]) -> str:
+    """The id of a test with these formats."""
+    return "-".join(formats)
 
 
 def make(
