@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 from support.arrays import lay_out
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-ROUNDINGS = {"v": (False, False, True), "all": (True, True, True), "none": (False, False, False)}
 
 # Of parameter, gradient, m and v; "master" is bfloat16 with a correction.
 FORMATS = [
@@ -22,7 +22,6 @@ FORMATS = [
 
 Tensor = dict[str, mx.array]
 PARTS = ("parameter", "gradient", "m", "v", "remainder", "m_scale", "v_scale")
-RESULTS = ("parameter", "m", "v")
 
 
 def named(formats: tuple[str, str, str]) -> str:
@@ -63,49 +62,41 @@ def update(
     extension: ModuleType,
     tensors: list[Tensor],
     *,
-    learning_rate: float = 0.01,
-    step: int | None = 5,
-    betas: tuple[float, float] = (0.9, 0.99),
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    bias_correction: bool = False,
-    rounding: str | tuple[bool, bool, bool] = "all",
-    seed: int = 2**40 + 5,
-    numbers: list[int] | None = None,
+    rounding: str = "all",
+    step: int = 5,
     **settings: Any,
 ) -> list[Tensor]:
     """The tensors after a step, lazily."""
-    lists = [[t[part] for t in tensors] for part in PARTS[:4]]
-    extras = [tuple(map(t.get, PARTS[4:])) for t in tensors]
-    has_extras = any(x is not None for extra in extras for x in extra)
-    *new, new_extras = extension.adam_update(
-        *lists,
-        mx.array(learning_rate),
-        None if step is None else mx.array(step),
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=eps,
-        weight_decay=weight_decay,
-        bias_correction=bias_correction,
-        rounding=ROUNDINGS[rounding] if isinstance(rounding, str) else rounding,
-        seed=seed,
-        numbers=numbers or [3 + 5 * i for i in range(len(tensors))],
-        is_fused=lambda *dtypes: True,
+    settings = {"betas": (0.9, 0.99), "weight_decay": 0.1, "seed": 2**40 + 5, **settings}
+    parameters, states = extension.adam_update(
+        [t["parameter"] for t in tensors],
+        [t["gradient"] for t in tensors],
+        tensors,
+        extension.AdamStep(mx.array(0.01), mx.array(step), rounding=rounding, **settings),
+        numbers=[3 + 5 * i for i in range(len(tensors))],
+        uses_kernel=lambda *dtypes: True,
         name=str,
-        extras=extras if has_extras else [],
-        **settings,
     )
-    results = []
-    for i, tensor in enumerate(tensors):
-        values = dict(zip(RESULTS, (x[i] for x in new), strict=True))
-        if has_extras:
-            values |= zip(PARTS[4:], new_extras[i], strict=True)
-        results.append(tensor | {name: x for name, x in values.items() if x is not None})
-    return results
+    return [
+        tensor | {"parameter": parameter} | state
+        for tensor, parameter, state in zip(tensors, parameters, states, strict=True)
+    ]
+
+
+def update_lists(
+    extension: ModuleType, lists: Sequence[list[mx.array]], step: Any, numbers: Sequence[int] = ()
+) -> list[list[mx.array]]:
+    """Lists of new parameters, m and v from lists of parameters, gradients, m and v."""
+    parameters, gradients, m, v = lists
+    states = [{"m": a, "v": b} for a, b in zip(m, v, strict=True)]
+    parameters, states = extension.adam_update(
+        parameters, gradients, states, step, numbers=numbers, uses_kernel=lambda *_: True, name=str
+    )
+    return [parameters, *([state[name] for state in states] for name in ("m", "v"))]
 
 
 def sum_of_squares(extension: ModuleType, gradients: list[mx.array]) -> mx.array:
-    return extension.sum_of_squares(gradients, is_fused=lambda dtype: True)
+    return extension.sum_of_squares(gradients, uses_kernel=lambda dtype: True)
 
 
 def steps(
