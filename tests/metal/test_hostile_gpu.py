@@ -19,6 +19,7 @@ if sys.platform != "linux":
 from emulator import hostile
 from mlx_fused_adam import _ext
 from support import stored_tensors
+from support.arrays import bits
 
 SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
 NOT_SCALARS = sorted(hostile.DEFAULT - {"scalars"})
@@ -132,10 +133,6 @@ def tensors(seed: int = 9, dtypes: tuple = (mx.float32,) * 3) -> list[list[mx.ar
 def update(extension, lists, step: int = 3, numbers: Sequence[int] = (), **settings):
     one_step = extension.AdamStep(mx.array(0.1), mx.array(step), **{**SETTINGS, **settings})
     return stored_tensors.update_lists(extension, lists, one_step, numbers)
-
-
-def bits(x: mx.array) -> np.ndarray:
-    return np.array(x.view(mx.uint32 if x.dtype == mx.float32 else mx.uint16))
 
 
 def differences(actual, expected) -> list[str]:
