@@ -83,6 +83,9 @@ def test_norm_of_many_gradients(extension):
     total = sum_of_squares(extension, gradients).item()
     np.testing.assert_allclose(total, exact_norm(gradients) ** 2, rtol=2e-6)
     assert sum_of_squares(extension, []).item() == 0
+    assert (
+        sum_of_squares(extension, [mx.ones(3)] * 300).item() == 900
+    )  # partial sums, each in its place
     assert sum_of_squares(extension, [mx.zeros((0, 4))]).item() == 0
 
 

@@ -12,7 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
-from support import oracle
+from support import oracle, training
+from support.arrays import DTYPES, address, random
 from support.mlx_release import errors_in_tasks_are_raised
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -36,10 +37,6 @@ def column_major_gradients(parameters):
     return {
         name: mx.random.normal(p.shape[::-1]).astype(p.dtype).T for name, p in parameters.items()
     }
-
-
-def address(x: mx.array) -> int:
-    return np.asarray(memoryview(x.view(mx.uint8))).ctypes.data
 
 
 def total_bytes(tree) -> int:
@@ -81,11 +78,7 @@ def test_a_step_allocates_nothing_that_grows(parameters_of, compiled, dtype, opt
     optimizer.init(parameters)
     state = [parameters, optimizer.state]
     mx.eval(state, gradients)
-
-    def update(gradients):
-        parameters.update(optimizer.apply_gradients(gradients, parameters))
-
-    run = mx.compile(update, inputs=state, outputs=state) if compiled else update
+    run = (training.compiled if compiled else training.eager)(optimizer, parameters)
 
     def step():
         run(gradients)
@@ -155,7 +148,7 @@ def test_what_is_needed_again_is_kept(device, retained):
     np.testing.assert_allclose(np.array(new), 1 - 0.1 * 0.1 / 0.001**0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(200, 1100), (1100, 1000)], ids=str)
 def test_no_element_is_updated_twice(device, is_emulated, assert_equal, shape, dtype):
     """Tiles of a column-major gradient, cut where cache lines begin, meet without a gap or an overlap.
@@ -166,10 +159,8 @@ def test_no_element_is_updated_twice(device, is_emulated, assert_equal, shape, d
         shape = (130, 140)  # a block of tiles is smaller on a GPU
     rng = np.random.default_rng(0)
 
-    def draw(*shape):
-        return mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
-
-    w, transposed, m, v = draw(*shape), draw(*shape[::-1]), draw(*shape), mx.abs(draw(*shape))
+    w, transposed, m, v = (random(rng, s, dtype) for s in (shape, shape[::-1], shape, shape))
+    v = mx.abs(v)
     addresses = [address(x) for x in (w, m, v)]
     if device == "cpu":
         assert address(w) % 64 and address(transposed) % 64, "no shift where cache lines begin"

@@ -14,14 +14,19 @@ def copied(tree: Any) -> Any:
     return tree_map(lambda x: x, tree)
 
 
-def compiled(optimizer: Any, parameters: Any) -> Callable[[Any], None]:
-    """A compiled step(gradients), which replaces the arrays in the dict `parameters`."""
-    state = [parameters, optimizer.state]
+def eager(optimizer: Any, parameters: Any) -> Callable[[Any], None]:
+    """step(gradients), which replaces the arrays in the dict `parameters`."""
 
     def step(gradients: Any) -> None:
         parameters.update(optimizer.apply_gradients(gradients, parameters))
 
-    return mx.compile(step, inputs=state, outputs=state)
+    return step
+
+
+def compiled(optimizer: Any, parameters: Any) -> Callable[[Any], None]:
+    """The same, compiled."""
+    state = [parameters, optimizer.state]
+    return mx.compile(eager(optimizer, parameters), inputs=state, outputs=state)
 
 
 def train(optimizer: Any, parameters: Any, steps: Iterable[Any], is_compiled: bool = False) -> Any:
