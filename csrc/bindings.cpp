@@ -26,7 +26,7 @@ using fused_adam::AdamStep;
 using fused_adam::AdamTensor;
 using Array = std::optional<mx::array>;
 
-// What a state's dict calls its arrays.
+// Keys of a state's dict.
 static constexpr const char* kAuxiliaryNames[] = {"remainder", "m_scale", "v_scale"};
 
 // An array of a state, or nothing; TypeError if it is something else.

@@ -12,7 +12,7 @@ GatherPieces::GatherPieces(const Layout& layout, const bool (&gathered)[kArrays]
   while (axis_ > 0 && inner_ * shape[axis_] <= kMost) inner_ *= shape[axis_--];
   size_t length = shape[axis_];
   size_t most_rows = std::max<size_t>(1, kMost / inner_);
-  // Of equal size, as nearly as may be.
+  // Pieces of nearly equal size.
   rows_ = divide_up(length, divide_up(length, most_rows));
   if (inner_ == 1) rows_ = divide_up(rows_, aligned) * aligned;
   pieces_ = divide_up(length, rows_);

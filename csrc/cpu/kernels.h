@@ -23,7 +23,7 @@ struct Target {
   char* auxiliary = nullptr;
 };
 
-// The elements of a run, which lies within a row and begins where a block does if the formats have blocks.
+// The elements of a run: within one row, and from the beginning of a block if the formats have blocks.
 struct RunPointers {
   Source parameter;
   Source gradient;

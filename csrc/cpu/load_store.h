@@ -22,7 +22,7 @@ namespace {
 
 // A chunk is `count` elements that are loaded, updated and stored together: kChunk, a block of the 8-bit formats, so few that a
 // processor overlaps one chunk's arithmetic with the next one's loads; or several blocks, where the steps from values to a
-// block's scale and on to codes are long, so that one block's steps overlap another's.
+// block's scale and on to quantized values are long, so that one block's steps overlap another's.
 constexpr std::size_t kChunk = kBlockElements;
 
 // The random bits of a chunk, if any rounding needs them.
@@ -41,19 +41,19 @@ FUSED_ADAM_INLINE Value* as(char* bytes) {
   return reinterpret_cast<Value*>(bytes);
 }
 
-// Codes by `load_one(code, scale)`, block by block.
-template <std::size_t count, typename Code, typename LoadOne>
+// Loads quantized values by `load_one(q, scale)`, block by block.
+template <std::size_t count, typename Quantized, typename LoadOne>
 FUSED_ADAM_INLINE void load_quantized(Source from, std::size_t at, float* buffer,
                                       LoadOne load_one) {
   for (std::size_t block = 0; block < count; block += kChunk) {
-    auto codes = as<Code>(from.values) + at + block;
+    auto quantized = as<Quantized>(from.values) + at + block;
     float scale = load_bfloat16(as<std::uint16_t>(from.auxiliary)[(at + block) / kChunk]);
     FUSED_ADAM_VECTORIZE
-    for (std::size_t i = 0; i < kChunk; ++i) buffer[block + i] = load_one(codes[i], scale);
+    for (std::size_t i = 0; i < kChunk; ++i) buffer[block + i] = load_one(quantized[i], scale);
   }
 }
 
-// A chunk's values as float32: where they lie, or in the buffer. `at` is where the chunk begins within the run.
+// Returns a chunk's values as float32: in place, or in the buffer. `at` is the chunk's place within the run.
 template <std::size_t count>
 FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_t at,
                                           float* buffer) {
@@ -77,12 +77,12 @@ FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_
       return buffer;
     }
     case Format::int8:
-      load_quantized<count, std::int8_t>(
-          from, at, buffer, [](int code, float scale) { return load_int8(code, scale); });
+      load_quantized<count, std::int8_t>(from, at, buffer,
+                                         [](int q, float scale) { return load_int8(q, scale); });
       return buffer;
     case Format::uint8:
-      load_quantized<count, std::uint8_t>(
-          from, at, buffer, [](int code, float scale) { return load_uint8(code, scale); });
+      load_quantized<count, std::uint8_t>(from, at, buffer,
+                                          [](int q, float scale) { return load_uint8(q, scale); });
       return buffer;
   }
   return buffer;
@@ -117,8 +117,8 @@ FUSED_ADAM_INLINE std::uint32_t largest_magnitude(const float* x) {
   return largest;
 }
 
-// Scales by `scale_of(largest magnitude)` of every block first, then codes by `store_one(i, inverse of the scale)`.
-template <std::size_t count, typename Code, typename ScaleOf, typename StoreOne>
+// Stores the scales of all blocks first, by `scale_of(largest magnitude)`; then values by `store_one(i, inverse scale)`.
+template <std::size_t count, typename Quantized, typename ScaleOf, typename StoreOne>
 FUSED_ADAM_INLINE void store_quantized(const float* x, Target to, std::size_t at, ScaleOf scale_of,
                                        StoreOne store_one) {
   float inverses[count / kChunk];
@@ -129,7 +129,7 @@ FUSED_ADAM_INLINE void store_quantized(const float* x, Target to, std::size_t at
   }
   for (std::size_t block = 0; block < count / kChunk; ++block) {
     float inverse = inverses[block];
-    store_each<kChunk>(as<Code>(to.values) + at + block * kChunk,
+    store_each<kChunk>(as<Quantized>(to.values) + at + block * kChunk,
                        [=](std::size_t i) { return store_one(block * kChunk + i, inverse); });
   }
 }
@@ -211,7 +211,7 @@ constexpr std::size_t value_bytes(Format format) {
   return format == Format::float32 ? 4 : format == Format::int8 || format == Format::uint8 ? 1 : 2;
 }
 
-// A short chunk is copied to a whole one, whose missing elements are zeros. Scales are read and written where they lie.
+// A short chunk is copied to a whole one, whose missing elements are zeros. Scales are read and written in place.
 struct PaddedChunk {
   alignas(64) char values[kChunk * sizeof(float)] = {};
   alignas(64) char corrections[kChunk * sizeof(std::int16_t)] = {};

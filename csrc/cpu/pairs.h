@@ -14,7 +14,7 @@ typedef std::uint32_t Word __attribute__((aligned(sizeof(std::uint16_t)), may_al
 
 FUSED_ADAM_INLINE std::uint16_t first_of(std::uint32_t word) { return std::uint16_t(word); }
 FUSED_ADAM_INLINE std::uint16_t second_of(std::uint32_t word) { return std::uint16_t(word >> 16); }
-// Of signed values; in 32 bits throughout, since a narrower one would make the whole loop's vectors half as wide.
+// Signed values, in 32 bits throughout, since a narrower one would make the whole loop's vectors half as wide.
 FUSED_ADAM_INLINE std::int32_t first_signed(std::uint32_t word) {
   return std::int32_t(word << 16) >> 16;
 }

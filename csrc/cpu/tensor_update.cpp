@@ -25,7 +25,7 @@ constexpr size_t kGeneralCost = 4;
 constexpr size_t kCacheLine = 64;
 // Bytes of the sides of a transposed tile, a unit of tiled work: down the gradient's columns, whole cache lines, several of
 // them since memory hands out neighbours faster; along the parameter's rows, a page, since hardware prefetchers take time to
-// take up a row (prefetching rows by hand was slower than they are). So the tile lies in the second-level cache.
+// take up a row (prefetching rows by hand was slower than they are). So the tile fits in the second-level cache.
 constexpr size_t kTileRowBytes = 4 * kCacheLine;
 constexpr size_t kTileColumnBytes = 4096;
 // A tensor has about so many tiles at least, so that there is work for every thread, unless they become smaller than this.
@@ -34,7 +34,7 @@ constexpr size_t kSmallestTileElements = 1 << 14;
 // Below these sides of a matrix, gathering by a table was measured to be faster than tiles: an update's rows are short there.
 constexpr TileSides kSmallestTile{4, 12};
 
-// Where row-major element `index` of an array with these axes lies, in elements.
+// The offset of row-major element `index` of an array with these axes, in elements.
 int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
                   const std::vector<int64_t>& strides) {
   int64_t offset = 0;
@@ -147,7 +147,7 @@ void TensorUpdate::update_unit(size_t unit, AdamScalars<float> scalars,
   }
 }
 
-// The tiles' grid begins before the matrix by what its first element lies past a cache line, so that the edges of tiles
+// The tiles' grid begins before the matrix by the distance of its first element from a cache line, so that the edges of tiles
 // fall on the edges of lines: MLX's buffers begin in the middle of one.
 void TensorUpdate::cut_into_tiles() {
   auto past_line = [](const char* values, size_t bytes) {

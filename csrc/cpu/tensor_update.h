@@ -25,7 +25,7 @@ class TensorUpdate {
   // Lets `update_unit` leave parameter, m and v as they are.
   void keep() { update_ = kernels().keep; }
 
-  // What it costs, in row-major elements that cost as much.
+  // Cost, as the number of row-major elements that cost as much.
   size_t cost() const;
   size_t units() const { return units_; }
   void update_unit(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const;

@@ -1,4 +1,4 @@
-// What C++, MSL and CUDA call differently, for the headers that all three include: functions, exact square root, bits.
+// Names that differ among C++, MSL and CUDA, for the headers that all three include: functions, exact square root, bits.
 //
 // Every floating-point operation is rounded once, on every device, so that results are equal bit for bit. On Metal that takes
 // two things: no fused multiply-add, which its compiler forms unless told otherwise, and the correctly rounded square root
@@ -18,7 +18,8 @@ namespace adam_math = std;
 #if defined(__CUDACC__)
 #define ADAM_FUNCTION __host__ __device__ inline
 #else
-#define ADAM_FUNCTION inline
+// A call that stays one keeps the CPU's loops from being vectorised.
+#define ADAM_FUNCTION inline __attribute__((always_inline))
 #endif
 #endif
 

@@ -67,7 +67,7 @@ ADAM_FUNCTION SplitFloat split(float x) {
   return {x != x ? 0x7FC0u : upper >> 16, is_special ? 0u : u};
 }
 
-// A bfloat16 that was changed since is met by an old correction: the result then lies within half a unit in its last place,
+// If a bfloat16 was changed since, its old correction leaves the result within half a unit in its last place,
 // and never beyond zero or infinity.
 ADAM_FUNCTION float join(unsigned bfloat16, int correction) {
   unsigned sign = (bfloat16 & 0x8000u) << 16;
@@ -78,7 +78,7 @@ ADAM_FUNCTION float join(unsigned bfloat16, int correction) {
   return float_of(sign | unsigned(is_whole ? magnitude : sum));
 }
 
-// ---- 8-bit codes ----
+// ---- Quantized state ----
 
 enum BlockSize { kBlockElements = 32 };
 
@@ -127,29 +127,29 @@ ADAM_FUNCTION int one_of_two(float root, float largest, Rounding rounding) {
   return int(sum < largest + 0.5f ? sum : largest + 0.5f);
 }
 
-// m = sign(code) * (P(|code| + 8) - P(8)) * scale, with P the power above.
+// m = sign(q) * (P(|q| + 8) - P(8)) * scale, with P the power above.
 ADAM_FUNCTION int store_int8(float x, float inverse, Rounding rounding) {
   float y = float_of(bits_of(x) & 0x7FFFFFFFu) * inverse;
-  int code = one_of_two(bent_root(y + 4096.0f), 135.0f, rounding) - 8;
-  return x < 0.0f ? -code : code;
+  int q = one_of_two(bent_root(y + 4096.0f), 135.0f, rounding) - 8;
+  return x < 0.0f ? -q : q;
 }
 
-ADAM_FUNCTION float load_int8(int code, float scale) {
-  float level = bent_power(float((code < 0 ? -code : code) + 8)) - 4096.0f;
-  return (code < 0 ? -level : level) * scale;
+ADAM_FUNCTION float load_int8(int q, float scale) {
+  float level = bent_power(float((q < 0 ? -q : q) + 8)) - 4096.0f;
+  return (q < 0 ? -level : level) * scale;
 }
 
-// v = P(code + 7) * scale, and 0 for code 0, which only 0 becomes.
+// v = P(q + 7) * scale, and 0 for q = 0, which only 0 becomes.
 ADAM_FUNCTION int store_uint8(float x, float inverse, Rounding rounding) {
   float root = bent_root(x * inverse);
   root = root > 8.0f ? root : 8.0f;
-  int code = one_of_two(root, 262.0f, rounding) - 7;
-  return x == 0.0f ? 0 : code;
+  int q = one_of_two(root, 262.0f, rounding) - 7;
+  return x == 0.0f ? 0 : q;
 }
 
-ADAM_FUNCTION float load_uint8(int code, float scale) {
-  float level = bent_power(float(code + 7));
-  return (code == 0 ? 0.0f : level) * scale;
+ADAM_FUNCTION float load_uint8(int q, float scale) {
+  float level = bent_power(float(q + 7));
+  return (q == 0 ? 0.0f : level) * scale;
 }
 
 }  // namespace fused_adam

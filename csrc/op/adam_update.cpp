@@ -198,8 +198,8 @@ std::vector<Group> group(const std::vector<AdamTensor>& tensors, size_t tensors_
   return groups;
 }
 
-// What of the request concerns results of these formats. Quantized m goes with v: rounded to nearest it would stick at a low
-// level.
+// The part of the request that concerns results of these formats. Quantized m goes with v: rounded to nearest it would
+// stick at a low level.
 RoundingRequest rounding_of(const AdamStep& step, const TensorFormats& formats) {
   bool all = step.rounding == StochasticRounding::all;
   bool v = step.rounding != StochasticRounding::nearest && formats.v != Format::float32;
@@ -374,7 +374,7 @@ void AdamUpdate::check_layouts(const std::vector<NodeTensor>& tensors) const {
     for (size_t role = Role::m; role < Role::kCount; ++role) {
       auto x = tensor.in[role];
       if (!x || !must_be_row_major(node_.formats, role)) continue;
-      // Of empty arrays MLX does not always say that they are row-major.
+      // MLX does not always flag empty arrays as row-major.
       if (x->size() > 0 && !x->flags().row_contiguous) {
         reject(
             "m, v, scales and remainder of a compiled update must be row-major but got one of "

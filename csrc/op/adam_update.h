@@ -58,7 +58,7 @@ using TensorName = std::function<std::string(size_t)>;
 // Whether the stream's device has a kernel to be trusted with tensors of these formats.
 using UsesKernel = std::function<bool(const TensorFormats&)>;
 
-// Lazily updates every tensor; results stand in place of the old values. Validates first, then asks `uses_kernel` once
+// Lazily updates every tensor; results replace the old values. Validates first, then asks `uses_kernel` once
 // for each combination of formats, then builds the graph. Where it says no, the update is the fallback of MLX's
 // operations, which rounds to nearest; or the CPU's kernel for tensors with auxiliary arrays, which MLX cannot store.
 std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamStep& step,

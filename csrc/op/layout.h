@@ -1,4 +1,4 @@
-// How the four arrays of one update lie in memory, reduced to the three cases that the back ends have kernels for.
+// The memory layout of the four arrays of one update, reduced to the three cases that the back ends have kernels for.
 // Stock layers hand over every nn.Linear weight gradient column-major, so that case has a kernel of its own.
 #pragma once
 
@@ -17,7 +17,7 @@ mlx::core::Shape scale_shape(mlx::core::Shape shape);
 
 enum class LayoutKind {
   linear,  // all four arrays are row-major
-  tiled,  // parameter, m and v are row-major; the gradient's unit stride lies along another axis than the last
+  tiled,  // parameter, m and v are row-major; the gradient's unit stride is along another axis than the last
   general,  // anything else
 };
 
@@ -51,7 +51,7 @@ Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& grad
                  const mlx::core::array& m, const mlx::core::array& v, TileSides smallest_tile,
                  bool may_merge_rows = true);
 
-// How one array lies in memory, for what does not ask in which order its elements come: its axes from the longest stride to the
+// The layout of one array, for sums that may take its elements in any order: its axes from the longest stride to the
 // shortest, merged; linear if its elements follow each other without gaps in any order of axes. Never tiled.
 Layout layout_of_one(const mlx::core::array& x);
 

@@ -1,4 +1,4 @@
-// What the extension has to know of MLX's streams: whose work is the user's, and how much of it was done.
+// Facts about MLX's streams: which of them carry the user's work, and how many tensors were updated there.
 #pragma once
 
 #include <cstddef>
