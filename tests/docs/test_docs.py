@@ -5,8 +5,6 @@ import itertools
 import json
 import re
 import shlex
-import subprocess
-import sys
 import textwrap
 from html.parser import HTMLParser
 from importlib.metadata import metadata
@@ -17,6 +15,7 @@ import yaml
 
 import mlx_fused_adam
 from support import tools
+from support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -63,12 +62,8 @@ def is_assignment(word: str) -> bool:
 def site(tmp_path_factory) -> Path:
     """The built documentation; any warning is an error."""
     out = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
-    done = subprocess.run(
-        [*build, "-d", str(out / "doctrees"), str(ROOT / "docs"), str(out / "html")],
-        capture_output=True,
-        text=True,
-    )
+    build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", out / "doctrees"]
+    done = run_python(*build, ROOT / "docs", out / "html")
     assert done.returncode == 0, done.stderr
     return out / "html"
 
@@ -122,9 +117,7 @@ def test_links_out_of_docs_hand_out_the_file(site: Path) -> None:
 @pytest.mark.parametrize("document", WITH_PYTHON)
 def test_snippets_can_be_pasted_in_order(document: str, tmp_path: Path) -> None:
     code = "\n".join(snippets(document, "python"))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

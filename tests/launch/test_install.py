@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from mlx.optimizers import Adam as ImportedAdam
 from mlx.optimizers.optimizers import AdamW as ImportedAdamW
-from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _reference, _self_check
+from support import training
+from support.arrays import all_bits, assert_same_bits, random
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -47,24 +48,14 @@ BUILDERS = {
 }
 
 
-def train(optimizer, steps=3, parameters=None):
-    """Parameters and state after some steps, flat, as NumPy arrays."""
+def train(optimizer, steps=3):
+    """The bits of parameters and state after some steps."""
     rng = np.random.default_rng(0)
-    first = {name: mx.array(rng.normal(size=(5, 7)).astype(np.float32)) for name in "ab"}
-    parameters = first if parameters is None else parameters
-    for _ in range(steps):
-        gradients = {
-            name: mx.array(rng.normal(size=(5, 7)).astype(np.float32)) for name in parameters
-        }
-        parameters = optimizer.apply_gradients(gradients, parameters)
-        mx.eval(parameters, optimizer.state)
-    return {path: np.array(x) for path, x in tree_flatten({"p": parameters, "s": optimizer.state})}
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for path, x in expected.items():
-        np.testing.assert_array_equal(actual[path], x, err_msg=path)
+    parameters, *gradients = (
+        {name: random(rng, (5, 7)) for name in "ab"} for _ in range(steps + 1)
+    )
+    parameters = training.train(optimizer, parameters, gradients)
+    return all_bits([parameters, optimizer.state])
 
 
 @pytest.mark.parametrize("where", BUILDERS)
@@ -84,7 +75,9 @@ def test_results_are_those_of_ours(device):
     with fused.install():
         installed = stock.AdamW(1e-2, weight_decay=0.1, bias_correction=True)
     assert installed.backend == fused.AdamW(1e-2).backend
-    assert_same(train(installed), train(fused.AdamW(1e-2, weight_decay=0.1, bias_correction=True)))
+    assert_same_bits(
+        train(installed), train(fused.AdamW(1e-2, weight_decay=0.1, bias_correction=True))
+    )
 
 
 def test_relatives_stay_what_they_are():
@@ -225,7 +218,7 @@ def test_pickles_and_copies_of_stock_optimizers_stay_stock():
         again = pickle.loads(pickle.dumps(loaded))
         for optimizer in (loaded, copied, again):
             assert type(optimizer) is stock.AdamW
-            assert_same(train(optimizer), expected)
+            assert_same_bits(train(optimizer), expected)
 
 
 def test_pickles_of_replaced_optimizers_load_with_and_without():
@@ -238,7 +231,7 @@ def test_pickles_of_replaced_optimizers_load_with_and_without():
     expected = train(optimizer)
     for loaded in (inside, outside):
         assert type(loaded) is fused.AdamW
-        assert_same(train(loaded), expected)
+        assert_same_bits(train(loaded), expected)
 
 
 @pytest.mark.parametrize("kind", [stock.Adam, stock.AdamW])

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from support.arrays import assert_same_bits
 from support.launched import LAUNCH, needs_launch, of_ring
 
 if importlib.util.find_spec("mlx_lm") is None:
@@ -80,14 +81,6 @@ def fine_tune(
     return Run(command, out)
 
 
-def assert_same_weights(actual: dict, expected: dict) -> None:
-    assert actual.keys() == expected.keys()
-    for path, x in expected.items():
-        assert actual[path].dtype == x.dtype, path
-        as_bits = [np.array(y.reshape(-1).view(mx.uint8)) for y in (actual[path], x)]
-        np.testing.assert_array_equal(*as_bits, err_msg=path)
-
-
 WAYS = {
     "LoRA": ["--fine-tune-type", "lora"],
     "DoRA": ["--fine-tune-type", "dora"],
@@ -98,24 +91,18 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_float32_is_stock_s_bit_for_bit(models, tmp_path, way):
-    stock = fine_tune(models["float32"], tmp_path / "stock", *WAYS[way])
-    ours = fine_tune(models["float32"], tmp_path / "ours", *WAYS[way], launcher=LAUNCHER)
+# Adapters are float32 on a bfloat16 model too.
+@pytest.mark.parametrize(
+    ("dtype", "way"), [("bfloat16", "LoRA"), *(("float32", way) for way in WAYS)]
+)
+def test_float32_has_the_bits_of_mlx_optimizers(models, tmp_path, dtype, way):
+    stock = fine_tune(models[dtype], tmp_path / "stock", *WAYS[way])
+    ours = fine_tune(models[dtype], tmp_path / "ours", *WAYS[way], launcher=LAUNCHER)
     updates = ITERATIONS // (2 if "accumulation" in way else 1)
     assert stock.updated == 0
     assert ours.updated == updates * len(ours.weights), ours.output
     assert ours.losses == stock.losses and len(ours.losses) == ITERATIONS + 3
-    assert_same_weights(ours.weights, stock.weights)
-
-
-def test_lora_on_a_bfloat16_model_is_stock_s_too(models, tmp_path):
-    """Adapters are float32 there."""
-    stock = fine_tune(models["bfloat16"], tmp_path / "stock", *WAYS["LoRA"])
-    ours = fine_tune(models["bfloat16"], tmp_path / "ours", *WAYS["LoRA"], launcher=LAUNCHER)
-    assert ours.updated == ITERATIONS * len(ours.weights), ours.output
-    assert ours.losses == stock.losses
-    assert_same_weights(ours.weights, stock.weights)
+    assert_same_bits(ours.weights, stock.weights)
 
 
 @pytest.mark.parametrize("options", [{}, {"master_weights": True}, {"state_dtype": "int8"}])
@@ -142,7 +129,7 @@ def test_options_reach_ours_by_each_way(models, tmp_path):
     by_launcher = fine_tune(
         models["float32"], tmp_path / "launcher", *WAYS["full"], launcher=launcher
     )
-    assert_same_weights(by_config.weights, by_launcher.weights)
+    assert_same_bits(by_config.weights, by_launcher.weights)
     same = [mx.array_equal(x, plain.weights[path]).item() for path, x in by_config.weights.items()]
     assert not all(same)
 
@@ -167,9 +154,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, way):
     train("parts", 5)
     resumed = train("parts", 15, "--resume")
     assert "Going on after iteration 5." in resumed.output
-    assert_same_weights(resumed.weights, whole.weights)
+    assert_same_bits(resumed.weights, whole.weights)
     states = [mx.load(str(tmp_path / x / "optimizer.safetensors")) for x in ("parts", "whole")]
-    assert_same_weights(*states)
+    assert_same_bits(*states)
 
 
 @needs_launch
@@ -185,7 +172,7 @@ def test_the_ranks_of_mlx_launch_train_as_one(models, tmp_path, monkeypatch):
         models["float32"], tmp_path / "ours", *WAYS["LoRA"], launcher=[*LAUNCHER, *launch]
     )
     assert "(rank 1)" in ours.output, ours.output
-    assert_same_weights(ours.weights, stock.weights)
+    assert_same_bits(ours.weights, stock.weights)
 
 
 def test_the_benchmark_of_memory_runs_what_it_says(models):

@@ -207,15 +207,9 @@ GUARDS = {
     "plain sqrt": ("namespace adam_math = metal::precise;", "namespace adam_math = metal;"),
     "one expression for m": ("T m = kept_m + new_m;", "T m = c.beta1 * old.m + new_m;"),
     "one expression for v": ("T v = kept_v + new_v;", "T v = c.beta2 * old.v + new_v;"),
-    "one expression for the denominator": (
-        "(root + c.eps)",
-        "(sqrt(v) * scalars.denominator_scale + c.eps)",
-    ),
-    "one expression for the parameter": (
-        "kept_parameter - change",
-        "old.parameter * scalars.decay - change",
-    ),
-}
+    "one expression for the denominator": ("(root + c.eps)", "(sqrt(v) * scalars.denominator_scale + c.eps)"),
+    "one expression for the parameter": ("kept_parameter - change", "old.parameter * scalars.decay - change"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GUARDS)

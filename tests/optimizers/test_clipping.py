@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
-import subprocess
-import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 import mlx_fused_adam as fused
 from support.arrays import DTYPES, LAYOUTS, address, all_bits, assert_same_bits, lay_out, random
 from support.oracle import to_numpy
+from support.processes import output_of_python
 from support.stored_tensors import sum_of_squares
 from support.training import copied, train
 
@@ -424,13 +422,8 @@ print(*[x.astype(mx.float32).mean().item() for x in parameters.values()])
 """
     results = []
     for forced in ("stock", ""):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"MLX_FUSED_ADAM_BACKEND": forced},
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        results.append(done.stdout.splitlines())
+        output = output_of_python("-c", program, MLX_FUSED_ADAM_BACKEND=forced)
+        results.append(output.splitlines())
     assert results[0][0].startswith("stock (MLX_FUSED_ADAM_BACKEND=stock)")
     norms = [float(lines[0].split()[-1]) for lines in results]
     np.testing.assert_allclose(norms, math.sqrt(12 * 4 + 5 * 9), rtol=1e-6)

@@ -1,7 +1,5 @@
 """A step allocates nothing that grows with the parameters, and no array that anyone still holds ever changes."""
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import mlx_fused_adam as fused
 from support import oracle, training
 from support.arrays import DTYPES, address, random
 from support.mlx_release import errors_in_tasks_are_raised
+from support.processes import output_of_python
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -91,10 +90,7 @@ def test_a_step_allocates_nothing_that_grows(parameters_of, compiled, dtype, opt
 def moved(*arguments: str) -> str:
     """What ordinary_loop.py prints, in a process of its own: with streams of other tests about, waiting for readers would
     not be safe, and is not done."""
-    command = [sys.executable, Path(__file__).parent / "ordinary_loop.py", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return output_of_python(Path(__file__).with_name("ordinary_loop.py"), *arguments)
 
 
 @pytest.mark.cpu_only

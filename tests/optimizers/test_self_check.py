@@ -1,8 +1,5 @@
 """The guard on first use: what an optimizer does where a kernel fails or computes something else than stock."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import mlx.core as mx
@@ -14,6 +11,7 @@ import mlx_fused_adam as fused
 from mlx_fused_adam import _backends, _self_check, _step
 from support.extension import use_extension
 from support.mlx_release import since_mlx
+from support.processes import run_python
 
 pytestmark = pytest.mark.usefixtures("device", "unchecked")
 
@@ -312,9 +310,7 @@ except RuntimeError as error:
 
 
 def run(program, **environment):
-    command = [sys.executable, "-c", PROGRAM + program]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return run_python("-c", PROGRAM + program, timeout=120, **environment)
 
 
 @since_mlx("0.32.2", "mx.synchronize raises what a task of the CPU has thrown")

@@ -430,43 +430,19 @@ def broken(key: str, value) -> dict:
 
 
 WRONG = [
-    (
-        "m",
-        mx.ones((64, 64), mx.int32),
-        "m of a.w must be floating or mlx.core.int8 with a scale but got",
-    ),
-    (
-        "m",
-        mx.ones((64, 64), mx.uint8),
-        "m of a.w must be floating or mlx.core.int8 with a scale but got",
-    ),
-    (
-        "v",
-        mx.ones((64, 64), mx.int8),
-        "v of a.w must be floating or mlx.core.uint8 with a scale but",
-    ),
+    ("m", mx.ones((64, 64), mx.int32), "m of a.w must be floating or mlx.core.int8 with a scale but got"),
+    ("m", mx.ones((64, 64), mx.uint8), "m of a.w must be floating or mlx.core.int8 with a scale but got"),
+    ("v", mx.ones((64, 64), mx.int8), "v of a.w must be floating or mlx.core.uint8 with a scale but"),
     ("v", None, "state of a.w must hold v but got nothing"),
     ("m_scale", None, "m_scale of a.w must be there, since m is mlx.core.int8, but got nothing"),
-    (
-        "v_scale",
-        mx.ones((64, 3), mx.bfloat16),
-        r"v_scale of a.w must be bfloat16 of shape \(64, 2\)",
-    ),
-    (
-        "m_scale",
-        mx.ones((64, 2)),
-        "m_scale of a.w must be bfloat16 of shape .* but got mlx.core.float32",
-    ),
+    ("v_scale", mx.ones((64, 3), mx.bfloat16), r"v_scale of a.w must be bfloat16 of shape \(64, 2\)"),
+    ("m_scale", mx.ones((64, 2)), "m_scale of a.w must be bfloat16 of shape .* but got mlx.core.float32"),
     ("m_scale", "1", "m_scale of a.w must be an array but got '1'"),
     ("remainder", mx.ones((64, 64)), "remainder of a.w must be int16 but got mlx.core.float32"),
-    (
-        "remainder",
-        mx.ones(3, mx.int16),
-        r"remainder of a.w must have the parameter's shape \(64, 64\)",
-    ),
+    ("remainder", mx.ones(3, mx.int16), r"remainder of a.w must have the parameter's shape \(64, 64\)"),
     ("m", mx.ones((64, 65)), "m of a.w must have the parameter's shape"),
     ("v", mx.ones((64, 65), mx.uint8), "v of a.w must have the parameter's shape"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "value", "message"), WRONG, ids=str)

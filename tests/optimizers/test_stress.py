@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
 import threading
 import weakref
@@ -23,18 +22,16 @@ import mlx_fused_adam as fused
 from optimizers.stress_programs import OPTIONS, draw
 from support.arrays import all_bits, assert_same_bits
 from support.mlx_release import errors_in_tasks_are_raised
+from support.processes import output_of_python, run_python
 
-HERE = Path(__file__).parent
+PROGRAMS = Path(__file__).with_name("stress_programs.py")
 STEPS = int(os.environ.get("FUSED_ADAM_STRESS_STEPS", "2000"))
 LIMIT = 240  # seconds, for what takes a few
 
 
 def run(program: str, *arguments: str, limit: float = LIMIT) -> str:
     """What stress_programs.py prints for this name, in a process of its own."""
-    command = [sys.executable, HERE / "stress_programs.py", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout
+    return output_of_python(PROGRAMS, program, *arguments, timeout=limit)
 
 
 # ---- Threads ----
@@ -230,8 +227,7 @@ def test_interrupts_by_the_clock(process_device):
 @pytest.mark.cpu_only  # the emulator's own tables are gone at exit while its kernels run
 @pytest.mark.parametrize("how", ["return", "sys.exit", "exception"])
 def test_a_process_that_has_updated_ends_as_it_was_told(process_device, how):
-    command = [sys.executable, HERE / "stress_programs.py", "ends", process_device, how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    done = run_python(PROGRAMS, "ends", process_device, how, timeout=LIMIT)
     expected = {"sys.exit": 3, "exception": 1}.get(how, 0)
     assert done.returncode == expected, f"{done.returncode}\n{done.stdout}{done.stderr}"
     assert "updated" in done.stdout

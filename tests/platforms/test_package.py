@@ -1,10 +1,8 @@
 """The package as installed: its pin on mlx, its typing, its shader text, its settings."""
 
 import email
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 from importlib.metadata import requires, version
@@ -17,6 +15,7 @@ import pytest
 import mlx_fused_adam
 from mlx_fused_adam import _build_info, _compatibility
 from support import tools
+from support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 MLX = Path(mx.__file__).parent
@@ -48,20 +47,18 @@ def test_another_mlx_is_refused_at_import(tmp_path):
     fake.mkdir()
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx\nVersion: 0.0.1\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mlx_fused_adam"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_python("-c", code)
     assert result.returncode != 0
     assert "ImportError: mlx-fused-adam was built for mlx" in result.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="on macOS mlx always brings its back end")
-def test_mlx_without_a_back_end_is_refused_at_import_with_the_mend(tmp_path):
+def test_mlx_without_a_back_end_is_refused_at_import_with_the_mend(tmp_path, monkeypatch):
     """As `pip install mlx` leaves it on Linux: no libmlx.so beside the module."""
     shutil.copytree(MLX, tmp_path / "mlx", ignore=shutil.ignore_patterns("lib", "include"))
-    environment = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mlx_fused_adam"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    result = run_python("-c", code)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: mlx-fused-adam needs mlx"), result.stderr
@@ -73,7 +70,8 @@ def test_mlx_is_pinned_exactly_and_once():
     pin = _build_info.MLX_VERSION
     wanted = [r for r in requires("mlx-fused-adam") if re.match(r"mlx\b(?!-lm)", r)]
     assert sorted(wanted) == [
-        'mlx-fused-adam[cpu,docs]; extra == "test"',
+        'mlx-fused-adam[bench,cpu,examples]; extra == "test"',
+        'mlx-fused-adam[docs]; extra == "tools"',
         f"mlx=={pin}",
         f'mlx[cpu]=={pin}; extra == "cpu"',
     ]
@@ -152,8 +150,7 @@ def test_builds_share_no_folder():
 
 
 def build_tool(name, *arguments):
-    command = [sys.executable, str(ROOT / f"build_tools/{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_python(ROOT / f"build_tools/{name}.py", *arguments)
 
 
 @pytest.fixture
@@ -201,8 +198,7 @@ def test_an_extension_of_another_abi_is_refused_at_import(of_another_abi):
     )
 
     def load(extension):
-        command = [sys.executable, "-c", code, str(extension)]
-        return subprocess.run(command, capture_output=True, text=True)
+        return run_python("-c", code, extension)
 
     accepted = load(mlx_fused_adam._ext.__file__)
     assert accepted.returncode == 0, accepted.stderr
@@ -247,13 +243,8 @@ def test_the_hook_s_pins_are_those_of_the_package(build_tools):
 )
 def test_types_are_right_with_the_extension_s_stub(tmp_path):
     """The installed package, where mypy knows what the build has made; settings are pyproject.toml's."""
-    check = [sys.executable, "-m", "mypy", "-p", "mlx_fused_adam", "--cache-dir", str(tmp_path)]
-    result = subprocess.run(
-        [*check, "--config-file", str(ROOT / "pyproject.toml")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    check = ["-m", "mypy", "-p", "mlx_fused_adam", "--cache-dir", tmp_path]
+    result = run_python(*check, "--config-file", ROOT / "pyproject.toml", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -279,12 +270,7 @@ def test_the_thread_setting_is_respected():
 
 def import_with(setting):
     code = "import mlx_fused_adam; print(mlx_fused_adam.num_threads())"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MLX_FUSED_ADAM_NUM_THREADS": setting},
-    )
+    return run_python("-c", code, MLX_FUSED_ADAM_NUM_THREADS=setting)
 
 
 def test_the_rule_stands_once():
