@@ -168,7 +168,7 @@ def is_hostile(device: str) -> bool:
 
 @pytest.fixture
 def backend_name(device: str, is_emulated: bool) -> str:
-    """What an optimizer's `backend` says on the test's device."""
+    """The value of an optimizer's `backend` on the test's device."""
     return "metal (emulated)" if is_emulated else {"cpu": "cpu", "gpu": "metal"}[device]
 
 
@@ -188,7 +188,7 @@ def extension(device: str):
 
 @pytest.fixture(scope="session")
 def process_backend(process_device: str) -> str:
-    """What updates parameters in the processes that a test starts."""
+    """The back end that updates parameters in the processes that a test starts."""
     if DEVICE == "emulated" or IS_EMULATED_GPU:
         return "metal (emulated)"
     return {"cpu": "cpu", "gpu": "metal"}[process_device]

@@ -41,7 +41,7 @@ def laid_out(extension, formats, layout, of="gradient"):
 
 
 def copied(tensor):
-    """With buffers of its own, which an update may take over; strides stay."""
+    """With buffers of its own, which an update may reuse; strides stay."""
     copy = {
         name: x if name == "gradient" or not x.size else x + mx.zeros_like(x)
         for name, x in tensor.items()
@@ -115,7 +115,7 @@ def strided(count: int) -> list[mx.array]:
     return [lay_out(x[:9000].reshape(90, 100), "strided") for x in dense(count)]
 
 
-# What is replaced, by what, in the sum of which gradients.
+# The text replaced, the replacement, and the gradients that are summed.
 NORM_FAULTS = {
     "a gradient's last elements": (dense, "min(at + length, count)", "min(at + length, count - 1)"),
     "spans from the first gradient's": (dense, "(group - first_group) * kNormSpan", "group * kNormSpan"),
@@ -178,7 +178,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_planted_in_the_guard_is_seen(cpu_extension, emulated_extension, plant, name):
+def test_a_fault_planted_in_clipping_or_skipping_is_seen(
+    cpu_extension, emulated_extension, plant, name
+):
     formats, (part, layout), settings, text, replacement = FAULTS[name]
     assert formats[1] in DTYPES
     tensor = make(cpu_extension, (64, 96), formats)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 
@@ -201,7 +201,7 @@ def test_a_thousand_steps_in_place(cpu_extension, emulated_extension):
     assert differences(*results) == []
 
 
-# What keeps a compiler from other roundings, and what is left when it goes.
+# The texts that keep a compiler from other roundings, and their replacements.
 GUARDS = {
     "no pragma": ("#pragma METAL fp contract(off)\n", ""),
     "plain sqrt": ("namespace adam_math = metal::precise;", "namespace adam_math = metal;"),
@@ -213,7 +213,7 @@ GUARDS = {
 
 
 @pytest.mark.parametrize("name", GUARDS)
-def test_each_guard_of_the_rule_is_needed(cpu_extension, emulated_extension, plant, name):
+def test_each_safeguard_of_the_rule_is_needed(cpu_extension, emulated_extension, plant, name):
     lists = tensors()
     # Where v is small the root weighs no more than eps, and decay and denominator_scale are not 1.
     settings = {"weight_decay": 0.7, "bias_correction": True, "eps": 0.5}
@@ -249,12 +249,12 @@ def test_inexact_scalars_change_the_parameter_alone_and_by_no_more_than_they_may
     assert largest > allowed / 100 or step > 1000
 
 
-def test_inexact_scalars_are_those_of_stock_too(emulated_extension):
+def test_inexact_scalars_are_those_of_mlx_optimizers_too(emulated_extension):
     """The same calls give the same results, whoever makes them; so what is compared on one device is equal still."""
     lists = tensors()
     with hostile.relaxed("scalars"):
         actual = update(emulated_extension, lists, bias_correction=True)
-        optimizer = stock.Adam(0.1, list(SETTINGS["betas"]), SETTINGS["eps"], True)
+        optimizer = optim.Adam(0.1, list(SETTINGS["betas"]), SETTINGS["eps"], True)
         optimizer.state["step"] = mx.array(3, mx.uint64)
         expected = []
         for w, g, m, v in zip(*lists, strict=True):

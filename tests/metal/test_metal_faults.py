@@ -137,7 +137,7 @@ PLANTED_IN_ROUNDING = {
     "one number for a group": ("group", ALL, "args.numbers[which]", "args.numbers[0]"),
     "column for element of a tile": ("tiled", ALL, "uint(at + i),", "column + i,"),
     "column for element of a tile's runs": ("tiled, vectors", ALL, "at, uint(at),", "at, column,"),
-    "element as the gradient lies": ("general", ALL, "args.first_element + uint(at)",
+    "element of the gradient's layout": ("general", ALL, "args.first_element + uint(at)",
         "args.first_element + uint(gradient_at)"),
     "one draw for all steps": ("linear", ALL, "step[0], number", "0u, number"),
     "half the seed": ("linear", ALL, "args.rounding.seed_high", "0u"),
@@ -166,7 +166,7 @@ def test_a_fault_planted_in_the_rounding_is_seen(emulated_extension, plant, name
 
 CODES = ("bfloat16", "bfloat16", "int8")
 MASTER = ("master", "bfloat16", "bfloat16")
-# Formats, shape, which array lies how; the text replaced, the replacement, and what must be seen of it.
+# Formats, shape, which array has which layout; the text replaced, the replacement, and what must be seen of it.
 PLANTED_IN_FORMATS = {
     "a shuffle left out": (CODES, (64, 96), ("gradient", "linear"), "x = max(x, simd_shuffle_xor(x, 1));", "", "differs"),
     "a shuffle with another block": (CODES, (64, 96), ("gradient", "linear"), "max(x, simd_shuffle_xor(x, 2))",
@@ -216,14 +216,14 @@ PLANTED_IN_FORMATS = {
         "differs"),
     "stride of the parameter": (CODES, (13, 70), ("parameter", "strided"), "Index(k) * place.parameter_stride", "Index(k)",
         "differs"),
-    "remainders of a run not stored": (MASTER, (64, 96), ("gradient", "linear"),
+    "corrections of a run not stored": (MASTER, (64, 96), ("gradient", "linear"),
         "store_run<N>(t.extra.new_remainder + at, remainder);", "", "no thread writes|differs"),
-    "remainder not stored": (MASTER, (64, 96), ("gradient", "strided"),
+    "correction not stored": (MASTER, (64, 96), ("gradient", "strided"),
         "t.extra.new_remainder[at] = as_type<short>(ushort(parts.remainder));", "", "no thread writes|differs"),
-    "remainders of a run not read": (MASTER, (64, 96), ("gradient", "linear"), "join(upper[k], remainder[k])",
+    "corrections of a run not read": (MASTER, (64, 96), ("gradient", "linear"), "join(upper[k], remainder[k])",
         "join(upper[k], 0)", "differs"),
-    "remainder not read": (MASTER, (64, 96), ("gradient", "strided"), "t.extra.remainder[extra_at]", "0", "differs"),
-    "remainder where the parameter lies": (MASTER, (64, 96), ("parameter", "strided"), "remainder + at, m_scale",
+    "correction not read": (MASTER, (64, 96), ("gradient", "strided"), "t.extra.remainder[extra_at]", "0", "differs"),
+    "correction at the parameter's place": (MASTER, (64, 96), ("parameter", "strided"), "remainder + at, m_scale",
         "remainder + parameter_at, m_scale", "ends at|differs"),
 }  # fmt: skip
 
@@ -256,7 +256,7 @@ LAYOUTS = ("column-major", "strided", "reversed", "between vectors")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", range(4), ids=ARRAYS)
-def test_one_array_that_lies_otherwise(update, which, layout, dtype):
+def test_one_array_in_another_layout(update, which, layout, dtype):
     """The verdict on a layout, the strides handed over, and the alignment, each depend on all four arrays.
 
     "between vectors": MLX's buffers start at pages on Metal, so an array's own offset decides whether vectors fit.
@@ -481,7 +481,9 @@ LARGE_ROWS = {
 
 @pytest.mark.usefixtures("no_memory_limit")
 @pytest.mark.parametrize("name", LARGE_ROWS)
-def test_codes_of_more_than_one_dispatch(cpu_extension, emulated_extension, emulator, name):
+def test_quantized_state_of_more_than_one_dispatch(
+    cpu_extension, emulated_extension, emulator, name
+):
     """Their last elements, from zeros: values, and the scales that the last dispatch writes at its place."""
     shape, stride, end, threadgroups = LARGE_ROWS[name]
     dtypes = {"parameter": mx.float16, "gradient": mx.float16, "m": mx.int8, "v": mx.uint8}

@@ -1,7 +1,7 @@
 """The shader against a compiler that knows address spaces: clang, as C++14, with none of the host's headers in reach.
 
 The emulator's compiler sees no address spaces, so a qualifier that Metal would miss must be missed here. Each fault planted
-below must be refused, for the reason that it is a fault.
+below must be rejected, for the reason that it is a fault.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_every_instantiation_is_accepted(tmp_path):
     assert compile_strictly(source, tmp_path) == ""
 
 
-# What is replaced, by what, and why the compiler must refuse it.
+# The text replaced, the replacement, and why the compiler must reject it.
 FAULTS = {
     "unqualified pointer parameter": ("load_scalars(const device float* scalars", "load_scalars(const float* scalars",
         "no matching function for call to 'load_scalars'"),
@@ -76,7 +76,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_refused(name, tmp_path):
+def test_a_planted_fault_is_rejected(name, tmp_path):
     text, replacement, reason = FAULTS[name]
     source = project_shader.full_source(("float",), ("AdamRule",))
     include = '#include "vector_io.h"\n'
@@ -85,4 +85,4 @@ def test_a_planted_fault_is_refused(name, tmp_path):
     source = source.replace(include, runs, 1).replace(include, "")
     assert text in source, f"the shader no longer holds {text!r}; plant this fault elsewhere"
     errors = compile_strictly(source.replace(text, replacement, 1), tmp_path)
-    assert re.search(reason, errors), f"{name}: {errors or 'not refused'}"
+    assert re.search(reason, errors), f"{name}: {errors or 'not rejected'}"

@@ -25,7 +25,7 @@ from support.arrays import all_bits, assert_same_bits, random  # noqa: E402
 SHAPES = {"a": (300, 200), "b": (64, 70), "c": (7,), "d": ()}
 
 
-# Of parameters, and an optimizer's arguments.
+# The dtype of parameters, and an optimizer's arguments.
 OPTIONS: dict[str, tuple[mx.Dtype, dict[str, Any]]] = {
     "float32": (mx.float32, {}),
     "bfloat16": (mx.bfloat16, {"stochastic_rounding": True}),

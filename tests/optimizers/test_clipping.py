@@ -7,7 +7,7 @@ import pickle
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
@@ -25,7 +25,7 @@ SETTINGS = dict(weight_decay=0.1, bias_correction=True)
 
 
 def tree(rng, dtype=mx.float32, scale=1.0):
-    """Nodes of one tensor and of several, codes and none, rows that are no whole blocks."""
+    """Nodes of one tensor and of several, quantized state and none, rows that are no whole blocks."""
     return {
         "layers": [{"weight": random(rng, (70, 90), dtype, scale), "bias": random(rng, (90,), dtype, scale)}],
         "head": random(rng, (65, 1100), dtype, scale),
@@ -99,7 +99,7 @@ def test_one_bad_element_anywhere_is_seen(extension, bad, layout):
 
 
 def test_a_sum_beyond_float32_is_infinite(extension):
-    """Of squares that float32 holds, one by one and in parts."""
+    """The squares are float32, one by one and in parts."""
     for count in (4, 70001):
         x = mx.full((count,), 1.5e19)
         assert sum_of_squares(extension, [x, x]).item() == math.inf
@@ -151,18 +151,18 @@ def run(optimizer, parameters, steps, is_compiled=False):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_clipping_equals_clip_grad_norm_and_stock(name, compiled):
+def test_clipping_equals_clip_grad_norm_and_mlx_optimizers(name, compiled):
     rng = np.random.default_rng(4)
     start = tree(rng)
     settings = SETTINGS if name == "AdamW" else {"bias_correction": True}
     optimizer = getattr(fused, name)(1e-2, **settings, max_grad_norm=10.0)
-    reference = getattr(stock, name)(1e-2, **settings)
+    reference = getattr(optim, name)(1e-2, **settings)
     # Clipped, not clipped, and all zeros.
     steps = [tree(rng), tree(rng, scale=1e-3), tree(rng, scale=5), tree(rng, scale=0)]
     parameters = run(optimizer, start, steps, compiled)
     clipped = []
     for gradients in steps:
-        scaled, norm = stock.clip_grad_norm(gradients, 10.0)
+        scaled, norm = optim.clip_grad_norm(gradients, 10.0)
         clipped.append(scaled)
     expected = run(reference, start, clipped)
     np.testing.assert_allclose(optimizer.state["grad_norm"].item(), norm.item(), rtol=1e-5)
@@ -318,7 +318,7 @@ def test_schedules_do_not_advance(compiled):
     rng = np.random.default_rng(10)
     start, good = {"w": random(rng, (40, 50))}, [{"w": random(rng, (40, 50))} for _ in range(3)]
     bad = {"w": mx.full((40, 50), math.inf)}
-    schedule = stock.exponential_decay(0.1, 0.5)
+    schedule = optim.exponential_decay(0.1, 0.5)
     optimizer, reference = fused.Adam(schedule, skip_nonfinite=True), fused.Adam(schedule)
     found = run(optimizer, start, [good[0], good[1], bad, bad], compiled)
     expected = run(reference, start, good[:2], compiled)
@@ -330,7 +330,7 @@ def test_schedules_do_not_advance(compiled):
 
 
 def test_a_schedule_may_return_a_number_and_its_value_may_be_missing():
-    """As stock takes both: a state that was set without a learning rate, say."""
+    """mlx.optimizers takes both: a state that was set without a learning rate, say."""
     optimizer = fused.Adam(lambda step: 0.1, skip_nonfinite=True)
     del optimizer.state["learning_rate"]
     parameters = {"w": mx.ones(3)}
@@ -362,7 +362,7 @@ def test_accumulated_gradients_are_judged_as_a_whole():
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_parameters_that_are_left_to_stock_obey_too(name):
+def test_parameters_that_fall_back_obey_too(name):
     """float64 beside float32: both count for the norm, both are clipped, both stay as they are in a bad step."""
     rng = np.random.default_rng(11)
     start = {"double": mx.array(rng.normal(size=9), mx.float64), "single": random(rng, (9,))}
@@ -372,7 +372,7 @@ def test_parameters_that_are_left_to_stock_obey_too(name):
     norm = exact_norm(gradients)
     np.testing.assert_allclose(optimizer.state["grad_norm"].item(), norm, rtol=1e-6)
     clipped = tree_map(lambda g: g * (0.1 / norm), gradients)
-    expected = run(getattr(stock, name)(1e-2), start, [clipped])
+    expected = run(getattr(optim, name)(1e-2), start, [clipped])
     for path, x in expected.items():
         assert found[path].dtype == x.dtype
         np.testing.assert_allclose(np.array(found[path]), np.array(x), rtol=1e-6, err_msg=path)
@@ -384,7 +384,7 @@ def test_parameters_that_are_left_to_stock_obey_too(name):
     assert optimizer.state["skipped"].item() == 2
 
 
-def test_filtered_decay_has_one_guard_for_all():
+def test_filtered_decay_clips_and_skips_as_a_whole():
     rng = np.random.default_rng(12)
     start, gradients = tree(rng), tree(rng)
     options = SETTINGS | {"max_grad_norm": 2.0, "skip_nonfinite": True}
@@ -405,7 +405,7 @@ def test_filtered_decay_has_one_guard_for_all():
 # ---- The rest of the optimizer ----
 
 
-def test_without_a_kernel_the_same_is_composed():
+def test_without_a_kernel_mlx_operations_do_the_same():
     """MLX_FUSED_ADAM_BACKEND=stock: norm, clipping and skipping by MLX's operations."""
     program = """
 import math, mlx.core as mx, mlx_fused_adam as fused
@@ -433,7 +433,7 @@ print(*[x.astype(mx.float32).mean().item() for x in parameters.values()])
 
 
 def test_derivatives_go_through_clipping():
-    """Of the new parameter by the gradient's size: with the norm at 3 and a limit of 1, the direction alone counts."""
+    """The new parameter by the gradient's size: with the norm at 3 and a limit of 1, the direction alone counts."""
     w, m, v = mx.array([1.0, 2.0]), mx.array([0.1, 0.2]), mx.array([0.3, 0.4])
 
     def updated(size):
@@ -446,7 +446,7 @@ def test_derivatives_go_through_clipping():
     assert abs(mx.grad(updated)(mx.array(0.5)).item()) > 1e-2
 
 
-def test_a_rule_of_ones_own_is_refused():
+def test_a_rule_of_ones_own_is_rejected():
     class Doubled(fused.Adam):
         def apply_single(self, gradient, parameter, state):
             return super().apply_single(gradient * 2, parameter, state)
@@ -461,7 +461,7 @@ def test_a_rule_of_ones_own_is_refused():
 
 @pytest.mark.parametrize(("name", "options"), [("grad_norm", {"max_grad_norm": 1.0}),
                                                ("skipped", {"skip_nonfinite": True})])  # fmt: skip
-def test_a_parameter_of_the_records_name_is_refused(name, options):
+def test_a_parameter_of_the_records_name_is_rejected(name, options):
     parameters = {name: mx.ones(3)}
     optimizer = fused.Adam(1e-2, **options)
     with pytest.raises(ValueError, match=rf"\[Adam\] parameters must not be named '{name}'"):
@@ -473,10 +473,10 @@ def test_a_parameter_of_the_records_name_is_refused(name, options):
     optimizer.apply_gradients(nested, nested)
 
 
-def test_a_state_of_stock_is_taken_over_and_given_back():
+def test_a_state_of_mlx_optimizers_is_adopted_and_given_back():
     rng = np.random.default_rng(13)
     start, gradients = tree(rng), tree(rng)
-    reference = stock.AdamW(1e-2)
+    reference = optim.AdamW(1e-2)
     parameters = run(reference, start, [gradients])
     optimizer = fused.AdamW(1e-2, max_grad_norm=1e9, skip_nonfinite=True)
     optimizer.state = copied(reference.state)
@@ -520,7 +520,7 @@ def test_checkpoints_hold_norm_and_count(tmp_path):
     assert {"grad_norm", "skipped"} <= set(plain.state)
 
 
-def test_pickled_with_its_guard():
+def test_pickled_with_clipping_and_skipping():
     rng = np.random.default_rng(15)
     start, gradients = tree(rng), tree(rng)
     optimizer = fused.AdamW(1e-2, max_grad_norm=1.0, skip_nonfinite=True)

@@ -1,7 +1,7 @@
-"""What weight decay applies to: by callable and by regular expressions on the path."""
+"""Weight decay for some parameters: chosen by a callable, or by regular expressions on the path."""
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -69,7 +69,7 @@ def test_a_filter_changes_no_random_bit(options):
 
 
 @pytest.mark.cpu_only
-def test_parameters_that_are_left_to_stock_obey_too():
+def test_parameters_that_fall_back_obey_too():
     parameters = {"a": mx.ones(3, mx.float64), "b": mx.ones(3, mx.float64)}
     gradients = {k: x * 0 for k, x in parameters.items()}
     new = fused.AdamW(**SETTINGS, decay_filter="a").apply_gradients(gradients, parameters)
@@ -117,4 +117,4 @@ def test_adam_has_no_decay_to_filter():
     with pytest.raises(TypeError, match="decay_filter"):
         fused.Adam(1e-3, decay_filter="weight")
     assert fused.AdamW(1e-3).decayed({"a": mx.ones(3)}) == ["a"]
-    assert not hasattr(stock.AdamW(1e-3), "decayed")
+    assert not hasattr(optim.AdamW(1e-3), "decayed")

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -88,7 +88,7 @@ def test_a_step_allocates_nothing_that_grows(parameters_of, compiled, dtype, opt
 
 
 def moved(*arguments: str) -> str:
-    """What ordinary_loop.py prints, in a process of its own: with streams of other tests about, waiting for readers would
+    """The output of ordinary_loop.py in a process of its own: with streams of other tests about, waiting for readers would
     not be safe, and is not done."""
     return output_of_python(Path(__file__).with_name("ordinary_loop.py"), *arguments)
 
@@ -176,7 +176,7 @@ def test_no_element_is_updated_twice(device, is_emulated, assert_equal, shape, d
         assert_equal(actual, reference, name, slack)
 
 
-def test_a_buffer_in_another_order_is_not_taken_over(device):
+def test_a_buffer_in_another_order_is_not_donated(device):
     """Nobody holds these, but their rows are not where a row-major output has them."""
 
     def column_major():
@@ -274,7 +274,7 @@ def test_one_buffer_behind_two_parameters(device):
     copy = np.array(whole)
     parameters = {"a": whole[0], "b": whole[1], "tied": whole[0]}
     del whole
-    optimizer, reference = fused.Adam(0.1), stock.Adam(0.1)
+    optimizer, reference = fused.Adam(0.1), optim.Adam(0.1)
     gradients = {k: mx.full((50,), i + 1.0) for i, k in enumerate(parameters)}
     expected = reference.apply_gradients(
         gradients, {"a": mx.array(copy[0]), "b": mx.array(copy[1]), "tied": mx.array(copy[0])}

@@ -1,7 +1,7 @@
 """Stochastic rounding, bit for bit against a reference in NumPy, its statistics, and the dtypes of the optimizers' state."""
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 
@@ -92,7 +92,7 @@ def test_special_values():
 
 @pytest.mark.cpu_only
 def test_draws_are_uniform_and_uncorrelated():
-    """Of the reference's bits, which the tests above find in the kernels. Five standard deviations of a million draws."""
+    """The bits are the reference's, which the tests above find in the kernels. Five standard deviations of a million draws."""
     count = 10**6
     base = bits_of_step(0, 1, 0, count)
     others = {
@@ -110,14 +110,14 @@ def test_draws_are_uniform_and_uncorrelated():
     for name, bits in others.items():
         correlation = np.corrcoef(base["v"], bits)[0, 1]
         assert abs(correlation) < 5 / np.sqrt(count), name
-    # Of one element, from step to step.
+    # One element, from step to step.
     steps = np.array([bits_of_step(0, step, 0, 64)["v"] for step in range(1, 2001)]) / 65536
     assert abs(steps.mean() - 0.5) < 5 / np.sqrt(12 * steps.size)
     lagged = np.corrcoef(steps[1:].ravel(), steps[:-1].ravel())[0, 1]
     assert abs(lagged) < 5 / np.sqrt(steps.size)
 
 
-# ---- What stock gets wrong in 16 bits ----
+# ---- 16-bit training that mlx.optimizers gets wrong ----
 
 
 def mean(x: mx.array) -> float:
@@ -211,7 +211,7 @@ def test_state_has_the_dtype_asked_for(dtype, asked, by_init):
 def test_a_state_of_another_dtype_is_converted(dtype, asked):
     parameters = {"a": {"w": mx.ones((5, 4), dtype)}}
     gradients = {"a": {"w": mx.full((5, 4), 0.5, dtype)}}
-    other = stock.Adam(1e-3)
+    other = optim.Adam(1e-3)
     other.apply_gradients(gradients, parameters)
     optimizer = fused.Adam(1e-3, state_dtype=asked)
     optimizer.state = other.state

@@ -1,4 +1,4 @@
-"""What a long run meets beside its steps: threads, memory over many steps, fork, interrupts, failing evaluations, exit.
+"""A long run beside its steps: threads, memory over many steps, fork, interrupts, failing evaluations, exit.
 
 Each program that may hang or change its process has a process of its own, with a limit on its time.
 Long run: FUSED_ADAM_STRESS_STEPS=100000 pytest -n0 tests/optimizers/test_stress.py -k memory
@@ -30,7 +30,7 @@ LIMIT = 240  # seconds, for what takes a few
 
 
 def run(program: str, *arguments: str, limit: float = LIMIT) -> str:
-    """What stress_programs.py prints for this name, in a process of its own."""
+    """The output of stress_programs.py for this name, in a process of its own."""
     return output_of_python(PROGRAMS, program, *arguments, timeout=limit)
 
 

@@ -163,7 +163,7 @@ def test_load_commands_are_those_of_an_installed_extension(
 ) -> None:
     assert module.cpu == "ARM64"
     assert module.minimum_macos == (14, 0, 0)
-    assert module.signed, "arm64 macOS refuses unsigned code"
+    assert module.signed, "arm64 macOS rejects unsigned code"
     assert module.rpaths == ["@loader_path/../mlx/lib"]
     assert LIBMLX in module.libraries
     elsewhere = [

@@ -22,7 +22,7 @@ MLX = Path(mx.__file__).parent
 
 
 @pytest.mark.parametrize("name", ["mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12"])
-def test_another_mlx_is_refused_with_the_mend(name):
+def test_another_mlx_is_rejected_with_the_fix(name):
     with pytest.raises(ImportError) as error:
         _compatibility.check_mlx({"mlx": _build_info.MLX_VERSION, name: "0.0.1"})
     message = str(error.value)
@@ -41,7 +41,7 @@ def test_the_installed_mlx_is_accepted_with_its_back_end():
     _compatibility.check_mlx(installed)
 
 
-def test_another_mlx_is_refused_at_import(tmp_path):
+def test_another_mlx_is_rejected_at_import(tmp_path):
     """With metadata that claims another mlx, the import fails before the extension loads."""
     fake = tmp_path / "mlx-0.0.1.dist-info"
     fake.mkdir()
@@ -53,7 +53,7 @@ def test_another_mlx_is_refused_at_import(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="on macOS mlx always brings its back end")
-def test_mlx_without_a_back_end_is_refused_at_import_with_the_mend(tmp_path, monkeypatch):
+def test_mlx_without_a_back_end_is_rejected_at_import_with_the_fix(tmp_path, monkeypatch):
     """As `pip install mlx` leaves it on Linux: no libmlx.so beside the module."""
     shutil.copytree(MLX, tmp_path / "mlx", ignore=shutil.ignore_patterns("lib", "include"))
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
@@ -166,30 +166,30 @@ def of_another_abi(build_tools, tmp_path):
     return other, tag
 
 
-def test_the_build_refuses_a_nanobind_that_mlx_does_not_share(of_another_abi):
+def test_the_build_rejects_a_nanobind_that_mlx_does_not_share(of_another_abi):
     from mlx_releases import NANOBIND
 
     other, tag = of_another_abi
     accepted = build_tool("check_abi", MLX, mlx_fused_adam._ext.__file__)
     assert accepted.returncode == 0, accepted.stderr
-    refused = build_tool("check_abi", MLX, other)
-    assert refused.returncode != 0
-    assert f"ABI ['{tag[:-1]}x'] instead of ['{tag}']" in refused.stderr
-    assert f"pip install 'nanobind=={NANOBIND[version('mlx')]}'" in refused.stderr
+    rejected = build_tool("check_abi", MLX, other)
+    assert rejected.returncode != 0
+    assert f"ABI ['{tag[:-1]}x'] instead of ['{tag}']" in rejected.stderr
+    assert f"pip install 'nanobind=={NANOBIND[version('mlx')]}'" in rejected.stderr
 
 
-def test_the_build_refuses_what_has_no_tag_to_compare(tmp_path):
+def test_the_build_rejects_what_has_no_tag_to_compare(tmp_path):
     core, extension = tmp_path / "core.cpython-311.so", tmp_path / "_ext.so"
     for file in (core, extension):
         file.write_bytes(b"no nanobind")
-    refused = build_tool("check_abi", tmp_path, extension)
-    assert refused.returncode != 0 and "ABI [] instead of []" in refused.stderr
+    rejected = build_tool("check_abi", tmp_path, extension)
+    assert rejected.returncode != 0 and "ABI [] instead of []" in rejected.stderr
 
 
 @pytest.mark.skipif(
     sys.platform == "darwin", reason="macOS loads no module that was changed since it was signed"
 )
-def test_an_extension_of_another_abi_is_refused_at_import(of_another_abi):
+def test_an_extension_of_another_abi_is_rejected_at_import(of_another_abi):
     """One that was built elsewhere, beside this very release of mlx but with another nanobind."""
     code = (
         "import importlib.util as u, sys, mlx.core\n"
@@ -202,9 +202,9 @@ def test_an_extension_of_another_abi_is_refused_at_import(of_another_abi):
 
     accepted = load(mlx_fused_adam._ext.__file__)
     assert accepted.returncode == 0, accepted.stderr
-    refused = load(of_another_abi[0])
-    assert refused.returncode != 0
-    last = refused.stderr.strip().splitlines()[-1]
+    rejected = load(of_another_abi[0])
+    assert rejected.returncode != 0
+    last = rejected.stderr.strip().splitlines()[-1]
     assert re.match(
         r"ImportError: mlx-fused-adam was built with nanobind \d+\.\d+\.\d+ and", last
     ), last
@@ -218,9 +218,9 @@ def test_the_shader_is_ascii_or_the_build_stops(tmp_path):
     assert accepted.returncode == 0, accepted.stderr
     assert "struct AdamConstants" in out.read_text()
     shader.write_text('#include "math/adam_rule.h"\n// ½ of it\n', encoding="utf-8")
-    refused = build_tool("embed_shaders", tmp_path / "b.cpp", header, shader)
-    assert refused.returncode != 0 and not (tmp_path / "b.cpp").exists()
-    assert "a.metal:2: the shader must be ASCII" in refused.stderr
+    rejected = build_tool("embed_shaders", tmp_path / "b.cpp", header, shader)
+    assert rejected.returncode != 0 and not (tmp_path / "b.cpp").exists()
+    assert "a.metal:2: the shader must be ASCII" in rejected.stderr
 
 
 HOOKS = (ROOT / ".pre-commit-config.yaml").read_text()
@@ -273,7 +273,7 @@ def import_with(setting):
     return run_python("-c", code, MLX_FUSED_ADAM_NUM_THREADS=setting)
 
 
-def test_the_rule_stands_once():
+def test_the_rule_is_written_once():
     """The square root of Adam is taken in one place under csrc/ and metal/."""
     sources = [p for d in ("csrc", "metal") for p in (ROOT / d).rglob("*") if p.is_file()]
     holders = [p.name for p in sources if "sqrt(" in p.read_text().replace("rsqrt(", "")]

@@ -28,11 +28,11 @@ def launch(size: int, program: Path, *arguments: object, timeout: int = 240) -> 
     """
     command = [LAUNCH, *of_ring(size), str(program), *map(str, arguments)]
     # A pipe that stays open and empty: mlx.launch would read without a pause from an input that has ended.
-    its_input, ours = os.pipe()
+    read_end, write_end = os.pipe()
     try:
         started = subprocess.Popen(
             command,
-            stdin=its_input,
+            stdin=read_end,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -45,8 +45,8 @@ def launch(size: int, program: Path, *arguments: object, timeout: int = 240) -> 
             started.communicate()
             raise
     finally:
-        os.close(its_input)
-        os.close(ours)
+        os.close(read_end)
+        os.close(write_end)
     assert started.returncode == 0, output
     return output
 
@@ -100,6 +100,6 @@ def free_ports(count: int) -> int:
 
 
 def of_run(end: dict[str, mx.array], name: str) -> dict[str, mx.array]:
-    """Of all that a rank has written, what one run ended with."""
+    """The part of all that a rank has written with which one run ended."""
     start = f"{name}/"
     return {path[len(start) :]: x for path, x in end.items() if path.startswith(start)}

@@ -13,7 +13,7 @@ from support.arrays import lay_out
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
-# Of parameter, gradient, m and v; "master" is bfloat16 with a correction.
+# Formats of parameter, gradient, m and v; "master" is bfloat16 with a correction.
 FORMATS = [
     (parameter, parameter.replace("master", "bfloat16"), state)
     for parameter in ("float32", "bfloat16", "float16", "master")
