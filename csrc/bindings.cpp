@@ -26,44 +26,50 @@ using fused_adam::AdamStep;
 using fused_adam::AdamTensor;
 using Array = std::optional<mx::array>;
 
-// Keys of a state's dict.
-static constexpr const char* kAuxiliaryNames[] = {"remainder", "m_scale", "v_scale"};
+// The arrays of a state by its dict's keys. Interned once: with hundreds of small tensors, making strings would show.
+enum StateKey { kM, kV, kRemainder, kMScale, kVScale, kStateKeys };
+
+static PyObject* key_of(StateKey key) {
+  static const char* const names[] = {"m", "v", "remainder", "m_scale", "v_scale"};
+  static PyObject* keys[kStateKeys];
+  if (!keys[key]) keys[key] = PyUnicode_InternFromString(names[key]);
+  return keys[key];
+}
 
 // An array of a state, or nothing; TypeError if it is something else.
-static Array array_of(const nb::dict& state, const char* name) {
-  nb::object found = state.attr("get")(name);
+static Array array_of(const nb::dict& state, StateKey key) {
+  nb::handle found = PyDict_GetItemWithError(state.ptr(), key_of(key));
+  if (!found || found.is_none()) return std::nullopt;
   mx::array* array = nullptr;
-  if (found.is_none()) return std::nullopt;
   if (!nb::try_cast(found, array)) {
-    throw nb::type_error((std::string(name) + " must be an array").c_str());
+    throw nb::type_error(
+        (nb::cast<std::string>(nb::handle(key_of(key))) + " must be an array").c_str());
   }
   return *array;
 }
 
-static AdamTensor tensor_of(const mx::array& parameter, const mx::array& gradient,
-                            const nb::dict& state) {
-  auto moment = [&](const char* name) {
-    auto x = array_of(state, name);
-    if (!x) throw nb::key_error(name);
-    return *x;
-  };
-  return {parameter,
-          gradient,
-          moment("m"),
-          moment("v"),
-          array_of(state, kAuxiliaryNames[0]),
-          array_of(state, kAuxiliaryNames[1]),
-          array_of(state, kAuxiliaryNames[2])};
+static AdamTensor tensor_of(mx::array&& parameter, mx::array&& gradient, const nb::dict& state) {
+  auto m = array_of(state, kM), v = array_of(state, kV);
+  if (!m || !v) throw nb::key_error(m ? "v" : "m");
+  AdamTensor tensor{std::move(parameter), std::move(gradient), std::move(*m), std::move(*v)};
+  if (state.size() > 2) {
+    tensor.correction = array_of(state, kRemainder);
+    tensor.m_scale = array_of(state, kMScale);
+    tensor.v_scale = array_of(state, kVScale);
+  }
+  return tensor;
 }
 
 static nb::dict state_of(const AdamTensor& tensor) {
   nb::dict state;
-  state["m"] = tensor.m;
-  state["v"] = tensor.v;
-  const Array* auxiliaries[] = {&tensor.correction, &tensor.m_scale, &tensor.v_scale};
-  for (size_t i = 0; i < 3; ++i) {
-    if (*auxiliaries[i]) state[kAuxiliaryNames[i]] = **auxiliaries[i];
-  }
+  auto set = [&](StateKey key, const mx::array& x) {
+    if (PyDict_SetItem(state.ptr(), key_of(key), nb::cast(x).ptr())) nb::raise_python_error();
+  };
+  set(kM, tensor.m);
+  set(kV, tensor.v);
+  if (tensor.correction) set(kRemainder, *tensor.correction);
+  if (tensor.m_scale) set(kMScale, *tensor.m_scale);
+  if (tensor.v_scale) set(kVScale, *tensor.v_scale);
   return state;
 }
 
@@ -128,7 +134,7 @@ NB_MODULE(_ext, m) {
 
   m.def(
       "adam_update",
-      [](const std::vector<mx::array>& parameters, const std::vector<mx::array>& gradients,
+      [](std::vector<mx::array> parameters, std::vector<mx::array> gradients,
          const std::vector<nb::dict>& states, const AdamStep& step,
          const std::vector<uint32_t>& numbers, const std::vector<bool>& is_decayed,
          const UsesDtypes& uses_kernel, mx::StreamOrDevice stream,
@@ -143,7 +149,8 @@ NB_MODULE(_ext, m) {
         std::vector<AdamTensor> tensors;
         tensors.reserve(count);
         for (size_t i = 0; i < count; ++i) {
-          auto& tensor = tensors.emplace_back(tensor_of(parameters[i], gradients[i], states[i]));
+          auto& tensor = tensors.emplace_back(
+              tensor_of(std::move(parameters[i]), std::move(gradients[i]), states[i]));
           tensor.number = numbers.empty() ? i : numbers[i];
           tensor.is_decayed = is_decayed.empty() || is_decayed[i];
         }

@@ -1,13 +1,11 @@
-"""Fine-tunes a model by mlx-lm's own trainer, and saves adapters and optimizer so that a later run goes on bit for bit.
+"""Fine-tune a model with mlx-lm's trainer; save adapters and optimizer, so that a later run continues bit for bit.
 
     python examples/mlx_lm_resume.py --model MODEL --data FOLDER --iters 100 --folder adapters
     python examples/mlx_lm_resume.py --model MODEL --data FOLDER --iters 200 --folder adapters --resume
 
-mlx-lm's command saves adapters alone; with another optimizer's state, its `--resume-adapter-file` begins Adam anew.
+mlx-lm's own command saves the adapters alone, so its `--resume-adapter-file` restarts Adam.
 Needs `pip install '.[cpu,integration]'`.
 """
-
-from __future__ import annotations
 
 import argparse
 import itertools
@@ -28,15 +26,14 @@ try:
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load
 except ImportError as error:
-    sys.exit(
-        f"mlx_lm_resume.py: {error}; install what it needs with: pip install '.[cpu,integration]'"
-    )
+    sys.exit(f"mlx_lm_resume.py: {error}; install what it needs: pip install '.[cpu,integration]'")
 
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+VALIDATION_BATCHES = 1
 
 
 class SaveOptimizer(TrainingCallback):
-    """Saves the optimizer whenever mlx-lm reports a loss, which it does in the same iterations as it saves adapters."""
+    """Saves the optimizer whenever mlx-lm reports a loss; here it saves the adapters in the same iterations."""
 
     def __init__(self, optimizer: fused.AdamW, file: Path) -> None:
         self._optimizer = optimizer
@@ -46,40 +43,29 @@ class SaveOptimizer(TrainingCallback):
         fused.save_optimizer(self._file, self._optimizer)
 
 
-def with_own_random_numbers(batches: Iterator[Any]) -> Iterator[Any]:
-    """mlx-lm draws the order of training and of validation from NumPy's one generator; here neither disturbs the other."""
-    own = np.random.RandomState(0).get_state()
-    while True:
-        others = np.random.get_state()
-        np.random.set_state(own)
-        batch = next(batches, None)
-        own = np.random.get_state()
-        np.random.set_state(others)
-        if batch is None:
-            return
-        yield batch
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="a folder, or a name on the Hugging Face hub")
+    add("--data", required=True, help="a folder with train.jsonl and valid.jsonl")
+    add("--folder", type=Path, default="adapters", help="where to save (default: %(default)s)")
+    add("--fine-tune-type", choices=["lora", "full"], default="lora", help="default: %(default)s")
+    add("--iters", type=int, default=100, help="in all, with those before (default: %(default)s)")
+    add("--save-every", type=int, default=10, help="iterations (default: %(default)s)")
+    add("--batch-size", type=int, default=4, help="default: %(default)s")
+    add("--learning-rate", type=float, default=1e-5, help="default: %(default)s")
+    add("--resume", action="store_true", help="continue from the files in the folder")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="mlx_lm_resume.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--model", required=True, help="a folder, or a name on the Hugging Face hub"
-    )
-    parser.add_argument("--data", required=True, help="a folder with train.jsonl and valid.jsonl")
-    parser.add_argument("--folder", type=Path, default=Path("adapters"), help="default: adapters")
-    parser.add_argument("--fine-tune-type", choices=["lora", "full"], default="lora")
-    parser.add_argument("--iters", type=int, default=100, help="in all, resumed ones included")
-    parser.add_argument("--save-every", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's files")
-    options = parser.parse_args()
-
+    options = parse_arguments()
     mx.random.seed(0)
     np.random.seed(0)
     model, tokenizer = load(options.model)
     files = types.SimpleNamespace(data=options.data, train=True, test=False)
     train_set, valid_set, _ = load_dataset(files, tokenizer)
+    train_set, valid_set = CacheDataset(train_set), CacheDataset(valid_set)
     model.freeze()
     if options.fine_tune_type == "full":
         for layer in model.layers:
@@ -95,22 +81,23 @@ def main() -> None:
     if options.resume:
         model.load_weights(str(adapters), strict=False)
         fused.load_optimizer(optimizer_file, optimizer)
-        done = int(optimizer.step.item())
-        print(f"Going on after iteration {done}.")
-    options.folder.mkdir(parents=True, exist_ok=True)
-
-    train_set, valid_set = CacheDataset(train_set), CacheDataset(valid_set)
-
-    def not_yet_seen(dataset: CacheDataset, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """mlx-lm's batches, for training in an order of their own and without those that are done."""
-        batches = iterate_batches(dataset, *args, **kwargs)
-        if dataset is valid_set:
-            return batches
-        return itertools.islice(with_own_random_numbers(batches), done, None)
-
+        done = optimizer.step.item()
+        print(f"Continuing after iteration {done}")
     iterations = options.iters - done
     if iterations < 1:
         sys.exit(f"--iters must be more than the {done} that are done but got {options.iters}")
+    options.folder.mkdir(parents=True, exist_ok=True)
+
+    def batches(dataset: CacheDataset, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """mlx-lm's batches: for training those not done yet, in an order that validation does not change."""
+        drawn = iterate_batches(dataset, *args, **kwargs)
+        if dataset is train_set:
+            return itertools.islice(drawn, done, None)
+        order = np.random.get_state()
+        for_validation = list(itertools.islice(drawn, VALIDATION_BATCHES))
+        np.random.set_state(order)
+        return iter(for_validation)
+
     train(
         model,
         optimizer,
@@ -119,17 +106,17 @@ def main() -> None:
         TrainingArgs(
             batch_size=options.batch_size,
             iters=iterations,
-            val_batches=1,
+            val_batches=VALIDATION_BATCHES,
             steps_per_report=options.save_every,
             steps_per_eval=iterations,
             steps_per_save=options.save_every,
             adapter_file=adapters,
         ),
-        iterate_batches=not_yet_seen,
+        iterate_batches=batches,
         training_callback=SaveOptimizer(optimizer, optimizer_file),
     )
     print(
-        f"Trained {options.iters} iterations with {optimizer.backend}: {adapters}, {optimizer_file}"
+        f"Trained {options.iters} iterations by {optimizer.backend}: {adapters}, {optimizer_file}"
     )
 
 

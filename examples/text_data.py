@@ -1,7 +1,6 @@
-"""Text as token ids: one id per distinct character, the last tenth of the text held out.
+"""Characters as token ids, and batches of them; a tenth of the text is held out.
 
-The default text is the English prose of the language reference that every CPython carries
-(`pydoc_data.topics`).
+The default text is the prose of Python's language reference, which every CPython carries (`pydoc_data.topics`).
 """
 
 import textwrap
@@ -10,45 +9,32 @@ from pathlib import Path
 import mlx.core as mx
 
 
-class BadInput(ValueError):
-    """Input that cannot be trained on; the message says why in one line."""
-
-
 def read_text(path: str | None) -> str:
-    if path is None:
-        return _python_prose()
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})") from error
+    return _python_prose() if path is None else Path(path).read_text(encoding="utf-8")
 
 
 def _python_prose() -> str:
-    """The paragraphs of the language reference that are sentences, not code, grammar or tables."""
+    """The paragraphs that are sentences, not code, grammar or tables."""
     from pydoc_data.topics import topics
 
+    def is_prose(paragraph: str) -> bool:
+        letters = sum(c.isalpha() or c.isspace() for c in paragraph)
+        is_sentence = paragraph[:1].isupper() and paragraph.count(" ") >= 5
+        return is_sentence and letters > 0.85 * len(paragraph)
+
     paragraphs = (textwrap.dedent(p) for topic in topics.values() for p in topic.split("\n\n"))
-    return "\n\n".join(p for p in paragraphs if _is_prose(p))
-
-
-def _is_prose(paragraph: str) -> bool:
-    letters = sum(c.isalpha() or c.isspace() for c in paragraph)
-    return paragraph[:1].isupper() and paragraph.count(" ") >= 5 and letters > 0.85 * len(paragraph)
+    return "\n\n".join(filter(is_prose, paragraphs))
 
 
 class Corpus:
-    """Characters mapped to ids, and batches of (inputs, targets) one character apart."""
+    """A text as ids: `train`, `held_out`, and batches of either."""
 
     def __init__(self, text: str, context: int):
-        if not text.strip():
-            raise BadInput("the text is empty")
         held_out = len(text) // 10
         if held_out <= context:
-            raise BadInput(
-                f"the text has {len(text)} characters, but a context of {context} needs "
-                f"{10 * (context + 1)} (a tenth is held out): give a longer text or less --context"
+            raise ValueError(
+                f"{len(text)} characters are too few: a context of {context} needs {10 * (context + 1)} "
+                "(a tenth is held out)"
             )
         self.text = text
         self.context = context
@@ -63,8 +49,10 @@ class Corpus:
     def decode(self, tokens: list[int]) -> str:
         return "".join(self.characters[token] for token in tokens)
 
-    def batch(self, tokens: mx.array, size: int) -> tuple[mx.array, mx.array]:
-        """`size` windows from random places in `tokens`."""
-        starts = mx.random.randint(0, tokens.size - self.context, (size, 1))
+    def batch(
+        self, tokens: mx.array, size: int, key: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Inputs and targets, one character apart: `size` windows at random places."""
+        starts = mx.random.randint(0, tokens.size - self.context, (size, 1), key=key)
         windows = tokens[starts + mx.arange(self.context + 1)]
         return windows[:, :-1], windows[:, 1:]
