@@ -70,7 +70,7 @@ def test_mlx_is_pinned_exactly_and_once():
     pin = _build_info.MLX_VERSION
     wanted = [r for r in requires("mlx-fused-adam") if re.match(r"mlx\b(?!-lm)", r)]
     assert sorted(wanted) == [
-        'mlx-fused-adam[bench,cpu,examples]; extra == "test"',
+        'mlx-fused-adam[bench,cpu]; extra == "test"',
         'mlx-fused-adam[docs]; extra == "tools"',
         f"mlx=={pin}",
         f'mlx[cpu]=={pin}; extra == "cpu"',
