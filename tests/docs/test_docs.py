@@ -183,6 +183,12 @@ def test_the_issue_form_asks_for_the_report() -> None:
     assert fields["report"]["validations"]["required"]
 
 
+def test_ci_runs_the_tests_as_documented() -> None:
+    first, second = re.findall(r"^\((.*)\)$", text_of(".ci/run"), re.MULTILINE)
+    assert f"`{first}`" in text_of("README.md") or f"{first}\n" in text_of("README.md")
+    assert f"| `{second}` |" in text_of("CONTRIBUTING.md")
+
+
 def test_ci_builds_the_documentation_as_documented() -> None:
     jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]
     steps = [step.get("run") for step in jobs["docs"]["steps"]]
