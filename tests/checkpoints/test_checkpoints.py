@@ -1,4 +1,4 @@
-"""An optimizer in a file: exact, whole at any instant, and refused by name where it does not fit."""
+"""An optimizer in a file: exact, atomic, and rejected by name where it does not fit."""
 
 import json
 import os
@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
+from support import training
+from support.arrays import assert_same_bits, random
+from support.processes import output_of_python
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -29,27 +32,13 @@ OPTIONS = {
 }
 
 
-def random(rng, shape, dtype=mx.bfloat16):
-    return mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
-
-
 def tree(seed: int = 0):
     rng = np.random.default_rng(seed)
     return {"a": {"w": random(rng, (64, 70))}, "b": [random(rng, (9,)), random(rng, ())]}
 
 
 def train(optimizer, parameters, seeds):
-    for seed in seeds:
-        parameters = optimizer.apply_gradients(tree(seed), parameters)
-        mx.eval(parameters, optimizer.state)
-    return parameters
-
-
-def assert_equal_trees(a, b):
-    found, expected = dict(tree_flatten(a)), dict(tree_flatten(b))
-    assert found.keys() == expected.keys()
-    for path, x in expected.items():
-        assert found[path].dtype == x.dtype and mx.array_equal(found[path], x), path
+    return training.train(optimizer, parameters, map(tree, seeds))
 
 
 @pytest.mark.parametrize("is_initialized", [False, True])
@@ -65,8 +54,8 @@ def test_training_goes_on_bit_for_bit(name, is_initialized, tmp_path):
         resumed.init(parameters)
     fused.load_optimizer(file, resumed)
     expected = train(whole, parameters, [4, 5])
-    assert_equal_trees(train(resumed, parameters, [4, 5]), expected)
-    assert_equal_trees(resumed.state, whole.state)
+    assert_same_bits(train(resumed, parameters, [4, 5]), expected)
+    assert_same_bits(resumed.state, whole.state)
 
 
 IN_A_NEW_PROCESS = """
@@ -94,24 +83,21 @@ def test_training_goes_on_in_a_new_process(name, tmp_path, process_device):
     program = IN_A_NEW_PROCESS.format(
         tests=str(Path(__file__).parents[1]), name=name, device=process_device, **paths
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of_python("-c", program)
     expected = [train(whole, parameters, [4, 5]), whole.state]
-    found = mx.load(paths["out"])
-    for path, x in tree_flatten(expected):
-        assert mx.array_equal(found[path], x), path
+    assert_same_bits(mx.load(paths["out"]), dict(tree_flatten(expected)))
 
 
 def test_schedules_go_on(tmp_path):
     def make():
-        return fused.AdamW(stock.cosine_decay(1e-2, 10), betas=[0.8, 0.9])
+        return fused.AdamW(optim.cosine_decay(1e-2, 10), betas=[0.8, 0.9])
 
     whole = make()
     parameters = train(whole, tree(), [1, 2])
     fused.save_optimizer(tmp_path / "o", whole)
     resumed = make()
     fused.load_optimizer(str(tmp_path / "o"), resumed)
-    assert_equal_trees(train(resumed, parameters, [3]), train(whole, parameters, [3]))
+    assert_same_bits(train(resumed, parameters, [3]), train(whole, parameters, [3]))
     with pytest.raises(ValueError, match="learning_rate: 'schedule', not 0.01"):
         fused.load_optimizer(tmp_path / "o", fused.AdamW(1e-2, betas=[0.8, 0.9]))
 
@@ -123,18 +109,12 @@ def test_a_step_that_is_compiled_already_takes_the_loaded_state(tmp_path):
     expected = train(whole, parameters, [3])
     resumed = fused.AdamW(**SETTINGS)
     resumed.init(tree())
-    found = {k: x for k, x in parameters.items()}
-    state = [found, resumed.state]
-
-    def step(g):
-        found.update(resumed.apply_gradients(g, found))
-
-    step = mx.compile(step, inputs=state, outputs=state)
+    found = training.copied(parameters)
+    step = training.compiled(resumed, found)
     fused.load_optimizer(tmp_path / "o", resumed)
     step(tree(3))
-    mx.eval(state)
-    assert_equal_trees(found, expected)
-    assert_equal_trees(resumed.state, whole.state)
+    assert_same_bits(found, expected)
+    assert_same_bits(resumed.state, whole.state)
 
 
 # ---- What does not fit ----
@@ -147,7 +127,7 @@ def saved(path: Path, **options) -> fused.AdamW:
     return optimizer
 
 
-def refused(path: Path, message: str, optimizer=None, **how) -> None:
+def rejected(path: Path, message: str, optimizer=None, **how) -> None:
     optimizer = optimizer or fused.AdamW(**SETTINGS)
     before = tree_flatten(optimizer.state)
     description = optimizer._description()
@@ -159,19 +139,19 @@ def refused(path: Path, message: str, optimizer=None, **how) -> None:
     assert optimizer._description() == description
 
 
-def test_a_damaged_file_is_refused(tmp_path):
+def test_a_damaged_file_is_rejected(tmp_path):
     path = tmp_path / "o"
     saved(path)
     data = path.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     for end in (0, 1, 7, 8, 9, header - 1, header, header + 1, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:end])
-        refused(path, "must hold a whole safetensors file but got")
+        rejected(path, "must hold a whole safetensors file but got")
     path.write_bytes(data + b"x")
-    refused(path, "must hold a whole safetensors file but got")
+    rejected(path, "must hold a whole safetensors file but got")
     for text in (b"x" * len(data), b"\xff" * 8 + data[8:], (2).to_bytes(8, "little") + b"[]"):
         path.write_bytes(text)
-        refused(path, "must hold a whole safetensors file but got")
+        rejected(path, "must hold a whole safetensors file but got")
     path.write_bytes(data)
     fused.load_optimizer(path, fused.AdamW(**SETTINGS))
 
@@ -213,16 +193,16 @@ def with_metadata(path: Path, **changes: str | None) -> None:
     ({"optimizer": "{"}, "must hold the optimizer's hyper-parameters but got metadata that cannot be read"),
     ({"optimizer": "[]"}, "must hold the optimizer's hyper-parameters but got metadata that cannot be read"),
 ], ids=str)  # fmt: skip
-def test_a_foreign_or_newer_file_is_refused(changes, message, tmp_path):
+def test_a_foreign_or_newer_file_is_rejected(changes, message, tmp_path):
     saved(tmp_path / "o")
     with_metadata(tmp_path / "o", **changes)
-    refused(tmp_path / "o", message)
+    rejected(tmp_path / "o", message)
 
 
-def test_a_file_of_another_class_is_refused(tmp_path):
+def test_a_file_of_another_class_is_rejected(tmp_path):
     saved(tmp_path / "o")
-    refused(tmp_path / "o", "must hold the state of Adam but got that of AdamW", fused.Adam(1e-2))
-    for wrong in (stock.AdamW(1e-2), None):
+    rejected(tmp_path / "o", "must hold the state of Adam but got that of AdamW", fused.Adam(1e-2))
+    for wrong in (optim.AdamW(1e-2), None):
         with pytest.raises(
             TypeError, match=r"\[load_optimizer\] optimizer must be an Adam or AdamW"
         ):
@@ -233,7 +213,7 @@ def test_a_file_of_another_class_is_refused(tmp_path):
             fused.save_optimizer(tmp_path / "o", wrong)
 
 
-def test_other_parameters_are_refused_by_their_path(tmp_path):
+def test_other_parameters_are_rejected_by_their_path(tmp_path):
     saved(tmp_path / "o")
     for other, message in (
         ({"a": {"w": mx.ones((64, 71))}, "b": tree()["b"]}, r"a.w.m of shape \(64, 71\) but got shape \(64, 70\)"),
@@ -242,7 +222,7 @@ def test_other_parameters_are_refused_by_their_path(tmp_path):
     ):  # fmt: skip
         optimizer = fused.AdamW(**SETTINGS)
         optimizer.init(other)
-        refused(tmp_path / "o", message, optimizer)
+        rejected(tmp_path / "o", message, optimizer)
 
 
 @pytest.mark.parametrize(("name", "value", "told"), [
@@ -262,13 +242,13 @@ def test_hyperparameters_that_differ_are_an_error_unless_told(name, value, told,
     first = saved(file)
     other = fused.AdamW(**SETTINGS | {name: value})
     other.init(tree())
-    refused(file, f"must hold the optimizer's hyper-parameters but got {told}", other)
+    rejected(file, f"must hold the optimizer's hyper-parameters but got {told}", other)
 
-    theirs = fused.AdamW(**SETTINGS | {name: value})
-    fused.load_optimizer(file, theirs, hyperparameters="file")
-    assert theirs._description() == first._description()
+    by_file = fused.AdamW(**SETTINGS | {name: value})
+    fused.load_optimizer(file, by_file, hyperparameters="file")
+    assert by_file._description() == first._description()
     parameters = tree(9)
-    assert_equal_trees(train(theirs, parameters, [3]), train(first, parameters, [3]))
+    assert_same_bits(train(by_file, parameters, [3]), train(first, parameters, [3]))
 
     own = fused.AdamW(**SETTINGS | {name: value})
     description = own._description()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -28,9 +28,9 @@ LEARNING_RATE = 1e-2
 
 
 class Setup(NamedTuple):
-    """What the replicas are trained with, by the name that its results have in the file."""
+    """The optimizers that train the replicas, by the name that its results have in the file."""
 
-    kind: type[stock.Adam]
+    kind: type[optim.Adam]
     options: dict[str, Any] = {}
     dtype: mx.Dtype = mx.float32
     has_bad_gradient: bool = False  # NaN, on the last rank alone
@@ -66,8 +66,8 @@ SETUPS = {
 }
 # Those that are compiled too: each takes every rank its compiler's time.
 COMPILED = ("AdamW", "stochastic_rounding", "all")
-# Those that stock can do as well; its results are called "stock, Adam" in the file.
-STOCK = {"Adam": stock.Adam, "AdamW": stock.AdamW, "bias_correction": stock.AdamW}
+# Those of mlx.optimizers as well; its results are called "mlx.optimizers, Adam" in the file.
+BOTH = {"Adam": optim.Adam, "AdamW": optim.AdamW, "bias_correction": optim.AdamW}
 
 
 def runs_of(ways: Iterable[str]) -> list[tuple[str, str]]:
@@ -129,8 +129,8 @@ def main() -> None:
     group = join_ring(folder)
     runs = [(name, SETUPS[name], how) for name, how in runs_of(ways)]
     runs += [
-        (f"stock, {name}", SETUPS[name]._replace(kind=kind), "eager")
-        for name, kind in STOCK.items()
+        (f"mlx.optimizers, {name}", SETUPS[name]._replace(kind=kind), "eager")
+        for name, kind in BOTH.items()
     ]
     ends = {
         f"{name}/{how}/{path}": x

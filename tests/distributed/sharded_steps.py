@@ -70,11 +70,11 @@ def main() -> None:
     fused.save_optimizer(folder / f"optimizer{rank}.safetensors", optimizer)
     resumed = fused.AdamW(1e-2, **OPTIONS, shard_group=group)
     fused.load_optimizer(folder / f"optimizer{rank}.safetensors", resumed)
-    refused = ""
+    rejected = ""
     try:
         fused.load_optimizer(folder / f"optimizer{rank}.safetensors", fused.AdamW(1e-2, **OPTIONS))
     except ValueError as error:
-        refused = str(error)
+        rejected = str(error)
     mx.save_safetensors(
         str(folder / f"shard{rank}.safetensors"),
         {f"{name}.{part}": x for name in SHAPES for part, x in
@@ -87,7 +87,7 @@ def main() -> None:
         "skipped": optimizer.state["skipped"].item(),
         "step": optimizer.step.item(),
         "resumed": resumed.state["skipped"].item(),
-        "refused": refused,
+        "rejected": rejected,
     }
     (folder / f"record{rank}.json").write_text(json.dumps(record))
 

@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from distributed.data_parallel_steps import LEARNING_RATE, SETUPS, STEPS, STOCK, runs_of, train
+from distributed.data_parallel_steps import BOTH, LEARNING_RATE, SETUPS, STEPS, runs_of, train
+from support.arrays import assert_same_bits
 from support.launched import (
-    assert_same_bits,
     failed_ranks,
     launch,
     launch_well,
@@ -58,12 +58,12 @@ def test_all_ranks_end_with_the_same_bits(ends_of, size, name, how):
         assert first["state.skipped"].item() == 1
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("size", WAYS)
-def test_float32_ends_with_the_bits_of_stock(ends_of, size, name):
+def test_float32_ends_with_the_bits_of_mlx_optimizers(ends_of, size, name):
     for rank, end in enumerate(ends_of(size)):
-        stocks = of_run(end, f"stock, {name}/eager")
-        assert_same_bits(of_run(end, f"{name}/eager"), stocks, f"rank {rank}")
+        expected = of_run(end, f"mlx.optimizers, {name}/eager")
+        assert_same_bits(of_run(end, f"{name}/eager"), expected, f"rank {rank}")
 
 
 @pytest.mark.parametrize(("size", "name", "how"), RUNS)
@@ -126,7 +126,7 @@ def test_the_example_fails_where_ranks_differ(tmp_path):
     assert "exited with code 1" in output
 
 
-def test_the_example_refuses_a_batch_that_ranks_cannot_share():
+def test_the_example_rejects_a_batch_that_ranks_cannot_share():
     output = launch(2, EXAMPLE, *TINY, "--batch-size", "3")
     assert "error: --batch-size 3 is not a multiple of the 2 ranks" in output, output
     assert failed_ranks(output, 2), output

@@ -5,8 +5,6 @@ import itertools
 import json
 import re
 import shlex
-import subprocess
-import sys
 import textwrap
 from html.parser import HTMLParser
 from importlib.metadata import metadata
@@ -16,10 +14,13 @@ import pytest
 import yaml
 
 import mlx_fused_adam
+from support import tools
+from support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/emulator/README.md", *PAGES]
+needs_sphinx = tools.needs("furo", "myst_parser", "sphinx")
 FOREIGN_MODULES = {"mlx_lm"}  # that documents run, and tests do not install
 
 
@@ -61,12 +62,8 @@ def is_assignment(word: str) -> bool:
 def site(tmp_path_factory) -> Path:
     """The built documentation; any warning is an error."""
     out = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
-    done = subprocess.run(
-        [*build, "-d", str(out / "doctrees"), str(ROOT / "docs"), str(out / "html")],
-        capture_output=True,
-        text=True,
-    )
+    build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", out / "doctrees"]
+    done = run_python(*build, ROOT / "docs", out / "html")
     assert done.returncode == 0, done.stderr
     return out / "html"
 
@@ -86,6 +83,7 @@ class Text(HTMLParser):
         return " ".join("".join(self._parts).split())
 
 
+@needs_sphinx
 def test_the_documentation_builds_without_a_warning(site: Path) -> None:
     for page in PAGES:
         html = (site / Path(page).with_suffix(".html").name).read_text(encoding="utf-8")
@@ -93,6 +91,7 @@ def test_the_documentation_builds_without_a_warning(site: Path) -> None:
         assert f"<title>{title}" in html, page
 
 
+@needs_sphinx
 @pytest.mark.parametrize("name", mlx_fused_adam.__all__)
 def test_every_public_name_is_in_the_api_page_with_its_docstring(site: Path, name: str) -> None:
     html = (site / "api.html").read_text(encoding="utf-8")
@@ -107,6 +106,7 @@ def test_every_public_name_is_in_the_api_page_with_its_docstring(site: Path, nam
     assert " ".join(words) in shown, f"{name}: {shown}"
 
 
+@needs_sphinx
 def test_links_out_of_docs_hand_out_the_file(site: Path) -> None:
     for page, target in (
         ("state-codes", "csrc/math/encodings.h"),
@@ -122,9 +122,7 @@ def test_links_out_of_docs_hand_out_the_file(site: Path) -> None:
 @pytest.mark.parametrize("document", WITH_PYTHON)
 def test_snippets_can_be_pasted_in_order(document: str, tmp_path: Path) -> None:
     code = "\n".join(snippets(document, "python"))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -179,7 +177,7 @@ def test_shell_snippets_name_what_is_there(document: str) -> None:
             paths = [word for word in words[1:] if word.startswith("tests/")]
             assert all((ROOT / path).exists() for path in paths), command
         if words[:2] == ["pip", "install"]:
-            for names in re.findall(r"\.\[([\w,-]+)\]", command):
+            for names in re.findall(r"(?:\.|mlx-fused-adam)\[([\w,-]+)\]", command):
                 assert set(names.split(",")) <= extras, command
 
 
@@ -202,6 +200,12 @@ def test_the_issue_form_asks_for_the_report_but_can_do_without() -> None:
     assert "`python -m mlx_fused_adam --json`" in description and "imported" in description
     required = {name for name, x in fields.items() if x.get("validations", {}).get("required")}
     assert required == {"what", "stock"}
+
+
+def test_ci_runs_the_tests_as_documented() -> None:
+    first, second = re.findall(r"^\((.*)\)$", text_of(".ci/run"), re.MULTILINE)
+    assert f"`{first}`" in text_of("README.md") or f"{first}\n" in text_of("README.md")
+    assert f"| `{second}` |" in text_of("CONTRIBUTING.md")
 
 
 def test_ci_builds_the_documentation_as_documented() -> None:

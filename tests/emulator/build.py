@@ -29,6 +29,10 @@ def folder() -> Path:
     return Path(os.environ.get("FUSED_ADAM_EMULATOR_BUILD", ROOT / "build" / tag))
 
 
+def is_built() -> bool:
+    return any(folder().glob("_ext.*.so"))
+
+
 def _run(*command: str | Path) -> None:
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if result.returncode:

@@ -373,26 +373,26 @@ class Run {
 
 void validate(const Dispatch& dispatch) {
   const Kernel& kernel = *dispatch.kernel;
-  auto refuse = [&](const std::string& what) {
+  auto reject = [&](const std::string& what) {
     throw std::invalid_argument(std::string("[emulator] ") + kernel.name + ": " + what);
   };
   auto number = [](size_t n) { return std::to_string(n); };
   auto& group = dispatch.threads_per_threadgroup;
-  if (group.count() == 0 || dispatch.grid.count() == 0) refuse("the grid or threadgroup is empty");
+  if (group.count() == 0 || dispatch.grid.count() == 0) reject("the grid or threadgroup is empty");
   if (group.count() > kMaxThreadsPerThreadgroup) {
-    refuse(number(group.count()) + " threads in a threadgroup; at most 1024 fit");
+    reject(number(group.count()) + " threads in a threadgroup; at most 1024 fit");
   }
   for (uint64_t length : {dispatch.grid.x, dispatch.grid.y, dispatch.grid.z}) {
     if (length > UINT32_MAX)
-      refuse("a grid " + number(length) + " threads wide; at most 2^32 - 1 fit");
+      reject("a grid " + number(length) + " threads wide; at most 2^32 - 1 fit");
   }
   std::vector<bool> is_bound(kMaxBuffers);
   for (auto& binding : dispatch.bindings) {
     if (binding.index < 0) continue;
     if (binding.index >= kMaxBuffers) {
-      refuse("buffer index " + number(binding.index) + "; the highest is 30");
+      reject("buffer index " + number(binding.index) + "; the highest is 30");
     }
-    if (is_bound[binding.index]) refuse("buffer " + number(binding.index) + " is bound twice");
+    if (is_bound[binding.index]) reject("buffer " + number(binding.index) + " is bound twice");
     is_bound[binding.index] = true;
   }
   auto indices = parameter_indices(kernel, Role::buffer);
@@ -400,12 +400,12 @@ void validate(const Dispatch& dispatch) {
     auto& parameter = kernel.parameters[i];
     if (parameter.role != Role::buffer) continue;
     if (indices[i] >= kMaxBuffers) {
-      refuse("a parameter at buffer index " + number(indices[i]) + "; the highest is 30");
+      reject("a parameter at buffer index " + number(indices[i]) + "; the highest is 30");
     }
-    if (!is_bound[indices[i]]) refuse("nothing is bound to buffer " + number(indices[i]));
+    if (!is_bound[indices[i]]) reject("nothing is bound to buffer " + number(indices[i]));
     for (auto& binding : dispatch.bindings) {
       if (binding.index == indices[i] && binding.length() < parameter.pointee_size) {
-        refuse("buffer " + number(indices[i]) + " holds " + number(binding.length()) +
+        reject("buffer " + number(indices[i]) + " holds " + number(binding.length()) +
                " bytes, the kernel expects " + number(parameter.pointee_size));
       }
     }
@@ -414,7 +414,7 @@ void validate(const Dispatch& dispatch) {
   size_t threadgroup_bytes = 0;
   for (auto& [index, bytes] : dispatch.threadgroup_memory) threadgroup_bytes += bytes;
   if (threadgroup_bytes > kMaxThreadgroupMemory) {
-    refuse(number(threadgroup_bytes) + " bytes of threadgroup memory; at most 32768 fit");
+    reject(number(threadgroup_bytes) + " bytes of threadgroup memory; at most 32768 fit");
   }
   for (int i = 0; i < kernel.parameter_count; ++i) {
     if (kernel.parameters[i].role != Role::threadgroup) continue;
@@ -422,7 +422,7 @@ void validate(const Dispatch& dispatch) {
         std::find_if(dispatch.threadgroup_memory.begin(), dispatch.threadgroup_memory.end(),
                      [&](auto& m) { return m.first == indices[i]; });
     if (sized == dispatch.threadgroup_memory.end()) {
-      refuse("threadgroup memory " + number(indices[i]) + " has no length");
+      reject("threadgroup memory " + number(indices[i]) + " has no length");
     }
   }
 }

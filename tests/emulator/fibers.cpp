@@ -1,5 +1,5 @@
 // See fibers.h.
-#undef _FORTIFY_SOURCE  // its longjmp refuses to leave one stack for another
+#undef _FORTIFY_SOURCE  // its longjmp rejects to leave one stack for another
 #include "fibers.h"
 
 #include <sys/mman.h>

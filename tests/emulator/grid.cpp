@@ -182,7 +182,7 @@ void Runner::run_threadgroup(uint64_t index) {
   first_thread_ = uint32_t(index * group.count());
   checker.first_epoch = ++checker.epoch;
   std::fill(std::begin(checker.simd_epochs), std::end(checker.simd_epochs), 0);
-  // Not zero, which a kernel might happen to need; the checker refuses to read it in any case.
+  // Not zero, which a kernel might happen to need; the checker rejects to read it in any case.
   for (auto& block : checker.blocks) std::memset(block.begin, 0xff, block.size);
 
   next_ = 0;

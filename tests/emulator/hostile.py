@@ -20,13 +20,13 @@ RELAXATIONS = {
     # MLX sets the math mode alone; the function variant stays Apple's default, fast.
     "functions": "functions of metal:: that are not of metal::precise are off by a few units in the last place",
     "subnormals": "float32 numbers below 2^-126 count as zero, as operands and as results",
-    # In the whole process, so that stock's optimizers on the same device have them too, as on a Mac.
+    # In the whole process, so that mlx.optimizers on the same device has them too, as on a Mac.
     "scalars": "MLX's pow and rsqrt, which make the scalars of bias correction, are off: see scalar_error",
     "no_bfloat": "a shader that names bfloat does not compile, as on old GPU families and virtual machines",
 }
 DEFAULT = frozenset(RELAXATIONS) - {"no_bfloat"}
 
-# Of metal::pow, by the specification; inexact_scalars.cpp makes all of it.
+# The error of metal::pow, by the specification; inexact_scalars.cpp makes all of it.
 POW_ULPS = 16
 
 

@@ -168,7 +168,7 @@ def find_functions(shader: Shader) -> list[Function]:
 
 
 def _parameter_roles(shader: Shader, first: int, last: int) -> list[tuple[str, str]]:
-    """What the parameters between two parentheses are, from their attributes."""
+    """The kinds of the parameters between two parentheses, from their attributes."""
     roles: list[tuple[str, str]] = []
     attribute: tuple[str, str] | None = None
     is_threadgroup = any_token = False

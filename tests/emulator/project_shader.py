@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SHADERS = [ROOT / "metal" / "adam.metal", ROOT / "metal" / "grad_norm.metal"]
-# What the shaders consist of.
+# The files that the shaders consist of.
 SOURCES = [
     *(
         ROOT / "csrc/math" / name

@@ -52,7 +52,7 @@ def flatten(
 def adapt_declarations(shader: Shader) -> None:
     """Keeps the first of functions that differ in address spaces alone, as they are one function to a host compiler.
 
-    Makes explicit specialisations inside a class, which GCC before 14 refuses, overloads.
+    Makes explicit specialisations inside a class, which GCC before 14 rejects, overloads.
     """
     seen: set[tuple[object, ...]] = set()
     duplicates = []
@@ -118,7 +118,7 @@ def _reopened(namespaces: Sequence[str], text: str) -> str:
 
 
 def _roles(kernel: Kernel) -> list[str]:
-    """What each parameter is, as calls of the constexpr functions in msl_cpu.h and msl_cuda.h."""
+    """The kind of each parameter, as calls of the constexpr functions in msl_cpu.h and msl_cuda.h."""
     return [
         f"emulator::builtin(emulator::Role::{argument})"
         if kind == "builtin"

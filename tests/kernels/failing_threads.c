@@ -10,10 +10,10 @@
 typedef int (*Create)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
 
 static atomic_int allowed = INT_MAX;
-static atomic_int refused;
+static atomic_int rejected;
 
 void allow_threads(int count) { allowed = count; }
-int threads_refused(void) { return refused; }
+int threads_rejected(void) { return rejected; }
 
 int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
                    void* argument) {
@@ -21,7 +21,7 @@ int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*
   while (left > 0 && left < INT_MAX && !atomic_compare_exchange_weak(&allowed, &left, left - 1)) {
   }
   if (left <= 0) {
-    ++refused;
+    ++rejected;
     return EAGAIN;
   }
   Create create = (Create)dlsym(RTLD_NEXT, "pthread_create");

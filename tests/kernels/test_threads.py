@@ -49,7 +49,7 @@ fused.set_num_threads(8)
 for _ in range(10):
     for a, e in zip(train(20), expected, strict=True):
         np.testing.assert_array_equal(a, e)
-assert limit.threads_refused() > 0
+assert limit.threads_rejected() > 0
 limit.allow_threads(100)
 for a, e in zip(train(20), expected, strict=True):
     np.testing.assert_array_equal(a, e)

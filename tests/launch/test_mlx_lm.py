@@ -1,4 +1,4 @@
-"""mlx-lm's own command under `python -m mlx_fused_adam run`: the fused path is executed; float32 is stock's.
+"""mlx-lm's own command under `python -m mlx_fused_adam run`: it is executed, and float32 has MLX's bits.
 
 Needs pip install '.[test,integration]'. Model, tokenizer and text are made here (bench/llama_files.py); nothing is downloaded.
 """
@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from support.arrays import assert_same_bits
 from support.launched import LAUNCH, needs_launch, of_ring
 
 if importlib.util.find_spec("mlx_lm") is None:
@@ -81,14 +82,6 @@ def fine_tune(
     return Run(command, out)
 
 
-def assert_same_weights(actual: dict, expected: dict) -> None:
-    assert actual.keys() == expected.keys()
-    for path, x in expected.items():
-        assert actual[path].dtype == x.dtype, path
-        as_bits = [np.array(y.reshape(-1).view(mx.uint8)) for y in (actual[path], x)]
-        np.testing.assert_array_equal(*as_bits, err_msg=path)
-
-
 WAYS = {
     "LoRA": ["--fine-tune-type", "lora"],
     "DoRA": ["--fine-tune-type", "dora"],
@@ -99,39 +92,33 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_float32_is_stock_s_bit_for_bit(models, tmp_path, way):
-    stock = fine_tune(models["float32"], tmp_path / "stock", *WAYS[way])
-    ours = fine_tune(models["float32"], tmp_path / "ours", *WAYS[way], launcher=LAUNCHER)
+# Adapters are float32 on a bfloat16 model too.
+@pytest.mark.parametrize(
+    ("dtype", "way"), [("bfloat16", "LoRA"), *(("float32", way) for way in WAYS)]
+)
+def test_float32_has_the_bits_of_mlx_optimizers(models, tmp_path, dtype, way):
+    plain = fine_tune(models[dtype], tmp_path / "plain", *WAYS[way])
+    fused = fine_tune(models[dtype], tmp_path / "fused", *WAYS[way], launcher=LAUNCHER)
     updates = ITERATIONS // (2 if "accumulation" in way else 1)
-    assert stock.updated == 0
-    assert ours.updated == updates * len(ours.weights), ours.output
-    assert ours.losses == stock.losses and len(ours.losses) == ITERATIONS + 3
-    assert_same_weights(ours.weights, stock.weights)
-
-
-def test_lora_on_a_bfloat16_model_is_stock_s_too(models, tmp_path):
-    """Adapters are float32 there."""
-    stock = fine_tune(models["bfloat16"], tmp_path / "stock", *WAYS["LoRA"])
-    ours = fine_tune(models["bfloat16"], tmp_path / "ours", *WAYS["LoRA"], launcher=LAUNCHER)
-    assert ours.updated == ITERATIONS * len(ours.weights), ours.output
-    assert ours.losses == stock.losses
-    assert_same_weights(ours.weights, stock.weights)
+    assert plain.updated == 0
+    assert fused.updated == updates * len(fused.weights), fused.output
+    assert fused.losses == plain.losses and len(fused.losses) == ITERATIONS + 3
+    assert_same_bits(fused.weights, plain.weights)
 
 
 @pytest.mark.parametrize("options", [{}, {"master_weights": True}, {"state_dtype": "int8"}])
 def test_full_bfloat16_learns_as_float32_does(models, tmp_path, options):
     reference = fine_tune(models["float32"], tmp_path / "float32", *WAYS["full"])
     launcher = [*LAUNCHER, "--adam-options", json.dumps(options)]
-    ours = fine_tune(models["bfloat16"], tmp_path / "ours", *WAYS["full"], launcher=launcher)
-    assert ours.updated == ITERATIONS * len(ours.weights), ours.output
-    assert {str(x.dtype) for x in ours.weights.values()} == {"mlx.core.bfloat16"}
-    losses = [np.array([loss for *_, loss in run.losses], float) for run in (ours, reference)]
+    fused = fine_tune(models["bfloat16"], tmp_path / "fused", *WAYS["full"], launcher=launcher)
+    assert fused.updated == ITERATIONS * len(fused.weights), fused.output
+    assert {str(x.dtype) for x in fused.weights.values()} == {"mlx.core.bfloat16"}
+    losses = [np.array([loss for *_, loss in run.losses], float) for run in (fused, reference)]
     np.testing.assert_allclose(*losses, atol=0.03)
     assert losses[0][-1] < losses[0][0] - 0.1, "nothing was learnt"
 
 
-def test_options_reach_ours_by_each_way(models, tmp_path):
+def test_options_reach_the_optimizer_each_way(models, tmp_path):
     """In mlx-lm's optimizer_config, and by the launcher; both cut the step, so that weights differ from those without."""
     options = {"max_grad_norm": 1e-3, "weight_decay": 0.1}
     config = {"optimizer_config": {"adamw": options}}
@@ -143,7 +130,7 @@ def test_options_reach_ours_by_each_way(models, tmp_path):
     by_launcher = fine_tune(
         models["float32"], tmp_path / "launcher", *WAYS["full"], launcher=launcher
     )
-    assert_same_weights(by_config.weights, by_launcher.weights)
+    assert_same_bits(by_config.weights, by_launcher.weights)
     same = [mx.array_equal(x, plain.weights[path]).item() for path, x in by_config.weights.items()]
     assert not all(same)
 
@@ -152,7 +139,7 @@ def test_an_unknown_option_ends_the_run_with_our_words(models, tmp_path):
     config = {"optimizer_config": {"adamw": {"max_gradnorm": 1.0}}}
     with pytest.raises(AssertionError, match="unexpected keyword argument 'max_gradnorm'"):
         fine_tune(
-            models["float32"], tmp_path / "ours", *WAYS["full"], launcher=LAUNCHER, config=config
+            models["float32"], tmp_path / "fused", *WAYS["full"], launcher=LAUNCHER, config=config
         )
 
 
@@ -174,9 +161,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, way):
     train("parts", 10)
     resumed = train("parts", 15, "--resume")
     assert "Continuing after iteration 10\n" in resumed.output
-    assert_same_weights(resumed.weights, whole.weights)
+    assert_same_bits(resumed.weights, whole.weights)
     states = [mx.load(str(tmp_path / x / "optimizer.safetensors")) for x in ("parts", "whole")]
-    assert_same_weights(*states)
+    assert_same_bits(*states)
 
 
 @needs_launch
@@ -184,15 +171,15 @@ def test_the_ranks_of_mlx_launch_train_as_one(models, tmp_path, monkeypatch):
     """mlx-lm's data parallel: two processes, each with half of every batch."""
     # On one Linux machine the ranks would write MLX's compiled kernels over each other.
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
-    stock = fine_tune(
-        models["float32"], tmp_path / "stock", *WAYS["LoRA"], launcher=[LAUNCH, *of_ring(2)]
+    plain = fine_tune(
+        models["float32"], tmp_path / "plain", *WAYS["LoRA"], launcher=[LAUNCH, *of_ring(2)]
     )
     launch = ["mlx.launch", *of_ring(2)]
-    ours = fine_tune(
-        models["float32"], tmp_path / "ours", *WAYS["LoRA"], launcher=[*LAUNCHER, *launch]
+    fused = fine_tune(
+        models["float32"], tmp_path / "fused", *WAYS["LoRA"], launcher=[*LAUNCHER, *launch]
     )
-    assert "(rank 1)" in ours.output, ours.output
-    assert_same_weights(ours.weights, stock.weights)
+    assert "(rank 1)" in fused.output, fused.output
+    assert_same_bits(fused.weights, plain.weights)
 
 
 def test_the_benchmark_of_memory_runs_what_it_says(models):
@@ -200,7 +187,7 @@ def test_the_benchmark_of_memory_runs_what_it_says(models):
         name: finetuning.peak_bytes(models["bfloat16"], 2, name)
         for name in (finetuning.MLX, finetuning.FUSED)
     }
-    # Of so small a model the self-check takes more.
+    # The self-check takes more than so small a model.
     assert all(peak > 0 for peak in peaks.values())
 
 

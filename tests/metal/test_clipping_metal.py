@@ -15,22 +15,11 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
-from support.stored_tensors import (
-    DTYPES,
-    assert_same_bits,
-    extension_of_the_cpu,
-    lay_out,
-    make,
-    update,
-)
+from support.arrays import assert_same_bits, lay_out
+from support.stored_tensors import DTYPES, FORMATS, make, named, sum_of_squares, update
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
-FORMATS = [
-    (parameter, parameter.replace("master", "bfloat16"), state)
-    for parameter in ("float32", "bfloat16", "float16", "master")
-    for state in ("bfloat16", "float32", "int8")
-]
 LAYOUTS = {  # of the gradient; the shapes that bring each kernel to its edges
     "linear": [(64, 96), (5, 33, 45), (4097,), (3, 1), (64,)],
     "column-major": [(64, 96), (130, 70), (3, 40, 45)],
@@ -38,18 +27,9 @@ LAYOUTS = {  # of the gradient; the shapes that bring each kernel to its edges
 }
 
 
-@pytest.fixture(scope="session")
-def cpu_extension(emulated_extension) -> ModuleType:
-    return extension_of_the_cpu(emulated_extension)
-
-
 @pytest.fixture(autouse=True)
 def two_orders(monkeypatch) -> None:
     monkeypatch.setenv("FUSED_ADAM_EMULATOR_ORDERS", "forward,shuffled")
-
-
-def named(formats: tuple[str, str, str]) -> str:
-    return "-".join(formats)
 
 
 def laid_out(extension, formats, layout, of="gradient"):
@@ -61,7 +41,7 @@ def laid_out(extension, formats, layout, of="gradient"):
 
 
 def copied(tensor):
-    """With buffers of its own, which an update may take over; strides stay."""
+    """With buffers of its own, which an update may reuse; strides stay."""
     copy = {
         name: x if name == "gradient" or not x.size else x + mx.zeros_like(x)
         for name, x in tensor.items()
@@ -120,7 +100,7 @@ def test_parameters_that_are_not_row_major_stay(
 
 
 def total(extension: ModuleType, gradients: list[mx.array]) -> float:
-    return extension.sum_of_squares(gradients, uses_kernel=lambda dtype: True).item()
+    return sum_of_squares(extension, gradients).item()
 
 
 def dense(count: int, size: int = 20000) -> list[mx.array]:
@@ -135,7 +115,7 @@ def strided(count: int) -> list[mx.array]:
     return [lay_out(x[:9000].reshape(90, 100), "strided") for x in dense(count)]
 
 
-# What is replaced, by what, in the sum of which gradients.
+# The text replaced, the replacement, and the gradients that are summed.
 NORM_FAULTS = {
     "a gradient's last elements": (dense, "min(at + length, count)", "min(at + length, count - 1)"),
     "spans from the first gradient's": (dense, "(group - first_group) * kNormSpan", "group * kNormSpan"),
@@ -198,7 +178,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_planted_in_the_guard_is_seen(cpu_extension, emulated_extension, plant, name):
+def test_a_fault_planted_in_clipping_or_skipping_is_seen(
+    cpu_extension, emulated_extension, plant, name
+):
     formats, (part, layout), settings, text, replacement = FAULTS[name]
     assert formats[1] in DTYPES
     tensor = make(cpu_extension, (64, 96), formats)

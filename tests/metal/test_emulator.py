@@ -297,7 +297,7 @@ def test_too_much_threadgroup_memory_of_a_kernel(emulator):
 
 @pytest.mark.parametrize("index_type,is_right", [("ulong", True), ("uint", False)])
 def test_an_overflow_shows_beyond_2_32_elements(emulator, index_type, is_right):
-    """Of a dispatch over more than 2^32 elements only the last threadgroup runs, and only its pages exist."""
+    """Only the last threadgroup of a dispatch over more than 2^32 elements runs, and only its pages exist."""
     source = f"""#include <metal_stdlib>
     using namespace metal;
     kernel void add_one(device const ushort* in, device ushort* out,

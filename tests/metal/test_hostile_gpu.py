@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 
@@ -19,6 +19,7 @@ if sys.platform != "linux":
 from emulator import hostile
 from mlx_fused_adam import _ext
 from support import stored_tensors
+from support.arrays import bits
 
 SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
 NOT_SCALARS = sorted(hostile.DEFAULT - {"scalars"})
@@ -134,10 +135,6 @@ def update(extension, lists, step: int = 3, numbers: Sequence[int] = (), **setti
     return stored_tensors.update_lists(extension, lists, one_step, numbers)
 
 
-def bits(x: mx.array) -> np.ndarray:
-    return np.array(x.view(mx.uint32 if x.dtype == mx.float32 else mx.uint16))
-
-
 def differences(actual, expected) -> list[str]:
     """Which tensors of which list differ in any bit."""
     return [
@@ -204,25 +201,19 @@ def test_a_thousand_steps_in_place(cpu_extension, emulated_extension):
     assert differences(*results) == []
 
 
-# What keeps a compiler from other roundings, and what is left when it goes.
+# The texts that keep a compiler from other roundings, and their replacements.
 GUARDS = {
     "no pragma": ("#pragma METAL fp contract(off)\n", ""),
     "plain sqrt": ("namespace adam_math = metal::precise;", "namespace adam_math = metal;"),
     "one expression for m": ("T m = kept_m + new_m;", "T m = c.beta1 * old.m + new_m;"),
     "one expression for v": ("T v = kept_v + new_v;", "T v = c.beta2 * old.v + new_v;"),
-    "one expression for the denominator": (
-        "(root + c.eps)",
-        "(sqrt(v) * scalars.denominator_scale + c.eps)",
-    ),
-    "one expression for the parameter": (
-        "kept_parameter - change",
-        "old.parameter * scalars.decay - change",
-    ),
-}
+    "one expression for the denominator": ("(root + c.eps)", "(sqrt(v) * scalars.denominator_scale + c.eps)"),
+    "one expression for the parameter": ("kept_parameter - change", "old.parameter * scalars.decay - change"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GUARDS)
-def test_each_guard_of_the_rule_is_needed(cpu_extension, emulated_extension, plant, name):
+def test_each_safeguard_of_the_rule_is_needed(cpu_extension, emulated_extension, plant, name):
     lists = tensors()
     # Where v is small the root weighs no more than eps, and decay and denominator_scale are not 1.
     settings = {"weight_decay": 0.7, "bias_correction": True, "eps": 0.5}
@@ -258,12 +249,12 @@ def test_inexact_scalars_change_the_parameter_alone_and_by_no_more_than_they_may
     assert largest > allowed / 100 or step > 1000
 
 
-def test_inexact_scalars_are_those_of_stock_too(emulated_extension):
+def test_inexact_scalars_are_those_of_mlx_optimizers_too(emulated_extension):
     """The same calls give the same results, whoever makes them; so what is compared on one device is equal still."""
     lists = tensors()
     with hostile.relaxed("scalars"):
         actual = update(emulated_extension, lists, bias_correction=True)
-        optimizer = stock.Adam(0.1, list(SETTINGS["betas"]), SETTINGS["eps"], True)
+        optimizer = optim.Adam(0.1, list(SETTINGS["betas"]), SETTINGS["eps"], True)
         optimizer.state["step"] = mx.array(3, mx.uint64)
         expected = []
         for w, g, m, v in zip(*lists, strict=True):

@@ -18,7 +18,7 @@ if sys.platform != "linux":
 from emulator import hostile
 from mlx_fused_adam import _ext
 from support import rounding_reference, stored_tensors
-from support.stored_tensors import lay_out
+from support.arrays import assert_same_bits, bits, lay_out
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
@@ -34,11 +34,6 @@ def update(emulated_extension):
     return functools.partial(run_update, emulated_extension)
 
 
-@pytest.fixture(scope="module")
-def cpu_extension(emulated_extension):
-    return stored_tensors.extension_of_the_cpu(emulated_extension)
-
-
 def run_updates(
     extension, *lists: list[mx.array], numbers: Sequence[int] = (), **rounding
 ) -> list[list[mx.array]]:
@@ -50,12 +45,6 @@ def run_updates(
 
 def run_update(extension, *tensor: mx.array, **rounding) -> list[mx.array]:
     return [result[0] for result in run_updates(extension, *([x] for x in tensor), **rounding)]
-
-
-def assert_same_bits(actual: list[mx.array], expected: list[mx.array]) -> None:
-    for name, x, y in zip("wmv", actual, expected, strict=True):
-        kind = mx.uint32 if x.dtype == mx.float32 else mx.uint16
-        np.testing.assert_array_equal(np.array(x.view(kind)), np.array(y.view(kind)), name)
 
 
 def tensors(shape: tuple[int, ...], layout: str = "linear", dtype=mx.float32) -> list[mx.array]:
@@ -76,117 +65,40 @@ SHAPES = {
 }
 # The layout whose kernel it hits, the text replaced, the replacement, and what must be seen of it.
 PLANTED = {
-    "buffers swapped": (
-        "linear",
-        "device typename Format<S>::m* m [[buffer(kM)]]",
-        "device typename Format<S>::m* m [[buffer(kV)]]",
-        "differs",
-    ),
+    "buffers swapped": ("linear", "device typename Format<S>::m* m [[buffer(kM)]]",
+        "device typename Format<S>::m* m [[buffer(kV)]]", "differs"),
     "tail one too long": ("linear", "min(size, start + length)", "start + length", "ends at"),
-    "tail one too short": (
-        "linear",
-        "min(size, start + length)",
-        "min(size - 1, start + length)",
-        "no thread writes|differs",
-    ),
-    "vectors where none fit": (
-        "linear",
-        "if (vectors && size - start >= length)",
-        "if (true)",
-        "ends at",
-    ),
-    "one access of two": (
-        "linear",
-        "start < N; start += count) {\n    uint4 words = uint4(0)",
-        "start + count < N; start += count) {\n    uint4 words = uint4(0)",
-        "no thread writes|differs",
-    ),
-    "no barrier": (
-        "column-major",
-        "threadgroup_barrier(mem_flags::mem_threadgroup);",
-        "",
-        "tile, which is uninitialised|tile, .*no barrier between",
-    ),
-    "barrier for the wrong memory": (
-        "column-major",
-        "threadgroup_barrier(mem_flags::mem_threadgroup)",
-        "threadgroup_barrier(mem_flags::mem_device)",
-        "no barrier between",
-    ),
-    "tile too narrow": (
-        "column-major",
-        "tile[side][side + 4 / sizeof(G)]",
-        "tile[side][side - 1]",
-        "threadgroup memory tile, which (ends at|another thread)",
-    ),
-    "wrong stride": (
-        "column-major",
-        "(first_column + k) * column_stride",
-        "(first_column + k) * (column_stride + 1)",
-        "ends at|differs",
-    ),
-    "bottom edge of the tile forgotten": (
-        "column-major",
-        "first_row + k < args.rows",
-        "true",
-        "ends at|data race|uninitialised",
-    ),
-    "right edge of the tile forgotten": (
-        "column-major",
-        "first_column + k < args.columns",
-        "true",
-        "ends at",
-    ),
-    "last elements of a line forgotten": (
-        "column-major",
-        "i < length && column + i < columns",
-        "i < length && column + length <= columns",
-        "no thread writes|differs",
-    ),
-    "vectors past the end of a column": (
-        "column-major, padded",
-        "args.vectors && row + length <= args.rows",
-        "args.vectors",
-        "ends at|differs|tile",
-    ),
-    "no vectors in the tile's second half": (
-        "column-major, padded",
-        "tile[k][start + i] = G(values[i])",
-        "tile[k][start + i % 2] = G(values[i])",
-        "uninitialised|differs",
-    ),
-    "batches not divided": (
-        "column-major, other batches",
-        "batch /= size;",
-        "",
-        "no thread writes|data race|differs",
-    ),
-    "batch stride of the gradient": (
-        "column-major, other batches",
-        "gradient_matrix += i * gradient_strides[axis]",
-        "gradient_matrix += i * parameter_strides[axis]",
-        "differs",
-    ),
-    "axes swapped": (
-        "strided",
-        "axis + 1 == args.axes",
-        "axis + 1 != args.axes",
-        "ends at|differs",
-    ),
+    "tail one too short": ("linear", "min(size, start + length)", "min(size - 1, start + length)",
+        "no thread writes|differs"),
+    "vectors where none fit": ("linear", "if (vectors && size - start >= length)", "if (true)", "ends at"),
+    "one access of two": ("linear", "start < N; start += count) {\n    uint4 words = uint4(0)",
+        "start + count < N; start += count) {\n    uint4 words = uint4(0)", "no thread writes|differs"),
+    "no barrier": ("column-major", "threadgroup_barrier(mem_flags::mem_threadgroup);", "",
+        "tile, which is uninitialised|tile, .*no barrier between"),
+    "barrier for the wrong memory": ("column-major", "threadgroup_barrier(mem_flags::mem_threadgroup)",
+        "threadgroup_barrier(mem_flags::mem_device)", "no barrier between"),
+    "tile too narrow": ("column-major", "tile[side][side + 4 / sizeof(G)]", "tile[side][side - 1]",
+        "threadgroup memory tile, which (ends at|another thread)"),
+    "wrong stride": ("column-major", "(first_column + k) * column_stride", "(first_column + k) * (column_stride + 1)",
+        "ends at|differs"),
+    "bottom edge of the tile forgotten": ("column-major", "first_row + k < args.rows", "true",
+        "ends at|data race|uninitialised"),
+    "right edge of the tile forgotten": ("column-major", "first_column + k < args.columns", "true", "ends at"),
+    "last elements of a line forgotten": ("column-major", "i < length && column + i < columns",
+        "i < length && column + length <= columns", "no thread writes|differs"),
+    "vectors past the end of a column": ("column-major, padded", "args.vectors && row + length <= args.rows",
+        "args.vectors", "ends at|differs|tile"),
+    "no vectors in the tile's second half": ("column-major, padded", "tile[k][start + i] = G(values[i])",
+        "tile[k][start + i % 2] = G(values[i])", "uninitialised|differs"),
+    "batches not divided": ("column-major, other batches", "batch /= size;", "", "no thread writes|data race|differs"),
+    "batch stride of the gradient": ("column-major, other batches", "gradient_matrix += i * gradient_strides[axis]",
+        "gradient_matrix += i * parameter_strides[axis]", "differs"),
+    "axes swapped": ("strided", "axis + 1 == args.axes", "axis + 1 != args.axes", "ends at|differs"),
     "outer axes not divided": ("strided", "outer /= size;", "", "differs"),
-    "wrong place in the output": (
-        "strided",
-        "* Index(grid.y) +",
-        "* Index(grid.x) +",
-        "ends at|data race",
-    ),
-    "strides of m for v": (
-        "strided",
-        "v_at += i * Index(v_strides[axis])",
-        "v_at += i * Index(gradient_strides[axis])",
-        "ends at|differs",
-    ),
-}
+    "wrong place in the output": ("strided", "* Index(grid.y) +", "* Index(grid.x) +", "ends at|data race"),
+    "strides of m for v": ("strided", "v_at += i * Index(v_strides[axis])", "v_at += i * Index(gradient_strides[axis])",
+        "ends at|differs"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
@@ -219,44 +131,21 @@ ROUNDED = {
 }
 # Which of ROUNDED, which results are rounded stochastically, the text replaced and the replacement.
 PLANTED_IN_ROUNDING = {
-    "one draw for a run": (
-        "linear",
-        ALL,
-        "element_rounding(step.rounding, element + k)",
-        "element_rounding(step.rounding, element)",
-    ),
-    "one draw for single elements": (
-        "linear, unaligned",
-        ALL,
-        "t, i, first_element + i,",
-        "t, i, first_element,",
-    ),
+    "one draw for a run": ("linear", ALL, "element_rounding(step.rounding, element + k)",
+        "element_rounding(step.rounding, element)"),
+    "one draw for single elements": ("linear, unaligned", ALL, "t, i, first_element + i,", "t, i, first_element,"),
     "one number for a group": ("group", ALL, "args.numbers[which]", "args.numbers[0]"),
     "column for element of a tile": ("tiled", ALL, "uint(at + i),", "column + i,"),
     "column for element of a tile's runs": ("tiled, vectors", ALL, "at, uint(at),", "at, column,"),
-    "element as the gradient lies": (
-        "general",
-        ALL,
-        "args.first_element + uint(at)",
-        "args.first_element + uint(gradient_at)",
-    ),
+    "element of the gradient's layout": ("general", ALL, "args.first_element + uint(at)",
+        "args.first_element + uint(gradient_at)"),
     "one draw for all steps": ("linear", ALL, "step[0], number", "0u, number"),
     "half the seed": ("linear", ALL, "args.rounding.seed_high", "0u"),
-    "the bits of v for m": (
-        "linear",
-        ALL,
-        "random_half(of_state, 16u,",
-        "random_half(of_state, 0u,",
-    ),
+    "the bits of v for m": ("linear", ALL, "random_half(of_state, 16u,", "random_half(of_state, 0u,"),
     "m with v": ("linear", "v", "results & kRoundM) != 0u, r", "results & kRoundV) != 0u, r"),
     "v with m": ("linear", "v", "results & kRoundV) != 0u, r", "results & kRoundM) != 0u, r"),
-    "parameter with v": (
-        "linear",
-        "v",
-        "results & kRoundParameter) != 0u, of",
-        "results & kRoundV) != 0u, of",
-    ),
-}
+    "parameter with v": ("linear", "v", "results & kRoundParameter) != 0u, of", "results & kRoundV) != 0u, of"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
@@ -267,12 +156,7 @@ def test_a_fault_planted_in_the_rounding_is_seen(emulated_extension, plant, name
     lists = list(map(list, zip(*each, strict=True)))
     how = {"rounding": results, "seed": SEED, "numbers": [3 + 5 * i for i in range(len(each))]}
     expected = run_updates(_ext, *lists, **how)
-    for actual, want in zip(
-        zip(*run_updates(emulated_extension, *lists, **how), strict=True),
-        zip(*expected, strict=True),
-        strict=True,
-    ):
-        assert_same_bits(actual, want)
+    assert_same_bits(run_updates(emulated_extension, *lists, **how), expected)
     plant(text, replacement)
     wrong = run_updates(emulated_extension, *lists, **how)
     mx.eval(wrong)
@@ -282,241 +166,66 @@ def test_a_fault_planted_in_the_rounding_is_seen(emulated_extension, plant, name
 
 CODES = ("bfloat16", "bfloat16", "int8")
 MASTER = ("master", "bfloat16", "bfloat16")
-# Formats, shape, which array lies how; the text replaced, the replacement, and what must be seen of it.
+# Formats, shape, which array has which layout; the text replaced, the replacement, and what must be seen of it.
 PLANTED_IN_FORMATS = {
-    "a shuffle left out": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "x = max(x, simd_shuffle_xor(x, 1));",
-        "",
-        "differs",
-    ),
-    "a shuffle with another block": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "max(x, simd_shuffle_xor(x, 2))",
-        "max(x, simd_shuffle_xor(x, 4))",
-        "differs",
-    ),
-    "scales not handed on": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "x |= simd_shuffle_xor(x, 2);",
-        "",
-        "differs",
-    ),
-    "a thread beyond its row's end that leaves": (
-        CODES,
-        (64, 70),
-        ("gradient", "linear"),
-        "  bool has_scales =",
-        "  if (count == 0u) return;\n  bool has_scales =",
-        "differs",
-    ),
-    "scales written by all threads of a block": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "if (has_scales) {\n    t.extra",
-        "if (count > 0u) {\n    t.extra",
-        "data race",
-    ),
-    "scales read by all threads of a block": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "if (has_scales) {\n    scales",
-        "if (count > 0u) {\n    scales",
-        "data race",
-    ),
-    "scale of the block before": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "t.extra.new_m_scale[block] = ushort",
-        "t.extra.new_m_scale[block > 0 ? block - 1 : 0] = ushort",
-        "data race|no thread writes|differs",
-    ),
-    "scale of v for m": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "load_int8(m_codes[k], old_m_scale)",
-        "load_int8(m_codes[k], old_v_scale)",
-        "differs",
-    ),
-    "rows not told apart": (
-        CODES,
-        (64, 70),
-        ("gradient", "linear"),
-        "uint row = thread_of_tensor / row_threads;",
-        "uint row = 0u;",
-        "no thread writes|ends at|differs",
-    ),
-    "row length off by one": (
-        CODES,
-        (64, 70),
-        ("gradient", "linear"),
-        "row * row_length + column",
-        "row * (row_length + 1) + column",
-        "ends at|no thread writes|differs",
-    ),
-    "row without its last block": (
-        CODES,
-        (64, 70),
-        ("gradient", "linear"),
-        "(row_length + kBlockElements - 1) / kBlockElements",
-        "row_length / kBlockElements",
-        "ends at|no thread writes|data race|differs",
-    ),
-    "tail one too long": (
-        CODES,
-        (64, 70),
-        ("gradient", "linear"),
-        "min(uint(kLongRun), columns - column)",
-        "min(uint(kLongRun), columns - column + 1)",
-        "ends at|data race",
-    ),
-    "tail one too short": (
-        CODES,
-        (64, 70),
-        ("gradient", "linear"),
-        "min(uint(kLongRun), columns - column)",
-        "min(uint(kLongRun), columns - column - 1)",
-        "no thread writes|differs",
-    ),
-    "codes past the end of a row": (
-        CODES,
-        (64, 70),
-        ("gradient", "linear"),
-        "codes[k] = k < count ? from[k] : T(0);",
-        "codes[k] = from[k];",
-        "ends at|data race",
-    ),
-    "half of the codes of a vector": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "T(words[k / 4] >>",
-        "T(words[0] >>",
-        "differs",
-    ),
-    "codes that do not go on from step to step": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "tensor.random.advance)",
-        "0u)",
-        "differs",
-    ),
-    "codes with the draws of floats": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
-        "number, scalars, step, Format<S>::has_codes",
-        "number, scalars, step, false",
-        "differs",
-    ),
-    "one draw for a run of codes": (
-        CODES,
-        (64, 96),
-        ("gradient", "linear"),
+    "a shuffle left out": (CODES, (64, 96), ("gradient", "linear"), "x = max(x, simd_shuffle_xor(x, 1));", "", "differs"),
+    "a shuffle with another block": (CODES, (64, 96), ("gradient", "linear"), "max(x, simd_shuffle_xor(x, 2))",
+        "max(x, simd_shuffle_xor(x, 4))", "differs"),
+    "scales not handed on": (CODES, (64, 96), ("gradient", "linear"), "x |= simd_shuffle_xor(x, 2);", "", "differs"),
+    "a thread beyond its row's end that leaves": (CODES, (64, 70), ("gradient", "linear"), "  bool has_scales =",
+        "  if (count == 0u) return;\n  bool has_scales =", "differs"),
+    "scales written by all threads of a block": (CODES, (64, 96), ("gradient", "linear"), "if (has_scales) {\n    t.extra",
+        "if (count > 0u) {\n    t.extra", "data race"),
+    "scales read by all threads of a block": (CODES, (64, 96), ("gradient", "linear"), "if (has_scales) {\n    scales",
+        "if (count > 0u) {\n    scales", "data race"),
+    "scale of the block before": (CODES, (64, 96), ("gradient", "linear"), "t.extra.new_m_scale[block] = ushort",
+        "t.extra.new_m_scale[block > 0 ? block - 1 : 0] = ushort", "data race|no thread writes|differs"),
+    "scale of v for m": (CODES, (64, 96), ("gradient", "linear"), "load_int8(m_codes[k], old_m_scale)",
+        "load_int8(m_codes[k], old_v_scale)", "differs"),
+    "rows not told apart": (CODES, (64, 70), ("gradient", "linear"), "uint row = thread_of_tensor / row_threads;",
+        "uint row = 0u;", "no thread writes|ends at|differs"),
+    "row length off by one": (CODES, (64, 70), ("gradient", "linear"), "row * row_length + column",
+        "row * (row_length + 1) + column", "ends at|no thread writes|differs"),
+    "row without its last block": (CODES, (64, 70), ("gradient", "linear"),
+        "(row_length + kBlockElements - 1) / kBlockElements", "row_length / kBlockElements",
+        "ends at|no thread writes|data race|differs"),
+    "tail one too long": (CODES, (64, 70), ("gradient", "linear"), "min(uint(kLongRun), columns - column)",
+        "min(uint(kLongRun), columns - column + 1)", "ends at|data race"),
+    "tail one too short": (CODES, (64, 70), ("gradient", "linear"), "min(uint(kLongRun), columns - column)",
+        "min(uint(kLongRun), columns - column - 1)", "no thread writes|differs"),
+    "codes past the end of a row": (CODES, (64, 70), ("gradient", "linear"), "codes[k] = k < count ? from[k] : T(0);",
+        "codes[k] = from[k];", "ends at|data race"),
+    "half of the codes of a vector": (CODES, (64, 96), ("gradient", "linear"), "T(words[k / 4] >>", "T(words[0] >>",
+        "differs"),
+    "codes that do not go on from step to step": (CODES, (64, 96), ("gradient", "linear"), "tensor.random.advance)", "0u)",
+        "differs"),
+    "codes with the draws of floats": (CODES, (64, 96), ("gradient", "linear"),
+        "number, scalars, step, Format<S>::has_codes", "number, scalars, step, false", "differs"),
+    "one draw for a run of codes": (CODES, (64, 96), ("gradient", "linear"),
         "element + k);\n    parameter[k] = float(stored(parameter[k]",
-        "element);\n    parameter[k] = float(stored(parameter[k]",
-        "differs",
-    ),
-    "one block for all columns of a tile": (
-        CODES,
-        (70, 96),
-        ("gradient", "column-major"),
-        "row_block + column / kBlockElements",
-        "row_block",
-        "data race|no thread writes|differs",
-    ),
-    "blocks of a tile's rows": (
-        CODES,
-        (70, 96),
-        ("gradient", "column-major"),
-        "parameter_strides[2 * args.axes + 1]",
-        "1",
-        "data race|no thread writes|differs",
-    ),
-    "blocks of a batch": (
-        CODES,
-        (3, 40, 70),
-        ("gradient", "column-major"),
-        "first_block += i * parameter_strides[args.axes + 1 + axis];",
-        "",
-        "data race|no thread writes|differs",
-    ),
-    "blocks of general rows": (
-        CODES,
-        (13, 70),
-        ("gradient", "strided"),
-        "place.row * row_blocks",
-        "place.row",
-        "data race|no thread writes|differs",
-    ),
-    "stride of the gradient": (
-        CODES,
-        (13, 70),
-        ("gradient", "strided"),
-        "Index(k) * place.gradient_stride",
-        "Index(k)",
-        "differs",
-    ),
-    "stride of the parameter": (
-        CODES,
-        (13, 70),
-        ("parameter", "strided"),
-        "Index(k) * place.parameter_stride",
-        "Index(k)",
-        "differs",
-    ),
-    "remainders of a run not stored": (
-        MASTER,
-        (64, 96),
-        ("gradient", "linear"),
-        "store_run<N>(t.extra.new_remainder + at, remainder);",
-        "",
-        "no thread writes|differs",
-    ),
-    "remainder not stored": (
-        MASTER,
-        (64, 96),
-        ("gradient", "strided"),
-        "t.extra.new_remainder[at] = as_type<short>(ushort(parts.remainder));",
-        "",
-        "no thread writes|differs",
-    ),
-    "remainders of a run not read": (
-        MASTER,
-        (64, 96),
-        ("gradient", "linear"),
-        "join(upper[k], remainder[k])",
-        "join(upper[k], 0)",
-        "differs",
-    ),
-    "remainder not read": (
-        MASTER,
-        (64, 96),
-        ("gradient", "strided"),
-        "t.extra.remainder[extra_at]",
-        "0",
-        "differs",
-    ),
-    "remainder where the parameter lies": (
-        MASTER,
-        (64, 96),
-        ("parameter", "strided"),
-        "remainder + at, m_scale",
-        "remainder + parameter_at, m_scale",
-        "ends at|differs",
-    ),
-}
+        "element);\n    parameter[k] = float(stored(parameter[k]", "differs"),
+    "one block for all columns of a tile": (CODES, (70, 96), ("gradient", "column-major"),
+        "row_block + column / kBlockElements", "row_block", "data race|no thread writes|differs"),
+    "blocks of a tile's rows": (CODES, (70, 96), ("gradient", "column-major"), "parameter_strides[2 * args.axes + 1]", "1",
+        "data race|no thread writes|differs"),
+    "blocks of a batch": (CODES, (3, 40, 70), ("gradient", "column-major"),
+        "first_block += i * parameter_strides[args.axes + 1 + axis];", "", "data race|no thread writes|differs"),
+    "blocks of general rows": (CODES, (13, 70), ("gradient", "strided"), "place.row * row_blocks", "place.row",
+        "data race|no thread writes|differs"),
+    "stride of the gradient": (CODES, (13, 70), ("gradient", "strided"), "Index(k) * place.gradient_stride", "Index(k)",
+        "differs"),
+    "stride of the parameter": (CODES, (13, 70), ("parameter", "strided"), "Index(k) * place.parameter_stride", "Index(k)",
+        "differs"),
+    "corrections of a run not stored": (MASTER, (64, 96), ("gradient", "linear"),
+        "store_run<N>(t.extra.new_remainder + at, remainder);", "", "no thread writes|differs"),
+    "correction not stored": (MASTER, (64, 96), ("gradient", "strided"),
+        "t.extra.new_remainder[at] = as_type<short>(ushort(parts.remainder));", "", "no thread writes|differs"),
+    "corrections of a run not read": (MASTER, (64, 96), ("gradient", "linear"), "join(upper[k], remainder[k])",
+        "join(upper[k], 0)", "differs"),
+    "correction not read": (MASTER, (64, 96), ("gradient", "strided"), "t.extra.remainder[extra_at]", "0", "differs"),
+    "correction at the parameter's place": (MASTER, (64, 96), ("parameter", "strided"), "remainder + at, m_scale",
+        "remainder + parameter_at, m_scale", "ends at|differs"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLANTED_IN_FORMATS)
@@ -528,11 +237,11 @@ def test_a_fault_planted_in_a_format_is_seen(cpu_extension, emulated_extension, 
     def run() -> dict[str, mx.array]:
         return stored_tensors.steps(emulated_extension, [tensor], layout, of=which)[0]
 
-    stored_tensors.assert_same_bits(run(), expected)
+    assert_same_bits(run(), expected)
     plant(text, replacement)
     try:
         wrong = run()
-        pairs = [(stored_tensors.bits(wrong[x]), stored_tensors.bits(expected[x])) for x in wrong]
+        pairs = [(bits(wrong[x]), bits(expected[x])) for x in wrong]
         seen = "" if all(np.array_equal(x, y) for x, y in pairs) else "differs"
     except RuntimeError as error:
         assert "does not compile" not in str(error)
@@ -547,7 +256,7 @@ LAYOUTS = ("column-major", "strided", "reversed", "between vectors")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", range(4), ids=ARRAYS)
-def test_one_array_that_lies_otherwise(update, which, layout, dtype):
+def test_one_array_in_another_layout(update, which, layout, dtype):
     """The verdict on a layout, the strides handed over, and the alignment, each depend on all four arrays.
 
     "between vectors": MLX's buffers start at pages on Metal, so an array's own offset decides whether vectors fit.
@@ -579,9 +288,8 @@ def test_a_group_of_an_aligned_and_an_offset_tensor(emulated_extension, which):
     mx.eval(both)
     for order in (both, both[::-1]):
         results = run_updates(emulated_extension, *map(list, zip(*order, strict=True)))
-        actual = list(map(list, zip(*results, strict=True)))
-        for got, want in zip(actual, expected if order is both else expected[::-1], strict=True):
-            assert_same_bits(got, want)
+        wanted = expected if order is both else expected[::-1]
+        assert_same_bits(list(zip(*results, strict=True)), wanted)
 
 
 @pytest.mark.parametrize("shape", [(2**20 + 5,), (5, 2**10 + 3, 7)], ids=str)
@@ -637,9 +345,7 @@ def test_a_kernel_that_is_missing_leaves_everything_as_it_was(
         f"{missing} of fused_adam<AdamRule, float, float, float> must compile and load" in message
     )
     assert "no kernel" in message and "MLX_FUSED_ADAM_BACKEND" in message
-    mx.eval(results)
-    for i in range(4):
-        assert_same_bits([xs[i] for xs in results], [xs[i] for xs in expected])
+    assert_same_bits(results, expected)
 
 
 def test_a_gpu_without_bfloat_names_what_it_lacks(update):
@@ -775,7 +481,9 @@ LARGE_ROWS = {
 
 @pytest.mark.usefixtures("no_memory_limit")
 @pytest.mark.parametrize("name", LARGE_ROWS)
-def test_codes_of_more_than_one_dispatch(cpu_extension, emulated_extension, emulator, name):
+def test_quantized_state_of_more_than_one_dispatch(
+    cpu_extension, emulated_extension, emulator, name
+):
     """Their last elements, from zeros: values, and the scales that the last dispatch writes at its place."""
     shape, stride, end, threadgroups = LARGE_ROWS[name]
     dtypes = {"parameter": mx.float16, "gradient": mx.float16, "m": mx.int8, "v": mx.uint8}
@@ -801,7 +509,7 @@ def test_codes_of_more_than_one_dispatch(cpu_extension, emulated_extension, emul
     finally:
         emulator.run_all_threadgroups()
     for part in ("parameter", "m", "v", "m_scale", "v_scale"):
-        want = stored_tensors.bits(expected[part])
+        want = bits(expected[part])
         kind = {1: mx.uint8, 2: mx.uint16}[want.itemsize]
         last = np.array(found[part].view(kind), copy=False).reshape(-1)[-want.size :]
         np.testing.assert_array_equal(last, want, part)

@@ -1,19 +1,17 @@
-"""The guard on first use: what an optimizer does where a kernel fails or computes something else than stock."""
+"""The self-check on first use: an optimizer falls back where a kernel fails or computes something else than mlx.optimizers."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _backends, _self_check, _step
-from support.extension_users import use_extension
+from support.extension import use_extension
 from support.mlx_release import since_mlx
+from support.processes import run_python
 
 pytestmark = pytest.mark.usefixtures("device", "unchecked")
 
@@ -103,7 +101,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("lost", ["gradient_scale", "is_applied"])
-def test_a_kernel_that_ignores_the_guard_fails(extension, monkeypatch, lost):
+def test_a_kernel_that_ignores_clipping_or_skipping_fails(extension, monkeypatch, lost):
     def fault(results, step, wide):
         return results
 
@@ -124,7 +122,7 @@ NORM_FAULTS = {
 
 
 @pytest.mark.parametrize("name", NORM_FAULTS)
-def test_a_broken_norm_leaves_norms_to_stock(extension, backend_name, monkeypatch, name):
+def test_a_broken_norm_falls_back(extension, backend_name, monkeypatch, name):
     """And updates to their kernel: with a warning, the right norm, and a skipped step where there should be one."""
 
     class FaultyNorm(Faulty):
@@ -171,10 +169,10 @@ def test_kernels_pass_in_16_bits(extension, dtypes):
     assert _self_check.run(extension, mx.default_device().type, dtypes) is None
 
 
-def test_a_broken_kernel_leaves_the_work_to_stock(broken):
+def test_a_broken_kernel_falls_back(broken):
     """One warning with the reason; results, state and derivatives as if nothing had been replaced."""
     parameters, gradients = {"w": mx.ones((3, 4))}, {"w": mx.full((3, 4), 0.2)}
-    optimizer, reference = fused.AdamW(0.1), stock.AdamW(0.1)
+    optimizer, reference = fused.AdamW(0.1), optim.AdamW(0.1)
     with pytest.warns(
         RuntimeWarning, match="updates of float32 on the .pu fall back to mlx.optimizers"
     ):
@@ -241,7 +239,7 @@ OPTIONS = [{"state_dtype": "int8"}, {"master_weights": True}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
+def test_what_mlx_cannot_store_falls_back_to_the_cpu(monkeypatch, options):
     """As on a GPU whose kernel for it fails; the stand-in is a back end of another name."""
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
     gradients = {"w": mx.full((64, 64), 0.25, mx.bfloat16)}
@@ -265,7 +263,7 @@ def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_what_stock_cannot_store_is_an_error_where_stock_is_forced(monkeypatch, options):
+def test_what_mlx_cannot_store_is_an_error_where_the_fallback_is_forced(monkeypatch, options):
     forced = _backends.Backend(None, "MLX_FUSED_ADAM_BACKEND=stock", mx.cpu, is_forced=True)
     monkeypatch.setattr(_step, "backend_of", lambda: forced)
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
@@ -278,12 +276,12 @@ def test_what_stock_cannot_store_is_an_error_where_stock_is_forced(monkeypatch, 
     assert fused.AdamW(0.1).apply_gradients(parameters, parameters)["w"].dtype == mx.bfloat16
 
 
-def test_classes_put_in_the_place_of_stocks_are_not_the_reference(monkeypatch):
-    monkeypatch.setattr(stock, "Adam", fused.Adam)
-    monkeypatch.setattr(stock, "AdamW", fused.AdamW)
+def test_classes_put_in_the_place_of_mlx_s_are_not_the_reference(monkeypatch):
+    monkeypatch.setattr(optim, "Adam", fused.Adam)
+    monkeypatch.setattr(optim, "AdamW", fused.AdamW)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer = stock.AdamW(0.1)
+        optimizer = optim.AdamW(0.1)
         new = optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
     assert mx.all(new["w"] < 1).item() and not optimizer.backend.startswith("stock")
 
@@ -312,9 +310,7 @@ except RuntimeError as error:
 
 
 def run(program, **environment):
-    command = [sys.executable, "-c", PROGRAM + program]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return run_python("-c", PROGRAM + program, timeout=120, **environment)
 
 
 @since_mlx("0.32.2", "mx.synchronize raises what a task of the CPU has thrown")
@@ -334,15 +330,15 @@ print(optimizer.backend, new["w"].tolist())
 """
 
 
-def test_the_environment_forces_stock():
+def test_the_environment_forces_the_fallback():
     result = run(UPDATE, MLX_FUSED_ADAM_BACKEND="stock")
     assert result.returncode == 0, result.stderr  # and no warning
-    expected = stock.AdamW(0.1).apply_gradients({"w": mx.full((4,), 0.2)}, {"w": mx.ones(4)})
+    expected = optim.AdamW(0.1).apply_gradients({"w": mx.full((4,), 0.2)}, {"w": mx.ones(4)})
     assert result.stdout.startswith("stock (MLX_FUSED_ADAM_BACKEND=stock)")
     assert str(expected["w"].tolist()) in result.stdout
 
 
-def test_forced_stock_operations_run_where_they_are_asked_to():
+def test_a_forced_fallback_runs_where_it_is_asked_to():
     backend = _backends.Backend(None, "forced", mx.gpu, is_forced=True)
     assert backend.place(mx.cpu) == mx.cpu and backend.place(None) is None
     assert _backends.Backend("cpu", None, mx.cpu, is_forced=True).place(mx.gpu) == mx.cpu

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 import mlx_fused_adam
+from support import tools
 
 if sys.platform != "linux":
     pytest.skip("MLX has CUDA back ends on Linux alone", allow_module_level=True)
-lief = pytest.importorskip("lief", reason="reading the libraries needs lief: pip install '.[test]'")
+pytestmark = tools.module_needs("lief")
+
+import lief  # noqa: E402
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "cuda"
 

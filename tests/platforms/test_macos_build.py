@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from support import tools
+
 if sys.platform == "darwin":
     pytest.skip("on a Mac the real build is installed and tested", allow_module_level=True)
-for needed in ("lief", "ziglang", "nanobind", "scikit_build_core"):
-    pytest.importorskip(needed, reason=f"the macOS build needs {needed}: pip install '.[test]'")
+pytestmark = tools.module_needs("lief", "ziglang")
 
 from emulator import project_shader  # noqa: E402
 from platforms.macos import build as macos_build  # noqa: E402
@@ -162,7 +163,7 @@ def test_load_commands_are_those_of_an_installed_extension(
 ) -> None:
     assert module.cpu == "ARM64"
     assert module.minimum_macos == (14, 0, 0)
-    assert module.signed, "arm64 macOS refuses unsigned code"
+    assert module.signed, "arm64 macOS rejects unsigned code"
     assert module.rpaths == ["@loader_path/../mlx/lib"]
     assert LIBMLX in module.libraries
     elsewhere = [

@@ -28,11 +28,11 @@ def launch(size: int, program: Path, *arguments: object, timeout: int = 240) -> 
     """
     command = [LAUNCH, *of_ring(size), str(program), *map(str, arguments)]
     # A pipe that stays open and empty: mlx.launch would read without a pause from an input that has ended.
-    its_input, ours = os.pipe()
+    read_end, write_end = os.pipe()
     try:
         started = subprocess.Popen(
             command,
-            stdin=its_input,
+            stdin=read_end,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -45,8 +45,8 @@ def launch(size: int, program: Path, *arguments: object, timeout: int = 240) -> 
             started.communicate()
             raise
     finally:
-        os.close(its_input)
-        os.close(ours)
+        os.close(read_end)
+        os.close(write_end)
     assert started.returncode == 0, output
     return output
 
@@ -99,18 +99,7 @@ def free_ports(count: int) -> int:
                 x.close()
 
 
-def bits(x: mx.array) -> np.ndarray:
-    kind = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[x.dtype.size]
-    return np.array(mx.contiguous(x).view(kind))
-
-
-def assert_same_bits(found: dict[str, mx.array], expected: dict[str, mx.array], where: str) -> None:
-    assert found.keys() == expected.keys(), where
-    for path, x in expected.items():
-        np.testing.assert_array_equal(bits(found[path]), bits(x), f"{where}: {path}")
-
-
 def of_run(end: dict[str, mx.array], name: str) -> dict[str, mx.array]:
-    """Of all that a rank has written, what one run ended with."""
+    """The part of all that a rank has written with which one run ended."""
     start = f"{name}/"
     return {path[len(start) :]: x for path, x in end.items() if path.startswith(start)}

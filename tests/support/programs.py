@@ -1,4 +1,4 @@
-"""What an optimizer and its parameters must hold, step by step, in NumPy: for test_programs.py.
+"""A model in NumPy of all that an optimizer and its parameters must hold, step by step: for test_programs.py.
 
 Arithmetic is the oracle's, rounding and storage those of rounding_reference.py and storage_reference.py; nothing is evaluated
 by MLX here but schedules. Values are float32 arrays that hold exactly what a tensor of its dtype stores.
@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 
 from support import oracle
@@ -50,7 +50,7 @@ def at_random(x: np.ndarray, draws: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
     is_finite = np.isfinite(x)
     with np.errstate(over="ignore", invalid="ignore"):
         found = rounded(np.where(is_finite, x, 0), draws.reshape(x.shape), dtype)
-        # Half a unit above the largest finite number lies infinity.
+        # Half a unit above the largest finite number comes infinity.
         found = float32(found.astype(oracle.NUMPY_DTYPES[dtype]))
     return float32(np.where(is_finite, np.copysign(found, x), x))
 
@@ -109,7 +109,7 @@ class Options:
         return found
 
     def wanted(self, tensor: Tensor) -> mx.Dtype:
-        """In which a tensor's moments are to be stored."""
+        """The dtype in which a tensor's moments are to be stored."""
         if self.state_dtype == "int8":
             shape = tensor.value.shape
             is_large = tensor.value.size >= SMALLEST_CODED and shape[-1] >= SHORTEST_CODED_ROW
@@ -197,7 +197,7 @@ class Model:
 
     @property
     def guard(self) -> dict[str, tuple[np.generic, mx.Dtype]]:
-        """What the state holds beside step, learning rate and parameters."""
+        """The entries of the state beside step, learning rate and parameters."""
         found: dict[str, tuple[np.generic, mx.Dtype]] = {}
         if self.options.max_grad_norm is not None:
             found["grad_norm"] = (np.float32(self.grad_norm), mx.float32)
@@ -208,7 +208,7 @@ class Model:
     def take_norm(
         self, gradients: dict[str, np.ndarray], state: Mapping[str, Any]
     ) -> tuple[np.float32, bool]:
-        """What gradients are multiplied by, and whether the step is applied.
+        """The factor of the gradients, and whether the step is applied.
 
         The order in which squares are summed is not the model's to know: the norm is held against float64, and then believed.
         """
@@ -290,15 +290,15 @@ class Model:
             value = to_dtype(w, tensor.dtype)
         return dataclasses.replace(tensor, value=float32(value), state=state)
 
-    def to_stock(self) -> None:
-        """The state that stock would hold: moments in the parameter's dtype, and nothing beside them."""
+    def to_mlx(self) -> None:
+        """The state that mlx.optimizers would hold: moments in the parameter's dtype, and nothing beside them."""
         for path in self.paths_with_state:
             tensor = self.tensors[path]
             state = {name: to_dtype(tensor.moment(name), tensor.dtype) for name in MOMENTS}
             self.tensors[path] = dataclasses.replace(tensor, state=state, state_dtype=tensor.dtype)
 
 
-def by_stock(
+def by_mlx(
     model: Model, path: str, gradient: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The parameter, m and v after a step of mlx.optimizers on the CPU, from what the model holds; all float32."""
@@ -310,9 +310,9 @@ def by_stock(
         eps=options.eps,
         bias_correction=options.bias_correction,
     )
-    kind = stock.Adam
+    kind = optim.Adam
     if settings.weight_decay:
-        kind, arguments["weight_decay"] = stock.AdamW, options.weight_decay
+        kind, arguments["weight_decay"] = optim.AdamW, options.weight_decay
     assert tensor.state is not None
     with mx.stream(mx.cpu):
         optimizer = kind(**arguments)
@@ -327,7 +327,7 @@ def by_stock(
 
 
 def values_of(x: mx.array) -> np.ndarray:
-    """What an array holds: float32 for floating ones, as stored for others; a copy."""
+    """The values of an array: float32 for floating ones, as stored for others; a copy."""
     if x.dtype == mx.bfloat16:
         wide = np.array(x.view(mx.uint16) if x.size else x.astype(mx.uint16)).astype(np.uint32)
         return np.asarray(np.asarray(wide << 16).view(np.float32))
@@ -363,7 +363,7 @@ def assert_array(actual: mx.array, expected: np.ndarray, dtype: mx.Dtype, what: 
 
 
 def state_dtypes(tensor: Tensor) -> dict[str, mx.Dtype]:
-    """Of all that a state holds."""
+    """The dtypes of all that a state holds."""
     is_coded = tensor.state_dtype == mx.int8
     dtypes = {
         "m": tensor.state_dtype,
@@ -382,7 +382,7 @@ def state_dtypes(tensor: Tensor) -> dict[str, mx.Dtype]:
 def random_values(
     rng: np.random.Generator, shape: tuple[int, ...], scale: float, dtype: mx.Dtype
 ) -> np.ndarray:
-    """Of many sizes, some of them 0."""
+    """Values of many sizes, some of them 0."""
     x = rng.normal(size=shape) * np.exp(rng.normal(size=shape)) * scale
     x = np.where(rng.random(shape) < 0.1, 0.0, x)
     return to_dtype(float32(x), dtype)
@@ -412,7 +412,7 @@ def repeated(x: np.ndarray, layout: str) -> np.ndarray:
 
 
 def laid_out(x: np.ndarray, dtype: mx.Dtype, layout: str, rng: np.random.Generator) -> mx.array:
-    """An MLX array of these values that lies so in memory, lazily."""
+    """An MLX array of these values in this layout, lazily."""
     whole = mx.array(x).astype(dtype)
     if layout == "permuted":
         order = [int(i) for i in rng.permutation(x.ndim)]

@@ -52,7 +52,7 @@ def _path() -> str:
 
 
 def _run(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    """What the command prints; its whole output is in the error if it fails."""
+    """The output of the command; all of it is in the error if it fails."""
     environment = os.environ | {"PATH": _path()} | (env or {})
     arguments = [str(part) for part in command]
     result = subprocess.run(arguments, cwd=ROOT, env=environment, text=True, capture_output=True)

@@ -22,7 +22,7 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 CONSTANTS = np.array([BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPS], np.float32)
 SCALARS = np.array([0.01, 1.25, 0.99], np.float32)  # step_size, denominator_scale, decay
 
-# What host and shader share: numbers, and the fields of the argument structs.
+# Shared by host and shader: numbers, and the fields of the argument structs.
 HEADER = (ROOT / "metal" / "adam_args.h").read_text()
 SHARED = {
     name: eval(value, {"__builtins__": {}})

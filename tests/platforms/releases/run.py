@@ -45,7 +45,7 @@ def install(mlx: str) -> Path:
     folder = FOLDER / mlx
     venv.create(folder, with_pip=True, clear=True)
     python = folder / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--quiet", f"{ROOT}[test]"]
+    command = [python, "-m", "pip", "install", "--quiet", f"{ROOT}[test,tools]"]
     subprocess.run(command, check=True, env=os.environ | {VARIABLE: mlx})
     return python
 

@@ -31,7 +31,7 @@ FLAGS = {
 }
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 COMPILERS = ("cc", "gcc", "c++", "g++")
-# What a build of the extension reads.
+# The files that a build of the extension reads.
 SOURCES = ("CMakeLists.txt", "build_tools", "csrc", "metal", "python")
 # Reports are files: nobody reads the output of the processes that tests start.
 OPTIONS = {
@@ -82,7 +82,7 @@ def what_is_missing(kind: str = "address") -> str:
 
 
 def launcher(kind: str) -> list[str]:
-    """What has to stand before a command: libtsan of GCC below 14 knows addresses of the usual 28 random bits alone."""
+    """The words before a command: libtsan of GCC below 14 knows addresses of the usual 28 random bits alone."""
     bits = Path("/proc/sys/vm/mmap_rnd_bits")
     is_too_random = kind == "thread" and bits.exists() and int(bits.read_text()) > 28
     return ["setarch", "--addr-no-randomize"] if is_too_random else []

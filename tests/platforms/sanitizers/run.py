@@ -7,7 +7,8 @@
     python tests/platforms/sanitizers/run.py leaks                    # LeakSanitizer, by leaks.py
     python tests/platforms/sanitizers/run.py faults                   # faults planted in the extension are reported: faults.py
 
-What is not run, and why, stands in NOT_RUN. Needs GCC and the packages of the test extra. All is kept in build/sanitizers-….
+NOT_RUN lists the tests that are not run, and why. Needs GCC and the extra test. Builds are kept in
+build/sanitizers-….
 """
 
 from __future__ import annotations
