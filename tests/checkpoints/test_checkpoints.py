@@ -170,7 +170,7 @@ def test_a_header_that_contradicts_the_data_is_refused(name, value, tmp_path):
     header["a.w.m"][name] = value
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
-    refused(
+    rejected(
         path,
         "must hold a whole safetensors file but got",
         fused.AdamW(**SETTINGS | {"state_dtype": "bfloat16"}),
