@@ -321,7 +321,7 @@ sys.exit(subprocess.run([sys.executable, {str(child)!r}], env=environment).retur
     assert done.stdout == "mlx\n"
     (told,) = said(done)
     start = (
-        f"{SAYS}: optimizers stay those of MLX in this process: mlx-fused-adam was built for mlx"
+        f"{SAYS}: this process keeps mlx.optimizers: mlx-fused-adam was built for mlx"
     )
     assert told.startswith(start) and "mlx 0.0.1 is installed" in told
 
