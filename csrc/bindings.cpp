@@ -22,10 +22,72 @@ namespace nb = nanobind;
 namespace mx = mlx::core;
 using namespace nb::literals;
 
-using Arrays = std::vector<mx::array>;
-// (remainder, m_scale, v_scale) of each tensor, or none of any.
-using Extra = std::optional<mx::array>;
-using Extras = std::vector<std::tuple<Extra, Extra, Extra>>;
+using fused_adam::AdamStep;
+using fused_adam::AdamTensor;
+using Array = std::optional<mx::array>;
+
+// What a state's dict calls its arrays.
+static constexpr const char* kAuxiliaryNames[] = {"remainder", "m_scale", "v_scale"};
+
+// An array of a state, or nothing; TypeError if it is something else.
+static Array array_of(const nb::dict& state, const char* name) {
+  nb::object found = state.attr("get")(name);
+  mx::array* array = nullptr;
+  if (found.is_none()) return std::nullopt;
+  if (!nb::try_cast(found, array)) {
+    throw nb::type_error((std::string(name) + " must be an array").c_str());
+  }
+  return *array;
+}
+
+static AdamTensor tensor_of(const mx::array& parameter, const mx::array& gradient,
+                            const nb::dict& state) {
+  auto moment = [&](const char* name) {
+    auto x = array_of(state, name);
+    if (!x) throw nb::key_error(name);
+    return *x;
+  };
+  return {parameter,
+          gradient,
+          moment("m"),
+          moment("v"),
+          array_of(state, kAuxiliaryNames[0]),
+          array_of(state, kAuxiliaryNames[1]),
+          array_of(state, kAuxiliaryNames[2])};
+}
+
+static nb::dict state_of(const AdamTensor& tensor) {
+  nb::dict state;
+  state["m"] = tensor.m;
+  state["v"] = tensor.v;
+  const Array* auxiliaries[] = {&tensor.correction, &tensor.m_scale, &tensor.v_scale};
+  for (size_t i = 0; i < 3; ++i) {
+    if (*auxiliaries[i]) state[kAuxiliaryNames[i]] = **auxiliaries[i];
+  }
+  return state;
+}
+
+static fused_adam::StochasticRounding rounding_of(const std::string& request) {
+  using fused_adam::StochasticRounding;
+  if (request == "nearest") return StochasticRounding::nearest;
+  if (request == "v") return StochasticRounding::v;
+  if (request == "all") return StochasticRounding::all;
+  throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'v' or 'all' but got '" +
+                              request + "'");
+}
+
+// Asks Python about a combination: uses_kernel(parameter, gradient, m, remainder or None) -> bool.
+using UsesDtypes = std::function<bool(mx::Dtype, mx::Dtype, mx::Dtype, std::optional<mx::Dtype>)>;
+
+static fused_adam::UsesKernel by_formats(const UsesDtypes& uses_kernel) {
+  return [&uses_kernel](const fused_adam::TensorFormats& formats) {
+    std::optional<mx::Dtype> correction;
+    if (formats.has_correction()) correction = mx::int16;
+    return uses_kernel(fused_adam::dtype_of(formats.parameter),
+                       fused_adam::dtype_of(formats.gradient), fused_adam::dtype_of(formats.m),
+                       correction);
+  };
+}
 
 // Modules whose nanobind has another ABI share no types: each call would fail, as "incompatible function arguments".
 static void reject_another_abi() {
@@ -44,60 +106,72 @@ NB_MODULE(_ext, m) {
   reject_another_abi();
   fused_adam::cpu::kernels();  // a bad setting is an error at import, not in a stream's thread
 
+  nb::class_<AdamStep>(m, "AdamStep",
+                       R"(One step of an optimizer: all that its tensors share.
+
+``learning_rate`` and ``step`` are scalar arrays and may be lazy; ``step`` counts from 1 and is needed with bias correction and stochastic rounding. ``rounding`` says which results are rounded stochastically where they have 8 or 16 bits: ``"nearest"`` (none), ``"v"`` or ``"all"``; the bits depend on ``seed``, ``step``, a tensor's number and the element. ``gradient_scale`` multiplies gradients; where ``is_applied`` is false, results are the old values, bit for bit; both are scalar arrays. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need.)")
+      .def(
+          "__init__",
+          [](AdamStep* self, const mx::array& learning_rate, const Array& step,
+             std::pair<double, double> betas, double eps, double weight_decay, bool bias_correction,
+             const std::string& rounding, uint64_t seed, const Array& gradient_scale,
+             const Array& is_applied, bool wide_indices) {
+            new (self)
+                AdamStep{learning_rate, step,           betas.first,     betas.second,
+                         eps,           weight_decay,   bias_correction, rounding_of(rounding),
+                         seed,          gradient_scale, is_applied,      wide_indices};
+          },
+          "learning_rate"_a, "step"_a = nb::none(), nb::kw_only(),
+          "betas"_a = std::make_pair(0.9, 0.999), "eps"_a = 1e-8, "weight_decay"_a = 0.0,
+          "bias_correction"_a = false, "rounding"_a = "nearest", "seed"_a = 0,
+          "gradient_scale"_a = nb::none(), "is_applied"_a = nb::none(), "wide_indices"_a = false);
+
   m.def(
       "adam_update",
-      [](Arrays parameters, Arrays gradients, Arrays m, Arrays v, const mx::array& learning_rate,
-         const std::optional<mx::array>& step, double beta1, double beta2, double eps,
-         double weight_decay, bool bias_correction, const std::tuple<bool, bool, bool>& rounding,
-         uint64_t seed, const std::vector<uint32_t>& numbers, const fused_adam::IsFused& is_fused,
-         bool wide_indices, mx::StreamOrDevice stream, const fused_adam::TensorName& name,
-         const Extras& extras, const Extra& gradient_scale, const Extra& is_applied) {
-        auto [of_parameter, of_m, of_v] = rounding;
-        fused_adam::AdamTensors tensors{std::move(parameters), std::move(gradients), std::move(m),
-                                        std::move(v)};
-        for (auto& [remainder, m_scale, v_scale] : extras) {
-          tensors.extras.push_back({remainder, m_scale, v_scale});
+      [](const std::vector<mx::array>& parameters, const std::vector<mx::array>& gradients,
+         const std::vector<nb::dict>& states, const AdamStep& step,
+         const std::vector<uint32_t>& numbers, const std::vector<bool>& is_decayed,
+         const UsesDtypes& uses_kernel, mx::StreamOrDevice stream,
+         const fused_adam::TensorName& name) {
+        size_t count = parameters.size();
+        for (size_t size :
+             {gradients.size(), states.size(), numbers.empty() ? count : numbers.size(),
+              is_decayed.empty() ? count : is_decayed.size()}) {
+          if (size != count)
+            throw std::invalid_argument("[adam_update] lists must have one length");
         }
-        auto results = fused_adam::adam_update(
-            tensors, learning_rate, step, {gradient_scale, is_applied},
-            {beta1, beta2, eps, weight_decay, bias_correction}, {of_parameter, of_m, of_v, seed},
-            numbers, is_fused, wide_indices, stream, name);
-        Extras new_extras;
-        for (auto& x : results.extras) new_extras.emplace_back(x.remainder, x.m_scale, x.v_scale);
-        return std::make_tuple(std::move(results.parameters), std::move(results.m),
-                               std::move(results.v), std::move(new_extras));
+        std::vector<AdamTensor> tensors;
+        tensors.reserve(count);
+        for (size_t i = 0; i < count; ++i) {
+          auto& tensor = tensors.emplace_back(tensor_of(parameters[i], gradients[i], states[i]));
+          tensor.number = numbers.empty() ? i : numbers[i];
+          tensor.is_decayed = is_decayed.empty() || is_decayed[i];
+        }
+        tensors = fused_adam::adam_update(std::move(tensors), step, by_formats(uses_kernel), stream,
+                                          name);
+        nb::list new_parameters, new_states;
+        for (auto& tensor : tensors) {
+          new_parameters.append(tensor.parameter);
+          new_states.append(state_of(tensor));
+        }
+        return std::make_pair(new_parameters, new_states);
       },
-      "parameters"_a, "gradients"_a, "m"_a, "v"_a, "learning_rate"_a, "step"_a.none(),
-      nb::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a,
-      "rounding"_a = std::make_tuple(false, false, false), "seed"_a = 0,
-      "numbers"_a = std::vector<uint32_t>(), "is_fused"_a, "wide_indices"_a = false,
-      "stream"_a = nb::none(), "name"_a, "extras"_a = Extras(), "gradient_scale"_a = nb::none(),
-      "is_applied"_a = nb::none(),
-      R"(Lazily update every tensor; lists run in parallel. Returns (parameters, m, v, extras).
+      "parameters"_a, "gradients"_a, "states"_a, "step"_a, nb::kw_only(),
+      "numbers"_a = std::vector<uint32_t>(), "is_decayed"_a = std::vector<bool>(), "uses_kernel"_a,
+      "stream"_a = nb::none(), "name"_a,
+      R"(Lazily update every tensor; lists run in parallel. Returns (parameters, states).
 
-``extras`` are (remainder, m_scale, v_scale) of each tensor, each of which may be None: the remainder (int16) of a bfloat16 parameter, and the scales (bfloat16) of m (int8) and v (uint8). ``is_fused(p, g, m, remainder)`` is asked once for each combination of dtypes; where it says False, the update is composed of MLX's operations instead, or run by the CPU's kernel if there are extras. ``rounding`` says which of parameter, m and v are rounded stochastically where they have 8 or 16 bits; the bits depend on ``seed``, ``step``, the tensor's of ``numbers`` (its place in the lists if they are empty) and the element. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need. ``gradient_scale`` multiplies gradients; where ``is_applied`` is false, results are what was given, bit for bit; both are scalar arrays. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16, of a bfloat16 parameter), ``m_scale`` and ``v_scale`` (bfloat16, of int8 m and uint8 v); other keys are ignored. ``numbers`` are the tensors' in the random bits (default: their places in the lists), ``is_decayed`` says to which weight decay applies (default: all). ``uses_kernel(parameter, gradient, m, remainder)`` is asked once for each combination of dtypes, before the graph is built; where it says False, the update is the fallback of MLX's operations, or the CPU's kernel for states that MLX cannot store. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
-  m.def(
-      "traffic_probe",
-      [](const mx::array& parameter, const mx::array& gradient, const mx::array& m,
-         const mx::array& v, mx::StreamOrDevice stream) {
-        auto results = fused_adam::traffic_probe({{parameter}, {gradient}, {m}, {v}}, stream,
-                                                 [](size_t) { return "the probe"; });
-        return std::make_tuple(results.parameters[0], results.m[0], results.v[0]);
-      },
-      "parameter"_a, "gradient"_a, "m"_a, "v"_a, "stream"_a = nb::none(),
-      "The memory traffic of one update with an addition in place of its arithmetic, for "
-      "benchmarks.");
-
-  m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(), "is_fused"_a,
-        "stream"_a = nb::none(),
+  m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(),
+        "uses_kernel"_a, "stream"_a = nb::none(),
         "The sum of the squares of all gradients, lazily: a float32 scalar, not finite if a "
-        "gradient or the sum is not. ``is_fused(dtype)`` is asked once for each dtype.");
+        "gradient or the sum is not. ``uses_kernel(dtype)`` is asked once for each dtype.");
 
   m.def("quantize_moment", &fused_adam::quantize_moment, "moment"_a, "is_v"_a,
-        "Codes (int8, or uint8 for v) and their blocks' scales, lazily, on the CPU.");
-  m.def("dequantize_moment", &fused_adam::dequantize_moment, "codes"_a, "scales"_a,
-        "The float32 values of codes and scales, lazily, on the CPU.");
+        "Quantized values (int8, or uint8 for v) and their blocks' scales, lazily, on the CPU.");
+  m.def("dequantize_moment", &fused_adam::dequantize_moment, "quantized"_a, "scales"_a,
+        "The float32 values of a quantized moment, lazily, on the CPU.");
 
   m.def("note_idle_stream", &fused_adam::note_idle_stream, "stream"_a,
         "Tell that a stream is for self-checks alone, so that updates elsewhere need not reckon "

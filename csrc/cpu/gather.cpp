@@ -5,7 +5,7 @@
 
 namespace fused_adam::cpu {
 
-Blocks::Blocks(const Layout& layout, const bool (&gathered)[kArrays], size_t aligned)
+GatherPieces::GatherPieces(const Layout& layout, const bool (&gathered)[kArrays], size_t aligned)
     : layout_(layout) {
   auto& shape = layout_.shape;
   axis_ = shape.size() - 1;
@@ -36,25 +36,25 @@ Blocks::Blocks(const Layout& layout, const bool (&gathered)[kArrays], size_t ali
   }
 }
 
-Blocks::Block Blocks::operator[](size_t index) const {
+GatherPieces::Piece GatherPieces::operator[](size_t index) const {
   size_t outer = index / pieces_;
   size_t row = index % pieces_ * rows_;
   size_t length = layout_.shape[axis_];
-  Block block;
-  block.start = (outer * length + row) * inner_;
-  block.size = std::min(rows_, length - row) * inner_;
+  Piece piece;
+  piece.start = (outer * length + row) * inner_;
+  piece.size = std::min(rows_, length - row) * inner_;
   for (int array = 0; array < kArrays; ++array) {
-    block.offsets[array] = tables_[array].empty() ? int64_t(block.start)
+    piece.offsets[array] = tables_[array].empty() ? int64_t(piece.start)
                                                   : int64_t(row) * layout_.strides[array][axis_];
   }
   for (size_t axis = axis_; axis-- > 0;) {
     int64_t at = outer % layout_.shape[axis];
     outer /= layout_.shape[axis];
     for (int array = 0; array < kArrays; ++array) {
-      if (!tables_[array].empty()) block.offsets[array] += at * layout_.strides[array][axis];
+      if (!tables_[array].empty()) piece.offsets[array] += at * layout_.strides[array][axis];
     }
   }
-  return block;
+  return piece;
 }
 
 }  // namespace fused_adam::cpu

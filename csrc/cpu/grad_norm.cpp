@@ -20,9 +20,9 @@ namespace mx = mlx::core;
 
 namespace {
 
-// Elements of a unit, and blocks of one where the gradient's elements do not follow each other in memory.
+// Elements of a unit, and pieces of one where the gradient's elements do not follow each other in memory.
 constexpr size_t kRun = 1 << 16;
-constexpr size_t kBlocksPerUnit = 32;
+constexpr size_t kPiecesPerUnit = 32;
 // As for updates: below, waking another thread costs more than it saves. A sum reads a quarter of what an update moves.
 constexpr size_t kWorthThreads = 1 << 17;
 
@@ -40,8 +40,8 @@ class GradientSum {
       return;
     }
     bool gathered[cpu::kArrays] = {true};
-    blocks_ = cpu::Blocks(layout, gathered, 1);
-    units_ = divide_up(blocks_.count(), kBlocksPerUnit);
+    pieces_ = cpu::GatherPieces(layout, gathered, 1);
+    units_ = divide_up(pieces_.count(), kPiecesPerUnit);
   }
 
   size_t size() const { return size_; }
@@ -54,14 +54,14 @@ class GradientSum {
       return kernels.sum_of_squares({values_ + start * bytes_}, format_,
                                     std::min(kRun, size_ - start));
     }
-    alignas(64) char gathered[cpu::Blocks::kMost * sizeof(float)];
+    alignas(64) char gathered[cpu::GatherPieces::kMost * sizeof(float)];
     auto gather = bytes_ == sizeof(float) ? kernels.gather_4_bytes : kernels.gather_2_bytes;
-    size_t end = std::min((unit + 1) * kBlocksPerUnit, blocks_.count());
+    size_t end = std::min((unit + 1) * kPiecesPerUnit, pieces_.count());
     double sum = 0.0;
-    for (size_t i = unit * kBlocksPerUnit; i < end; ++i) {
-      auto block = blocks_[i];
-      gather(values_ + block.offsets[0] * int64_t(bytes_), blocks_.table(0), block.size, gathered);
-      sum += kernels.sum_of_squares({gathered}, format_, block.size);
+    for (size_t i = unit * kPiecesPerUnit; i < end; ++i) {
+      auto piece = pieces_[i];
+      gather(values_ + piece.offsets[0] * int64_t(bytes_), pieces_.table(0), piece.size, gathered);
+      sum += kernels.sum_of_squares({gathered}, format_, piece.size);
     }
     return sum;
   }
@@ -72,7 +72,7 @@ class GradientSum {
   size_t bytes_;
   Format format_;
   bool is_linear_;
-  cpu::Blocks blocks_;
+  cpu::GatherPieces pieces_;
   size_t units_;
 };
 

@@ -10,21 +10,21 @@
 namespace fused_adam::cpu {
 
 namespace baseline {
-Kernels kernels();
+KernelSet kernels();
 }
 #if defined(FUSED_ADAM_X86_LEVELS)
 namespace x86_64_v3 {
-Kernels kernels();
+KernelSet kernels();
 }
 namespace x86_64_v4 {
-Kernels kernels();
+KernelSet kernels();
 }
 #endif
 
 namespace {
 
-std::vector<Kernels> find_supported() {
-  std::vector<Kernels> sets;
+std::vector<KernelSet> find_supported() {
+  std::vector<KernelSet> sets;
 #if defined(FUSED_ADAM_X86_LEVELS)
   __builtin_cpu_init();
   bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -40,12 +40,12 @@ std::vector<Kernels> find_supported() {
   return sets;
 }
 
-const std::vector<Kernels>& supported() {
-  static const std::vector<Kernels> sets = find_supported();
+const std::vector<KernelSet>& supported() {
+  static const std::vector<KernelSet> sets = find_supported();
   return sets;
 }
 
-const Kernels& choose() {
+const KernelSet& choose() {
   const char* asked = std::getenv("MLX_FUSED_ADAM_ISA");
   if (!asked || !*asked) return supported().front();
   std::string names;
@@ -60,12 +60,12 @@ const Kernels& choose() {
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+const KernelSet& kernels() {
+  static const KernelSet& chosen = choose();
   return chosen;
 }
 
-const Kernels* supported_kernels(std::size_t i) {
+const KernelSet* supported_kernels(std::size_t i) {
   return i < supported().size() ? &supported()[i] : nullptr;
 }
 

@@ -20,29 +20,32 @@ struct AllIn {
   static constexpr Format parameter = format, gradient = format, m = format, v = format;
 };
 
+FUSED_ADAM_INLINE bool rounds(const TensorRounding& rounding, unsigned result) {
+  return (rounding.results & result) != 0u;
+}
+
 template <std::size_t count>
 FUSED_ADAM_INLINE void fill_random(ChunkRandom<count>& random, std::size_t first,
-                                   const StepRounding& rounding) {
+                                   const TensorRounding& rounding) {
   auto start = std::uint32_t(first);
-  TensorRandom of_tensor = rounding.random;
-  if (rounding.m || rounding.v) {
+  if (rounds(rounding, kRoundM | kRoundV)) {
     FUSED_ADAM_VECTORIZE
     for (std::size_t i = 0; i < count; ++i) {
-      random.of_state[i] = random_bits(of_tensor.of_state, start + std::uint32_t(i));
+      random.of_state[i] = random_bits(rounding.state_key, start + std::uint32_t(i));
     }
   }
-  if (rounding.parameter) {
+  if (rounds(rounding, kRoundParameter)) {
     FUSED_ADAM_VECTORIZE
     for (std::size_t i = 0; i < count; ++i) {
-      random.of_parameter[i] = more_random_bits(of_tensor.of_parameter, start + std::uint32_t(i));
+      random.of_parameter[i] = more_random_bits(rounding.parameter_key, start + std::uint32_t(i));
     }
   }
 }
 
-template <std::size_t count, typename Rule, typename Formats>
+template <std::size_t count, typename Formats>
 FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std::size_t element,
                                     const Formats& formats, AdamScalars<float> scalars,
-                                    AdamConstants constants, const StepRounding& rounding) {
+                                    AdamConstants constants, const TensorRounding& rounding) {
   alignas(64) float parameter_buffer[count], gradient_buffer[count], m_buffer[count],
       v_buffer[count];
   auto parameter = load_chunk<count>(run.parameter, formats.parameter, at, parameter_buffer);
@@ -55,7 +58,7 @@ FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std:
   FUSED_ADAM_VECTORIZE
   for (std::size_t i = 0; i < count; ++i) {
     AdamState<float> next =
-        Rule::step(AdamState<float>{parameter[i], m[i], v[i]}, gradient[i], scalars, constants);
+        adam_rule(AdamState<float>{parameter[i], m[i], v[i]}, gradient[i], scalars, constants);
     new_parameter[i] = next.parameter;
     new_m[i] = next.m;
     new_v[i] = next.v;
@@ -63,21 +66,21 @@ FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std:
   ChunkRandom<count> random;
   fill_random(random, element, rounding);
   auto state_bits = [&](bool is_random, unsigned shift) {
-    return ChunkRounding{is_random ? random.of_state : nullptr, shift, rounding.random.advance};
+    return ChunkRounding{is_random ? random.of_state : nullptr, shift, rounding.advance};
   };
   store_chunk<count>(new_parameter, run.new_parameter, formats.parameter, at,
-                     {rounding.parameter ? random.of_parameter : nullptr});
-  store_chunk<count>(new_m, run.new_m, formats.m, at, state_bits(rounding.m, 16));
-  store_chunk<count>(new_v, run.new_v, formats.v, at, state_bits(rounding.v, 0));
+                     {rounds(rounding, kRoundParameter) ? random.of_parameter : nullptr});
+  store_chunk<count>(new_m, run.new_m, formats.m, at, state_bits(rounds(rounding, kRoundM), 16));
+  store_chunk<count>(new_v, run.new_v, formats.v, at, state_bits(rounds(rounding, kRoundV), 0));
 }
 
-template <typename Rule, typename Formats>
+template <typename Formats>
 __attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::size_t at,
                                                   std::size_t count, std::size_t element,
                                                   const Formats& formats,
                                                   AdamScalars<float> scalars,
                                                   AdamConstants constants,
-                                                  const StepRounding& rounding) {
+                                                  const TensorRounding& rounding) {
   PaddedChunk parameter, gradient, m, v;
   RunPointers padded = {parameter.load(run.parameter, formats.parameter, at, count),
                         gradient.load(run.gradient, formats.gradient, at, count),
@@ -86,81 +89,82 @@ __attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::s
                         parameter.target(run.new_parameter, formats.parameter, at),
                         m.target(run.new_m, formats.m, at),
                         v.target(run.new_v, formats.v, at)};
-  update_chunk<kChunk, Rule>(padded, 0, element, formats, scalars, constants, rounding);
+  update_chunk<kChunk>(padded, 0, element, formats, scalars, constants, rounding);
   parameter.store(run.new_parameter, formats.parameter, at, count);
   m.store(run.new_m, formats.m, at, count);
   v.store(run.new_v, formats.v, at, count);
 }
 
-template <std::size_t most, typename Rule, typename Formats>
+template <std::size_t most, typename Formats>
 FUSED_ADAM_INLINE void update_as(const RunPointers& run, std::size_t first, std::size_t n,
                                  const Formats& formats, AdamScalars<float> scalars,
-                                 AdamConstants constants, const StepRounding& rounding) {
+                                 AdamConstants constants, const TensorRounding& rounding) {
   std::size_t at = 0;
   for (; most > kChunk && at + most <= n; at += most) {
-    update_chunk<most, Rule>(run, at, first + at, formats, scalars, constants, rounding);
+    update_chunk<most>(run, at, first + at, formats, scalars, constants, rounding);
   }
   for (; at + kChunk <= n; at += kChunk) {
-    update_chunk<kChunk, Rule>(run, at, first + at, formats, scalars, constants, rounding);
+    update_chunk<kChunk>(run, at, first + at, formats, scalars, constants, rounding);
   }
   if (at < n) {
-    update_short_chunk<Rule>(run, at, n - at, first + at, formats, scalars, constants, rounding);
+    update_short_chunk(run, at, n - at, first + at, formats, scalars, constants, rounding);
   }
 }
 
-// The ways of rounding that the options lead to are known when the kernel is compiled.
-template <typename Rule, typename Formats>
+// The requests of the options are known when the kernel is compiled.
+template <typename Formats>
 FUSED_ADAM_INLINE void update_pairs(const RunPointers& run, std::size_t first, std::size_t n,
                                     const Formats& formats, AdamScalars<float> scalars,
-                                    AdamConstants constants, const StepRounding& rounding) {
-  auto with = [&](const StepRounding& known) FUSED_ADAM_INLINE_LAMBDA {
-    update_as<kChunk, Rule>(run, first, n, formats, scalars, constants, known);
+                                    AdamConstants constants, const TensorRounding& rounding) {
+  auto with = [&](unsigned results) FUSED_ADAM_INLINE_LAMBDA {
+    TensorRounding known{results, rounding.parameter_key, rounding.state_key, 0u};
+    update_as<kChunk>(run, first, n, formats, scalars, constants, known);
   };
-  if (!rounding.parameter && !rounding.m && rounding.v) {
-    with({false, false, true, rounding.random});
-  } else if (rounding.parameter && rounding.m && rounding.v) {
-    with({true, true, true, rounding.random});
-  } else if (!rounding.parameter && !rounding.m && !rounding.v) {
-    with({});
-  } else {
-    with(rounding);
+  switch (rounding.results) {
+    case 0:
+      return with(0);
+    case kRoundV:
+      return with(kRoundV);
+    case kRoundParameter | kRoundM | kRoundV:
+      return with(kRoundParameter | kRoundM | kRoundV);
+    default:
+      return with(rounding.results);
   }
 }
 
-template <typename Rule>
 void update(const RunPointers& run, std::size_t first, std::size_t n, const TensorFormats& formats,
-            AdamScalars<float> scalars, AdamConstants constants, const StepRounding& rounding) {
+            AdamScalars<float> scalars, AdamConstants constants, const TensorRounding& rounding) {
   constexpr Format f32 = Format::float32, bf16 = Format::bfloat16, f16 = Format::float16,
-                   split = Format::bfloat16_remainder;
+                   split = Format::bfloat16_correction;
   auto are = [&](Format parameter, Format gradient, Format state) {
     return formats.parameter == parameter && formats.gradient == gradient && formats.m == state &&
            formats.v == state;
   };
   if (are(f32, f32, f32)) {
-    update_as<kChunk, Rule>(run, first, n, AllIn<f32>(), scalars, constants, StepRounding());
+    update_as<kChunk>(run, first, n, AllIn<f32>(), scalars, constants, TensorRounding{});
   } else if (are(bf16, bf16, bf16)) {
-    update_pairs<Rule>(run, first, n, InPairs<bf16, bf16>(), scalars, constants, rounding);
+    update_pairs(run, first, n, InPairs<bf16, bf16>(), scalars, constants, rounding);
   } else if (are(f16, f16, bf16)) {
-    update_pairs<Rule>(run, first, n, InPairs<f16, f16>(), scalars, constants, rounding);
+    update_pairs(run, first, n, InPairs<f16, f16>(), scalars, constants, rounding);
   } else if (are(split, bf16, bf16)) {
-    update_pairs<Rule>(run, first, n, InPairs<split, bf16>(), scalars, constants, rounding);
+    update_pairs(run, first, n, InPairs<split, bf16>(), scalars, constants, rounding);
   } else {
-    update_as<4 * kChunk, Rule>(run, first, n, formats, scalars, constants, rounding);
+    update_as<4 * kChunk>(run, first, n, formats, scalars, constants, rounding);
   }
 }
 
-FUSED_ADAM_INLINE void keep_plane(Source from, Target to, Format format, std::size_t n) {
+FUSED_ADAM_INLINE void keep_array(Source from, Target to, Format format, std::size_t n) {
   if (from.values != to.values) __builtin_memcpy(to.values, from.values, n * value_bytes(format));
-  if (from.extra == to.extra) return;
-  std::size_t extras = format == Format::bfloat16_remainder ? n : (n + kChunk - 1) / kChunk;
-  __builtin_memcpy(to.extra, from.extra, extras * sizeof(std::uint16_t));
+  if (from.auxiliary == to.auxiliary) return;
+  std::size_t auxiliaries = format == Format::bfloat16_correction ? n : (n + kChunk - 1) / kChunk;
+  __builtin_memcpy(to.auxiliary, from.auxiliary, auxiliaries * sizeof(std::uint16_t));
 }
 
 void keep(const RunPointers& run, std::size_t, std::size_t n, const TensorFormats& formats,
-          AdamScalars<float>, AdamConstants, const StepRounding&) {
-  keep_plane(run.parameter, run.new_parameter, formats.parameter, n);
-  keep_plane(run.m, run.new_m, formats.m, n);
-  keep_plane(run.v, run.new_v, formats.v, n);
+          AdamScalars<float>, AdamConstants, const TensorRounding&) {
+  keep_array(run.parameter, run.new_parameter, formats.parameter, n);
+  keep_array(run.m, run.new_m, formats.m, n);
+  keep_array(run.v, run.new_v, formats.v, n);
 }
 
 // One lane for each element of a chunk, so that the order of summation does not depend on the width of vectors.
@@ -261,11 +265,10 @@ void gather(const char* from_bytes, const std::int64_t* offsets, std::size_t n, 
   for (std::size_t i = 0; i < n; ++i) to[i] = from[offsets[i]];
 }
 
-Kernels make_kernels(const char* isa) {
-  Kernels set;
+KernelSet make_kernels(const char* isa) {
+  KernelSet set;
   set.isa = isa;
-  set.adam = update<AdamRule>;
-  set.traffic = update<TrafficRule>;
+  set.adam = update;
   set.keep = keep;
   set.sum_of_squares = sum_of_squares;
   set.convert = convert;
@@ -282,7 +285,7 @@ Kernels make_kernels(const char* isa) {
 #define FUSED_ADAM_NAME(isa) FUSED_ADAM_NAME_(isa)
 
 namespace FUSED_ADAM_ISA {
-Kernels kernels() { return make_kernels(FUSED_ADAM_NAME(FUSED_ADAM_ISA)); }
+KernelSet kernels() { return make_kernels(FUSED_ADAM_NAME(FUSED_ADAM_ISA)); }
 }  // namespace FUSED_ADAM_ISA
 
 }  // namespace fused_adam::cpu

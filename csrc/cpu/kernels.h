@@ -1,4 +1,5 @@
-// What the CPU back end asks of its vectorised inner loops: update a contiguous run, transpose a tile, gather by a table. cpu/kernels.cpp is compiled once per instruction set; isa.cpp chooses.
+// The vectorised inner loops of the CPU back end: update a contiguous run, transpose a tile, gather by a table.
+// kernels.cpp is compiled once per instruction set; isa.cpp chooses.
 #pragma once
 
 #include <cstddef>
@@ -6,19 +7,20 @@
 
 #include "math/adam_rule.h"
 #include "math/encodings.h"
+#include "math/random_bits.h"
 #include "op/formats.h"
 
 namespace fused_adam::cpu {
 
-// A plane of values, and beside it what some formats have more: a remainder for each value, or a scale for each block. Addressed
-// by bytes, so that one type serves every format.
+// An array of values, and beside it the auxiliary array of some formats: a correction for each value, or a scale for each
+// block. Addressed by bytes, so that one type serves every format.
 struct Source {
   const char* values;
-  const char* extra = nullptr;
+  const char* auxiliary = nullptr;
 };
 struct Target {
   char* values;
-  char* extra = nullptr;
+  char* auxiliary = nullptr;
 };
 
 // The elements of a run, which lies within a row and begins where a block does if the formats have blocks.
@@ -32,17 +34,9 @@ struct RunPointers {
   Target new_v;
 };
 
-// What of a tensor's results is rounded stochastically in one step.
-struct StepRounding {
-  bool parameter = false;
-  bool m = false;
-  bool v = false;
-  TensorRandom random{};
-};
-
 // Updates n consecutive elements, the tensor's `first` and on in row-major order.
 using Update = void (*)(const RunPointers&, std::size_t first, std::size_t n, const TensorFormats&,
-                        AdamScalars<float>, AdamConstants, const StepRounding&);
+                        AdamScalars<float>, AdamConstants, const TensorRounding&);
 
 // The sum of the squares of n elements, in float32 and then float64; in the same order on every processor. Infinite or NaN if
 // a square is.
@@ -59,10 +53,9 @@ using Transpose = void (*)(const char* from, std::ptrdiff_t from_stride, std::si
 // to[i] = from[offsets[i]], in elements.
 using Gather = void (*)(const char* from, const std::int64_t* offsets, std::size_t n, char* to);
 
-struct Kernels {
+struct KernelSet {
   const char* isa;
   Update adam;
-  Update traffic;
   Update keep;  // gives the old values to the new arrays, bit for bit
   SumOfSquares sum_of_squares;
   Convert convert;
@@ -73,9 +66,9 @@ struct Kernels {
 };
 
 // The set in use.
-const Kernels& kernels();
+const KernelSet& kernels();
 
 // The i-th set that this machine can run, best first; nullptr past the last.
-const Kernels* supported_kernels(std::size_t i);
+const KernelSet* supported_kernels(std::size_t i);
 
 }  // namespace fused_adam::cpu

@@ -43,10 +43,11 @@ FUSED_ADAM_INLINE Value* as(char* bytes) {
 
 // Codes by `load_one(code, scale)`, block by block.
 template <std::size_t count, typename Code, typename LoadOne>
-FUSED_ADAM_INLINE void load_codes(Source from, std::size_t at, float* buffer, LoadOne load_one) {
+FUSED_ADAM_INLINE void load_quantized(Source from, std::size_t at, float* buffer,
+                                      LoadOne load_one) {
   for (std::size_t block = 0; block < count; block += kChunk) {
     auto codes = as<Code>(from.values) + at + block;
-    float scale = load_bfloat16(as<std::uint16_t>(from.extra)[(at + block) / kChunk]);
+    float scale = load_bfloat16(as<std::uint16_t>(from.auxiliary)[(at + block) / kChunk]);
     FUSED_ADAM_VECTORIZE
     for (std::size_t i = 0; i < kChunk; ++i) buffer[block + i] = load_one(codes[i], scale);
   }
@@ -68,19 +69,19 @@ FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_
     case Format::float16:
       half::to_float(as<std::uint16_t>(from.values) + at, count, buffer);
       return buffer;
-    case Format::bfloat16_remainder: {
+    case Format::bfloat16_correction: {
       auto values = as<std::uint16_t>(from.values) + at;
-      auto remainders = as<std::int16_t>(from.extra) + at;
+      auto corrections = as<std::int16_t>(from.auxiliary) + at;
       FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < count; ++i) buffer[i] = join(values[i], remainders[i]);
+      for (std::size_t i = 0; i < count; ++i) buffer[i] = join(values[i], corrections[i]);
       return buffer;
     }
     case Format::int8:
-      load_codes<count, std::int8_t>(from, at, buffer,
-                                     [](int code, float scale) { return load_int8(code, scale); });
+      load_quantized<count, std::int8_t>(
+          from, at, buffer, [](int code, float scale) { return load_int8(code, scale); });
       return buffer;
     case Format::uint8:
-      load_codes<count, std::uint8_t>(
+      load_quantized<count, std::uint8_t>(
           from, at, buffer, [](int code, float scale) { return load_uint8(code, scale); });
       return buffer;
   }
@@ -118,12 +119,12 @@ FUSED_ADAM_INLINE std::uint32_t largest_magnitude(const float* x) {
 
 // Scales by `scale_of(largest magnitude)` of every block first, then codes by `store_one(i, inverse of the scale)`.
 template <std::size_t count, typename Code, typename ScaleOf, typename StoreOne>
-FUSED_ADAM_INLINE void store_codes(const float* x, Target to, std::size_t at, ScaleOf scale_of,
-                                   StoreOne store_one) {
+FUSED_ADAM_INLINE void store_quantized(const float* x, Target to, std::size_t at, ScaleOf scale_of,
+                                       StoreOne store_one) {
   float inverses[count / kChunk];
   for (std::size_t block = 0; block < count / kChunk; ++block) {
     BlockScale scale = scale_of(largest_magnitude(x + block * kChunk));
-    as<std::uint16_t>(to.extra)[at / kChunk + block] = std::uint16_t(scale.stored);
+    as<std::uint16_t>(to.auxiliary)[at / kChunk + block] = std::uint16_t(scale.stored);
     inverses[block] = scale.inverse;
   }
   for (std::size_t block = 0; block < count / kChunk; ++block) {
@@ -169,24 +170,24 @@ FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std
       }
       return;
     }
-    case Format::bfloat16_remainder: {
+    case Format::bfloat16_correction: {
       auto values = as<std::uint16_t>(to.values) + at;
-      auto remainders = as<std::uint16_t>(to.extra) + at;
+      auto corrections = as<std::uint16_t>(to.auxiliary) + at;
       alignas(64) std::uint32_t uppers[count], lowers[count];
       FUSED_ADAM_VECTORIZE
       for (std::size_t i = 0; i < count; ++i) {
         SplitFloat parts = split(x[i]);
         uppers[i] = parts.bfloat16;
-        lowers[i] = parts.remainder;
+        lowers[i] = parts.correction;
       }
       FUSED_ADAM_VECTORIZE
       for (std::size_t i = 0; i < count; ++i) values[i] = std::uint16_t(uppers[i]);
       FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < count; ++i) remainders[i] = std::uint16_t(lowers[i]);
+      for (std::size_t i = 0; i < count; ++i) corrections[i] = std::uint16_t(lowers[i]);
       return;
     }
     case Format::int8: {
-      store_codes<count, std::int8_t>(
+      store_quantized<count, std::int8_t>(
           x, to, at, [](std::uint32_t largest) { return scale_of_m(largest); },
           [=](std::size_t i, float inverse) {
             return store_int8(x[i], inverse, rounding.random ? rounding[i] : nearest);
@@ -194,7 +195,7 @@ FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std
       return;
     }
     case Format::uint8: {
-      store_codes<count, std::uint8_t>(
+      store_quantized<count, std::uint8_t>(
           x, to, at, [](std::uint32_t largest) { return scale_of_v(largest); },
           [=](std::size_t i, float inverse) {
             return store_uint8(x[i], inverse, rounding.random ? rounding[i] : nearest);
@@ -213,29 +214,29 @@ constexpr std::size_t value_bytes(Format format) {
 // A short chunk is copied to a whole one, whose missing elements are zeros. Scales are read and written where they lie.
 struct PaddedChunk {
   alignas(64) char values[kChunk * sizeof(float)] = {};
-  alignas(64) char remainders[kChunk * sizeof(std::int16_t)] = {};
+  alignas(64) char corrections[kChunk * sizeof(std::int16_t)] = {};
 
   Source load(Source from, Format format, std::size_t at, std::size_t count) {
     __builtin_memcpy(values, from.values + at * value_bytes(format), count * value_bytes(format));
-    if (format == Format::bfloat16_remainder) {
-      __builtin_memcpy(remainders, from.extra + at * sizeof(std::int16_t),
+    if (format == Format::bfloat16_correction) {
+      __builtin_memcpy(corrections, from.auxiliary + at * sizeof(std::int16_t),
                        count * sizeof(std::int16_t));
-      return {values, remainders};
+      return {values, corrections};
     }
-    if (from.extra) from.extra += at / kChunk * sizeof(std::uint16_t);
-    return {values, from.extra};
+    if (from.auxiliary) from.auxiliary += at / kChunk * sizeof(std::uint16_t);
+    return {values, from.auxiliary};
   }
 
   Target target(Target to, Format format, std::size_t at) {
-    if (format == Format::bfloat16_remainder) return {values, remainders};
-    if (to.extra) to.extra += at / kChunk * sizeof(std::uint16_t);
-    return {values, to.extra};
+    if (format == Format::bfloat16_correction) return {values, corrections};
+    if (to.auxiliary) to.auxiliary += at / kChunk * sizeof(std::uint16_t);
+    return {values, to.auxiliary};
   }
 
   void store(Target to, Format format, std::size_t at, std::size_t count) const {
     __builtin_memcpy(to.values + at * value_bytes(format), values, count * value_bytes(format));
-    if (format == Format::bfloat16_remainder) {
-      __builtin_memcpy(to.extra + at * sizeof(std::int16_t), remainders,
+    if (format == Format::bfloat16_correction) {
+      __builtin_memcpy(to.auxiliary + at * sizeof(std::int16_t), corrections,
                        count * sizeof(std::int16_t));
     }
   }

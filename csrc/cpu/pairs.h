@@ -59,39 +59,39 @@ class Pairs<Format::bfloat16> {
 };
 
 template <>
-class Pairs<Format::bfloat16_remainder> {
+class Pairs<Format::bfloat16_correction> {
  public:
   FUSED_ADAM_INLINE Pairs(Source from, std::size_t at)
       : words_(as<Word>(from.values + at * sizeof(std::uint16_t))),
-        remainders_(as<Word>(from.extra + at * sizeof(std::int16_t))) {}
+        corrections_(as<Word>(from.auxiliary + at * sizeof(std::int16_t))) {}
 
   FUSED_ADAM_INLINE float first(std::size_t i) const {
-    return join(words_[i] & 0xFFFFu, first_signed(remainders_[i]));
+    return join(words_[i] & 0xFFFFu, first_signed(corrections_[i]));
   }
   FUSED_ADAM_INLINE float second(std::size_t i) const {
-    return join(words_[i] >> 16, second_signed(remainders_[i]));
+    return join(words_[i] >> 16, second_signed(corrections_[i]));
   }
 
   class Target {
    public:
     FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at)
         : words_(as<Word>(to.values + at * sizeof(std::uint16_t))),
-          remainders_(as<Word>(to.extra + at * sizeof(std::int16_t))) {}
+          corrections_(as<Word>(to.auxiliary + at * sizeof(std::int16_t))) {}
     FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding, float second, Rounding) {
       SplitFloat a = split(first), b = split(second);
       words_[i] = word_of(a.bfloat16, b.bfloat16);
-      remainders_[i] = word_of(a.remainder, b.remainder);
+      corrections_[i] = word_of(a.correction, b.correction);
     }
     FUSED_ADAM_INLINE void finish(bool) {}
 
    private:
     Word* words_;
-    Word* remainders_;
+    Word* corrections_;
   };
 
  private:
   const Word* words_;
-  const Word* remainders_;
+  const Word* corrections_;
 };
 
 // By the processor's conversions, which take and give neighbours, so through buffers; but what is rounded stochastically.
@@ -138,10 +138,10 @@ struct InPairs {
                           v = Format::bfloat16;
 };
 
-template <std::size_t count, typename Rule, Format of_parameter, Format of_gradient>
+template <std::size_t count, Format of_parameter, Format of_gradient>
 FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std::size_t element,
                                     InPairs<of_parameter, of_gradient>, AdamScalars<float> scalars,
-                                    AdamConstants constants, const StepRounding& rounding) {
+                                    AdamConstants constants, const TensorRounding& rounding) {
   static_assert(count == kChunk);
   using State = Pairs<Format::bfloat16>;
   Pairs<of_parameter> parameter(run.parameter, at);
@@ -149,32 +149,20 @@ FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std:
   State m(run.m, at), v(run.v, at);
   typename Pairs<of_parameter>::Target new_parameter(run.new_parameter, at);
   State::Target new_m(run.new_m, at), new_v(run.new_v, at);
-  TensorRandom random = rounding.random;
   auto start = std::uint32_t(element);
   FUSED_ADAM_VECTORIZE
   for (std::uint32_t i = 0; i < count / 2; ++i) {
     AdamState<float> a{parameter.first(i), m.first(i), v.first(i)};
     AdamState<float> b{parameter.second(i), m.second(i), v.second(i)};
-    a = Rule::step(a, gradient.first(i), scalars, constants);
-    b = Rule::step(b, gradient.second(i), scalars, constants);
-    std::uint32_t first = start + 2 * i, second = first + 1;
-    std::uint32_t state_a = 0, state_b = 0, parameter_a = 0, parameter_b = 0;
-    if (rounding.m || rounding.v) {
-      state_a = random_bits(random.of_state, first);
-      state_b = random_bits(random.of_state, second);
-    }
-    if (rounding.parameter) {
-      parameter_a = more_random_bits(random.of_parameter, first);
-      parameter_b = more_random_bits(random.of_parameter, second);
-    }
-    new_v.store(i, a.v, {rounding.v, random_half(state_a, 0, 0)}, b.v,
-                {rounding.v, random_half(state_b, 0, 0)});
-    new_m.store(i, a.m, {rounding.m, random_half(state_a, 16, 0)}, b.m,
-                {rounding.m, random_half(state_b, 16, 0)});
-    new_parameter.store(i, a.parameter, {rounding.parameter, random_half(parameter_a, 0, 0)},
-                        b.parameter, {rounding.parameter, random_half(parameter_b, 0, 0)});
+    a = adam_rule(a, gradient.first(i), scalars, constants);
+    b = adam_rule(b, gradient.second(i), scalars, constants);
+    ElementRounding of_a = element_rounding(rounding, start + 2 * i);
+    ElementRounding of_b = element_rounding(rounding, start + 2 * i + 1);
+    new_v.store(i, a.v, of_a.v, b.v, of_b.v);
+    new_m.store(i, a.m, of_a.m, b.m, of_b.m);
+    new_parameter.store(i, a.parameter, of_a.parameter, b.parameter, of_b.parameter);
   }
-  new_parameter.finish(rounding.parameter);
+  new_parameter.finish((rounding.results & kRoundParameter) != 0u);
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ void ConvertMoment::eval_cpu(const std::vector<mx::array>& inputs,
   size_t length = inputs[0].shape(-1), rows = length == 0 ? 0 : inputs[0].size() / length;
   cpu::Source from{inputs[0].data<char>()};
   cpu::Target to{outputs[0].data<char>()};
-  if (inputs.size() > 1) from.extra = inputs[1].data<char>();
-  if (outputs.size() > 1) to.extra = outputs[1].data<char>();
+  if (inputs.size() > 1) from.auxiliary = inputs[1].data<char>();
+  if (outputs.size() > 1) to.auxiliary = outputs[1].data<char>();
   size_t from_bytes = inputs[0].itemsize(), to_bytes = outputs[0].itemsize();
   encoder.dispatch([=, from_format = from_, to_format = to_]() mutable {
     size_t scale_bytes = divide_up(length, kBlockElements) * sizeof(uint16_t);
@@ -28,8 +28,8 @@ void ConvertMoment::eval_cpu(const std::vector<mx::array>& inputs,
       cpu::kernels().convert(from, from_format, to, to_format, length);
       from.values += length * from_bytes;
       to.values += length * to_bytes;
-      if (from.extra) from.extra += scale_bytes;
-      if (to.extra) to.extra += scale_bytes;
+      if (from.auxiliary) from.auxiliary += scale_bytes;
+      if (to.auxiliary) to.auxiliary += scale_bytes;
     }
   });
 }

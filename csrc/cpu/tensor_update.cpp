@@ -17,9 +17,9 @@ namespace {
 
 // Elements of a unit of linear work: small enough to balance, large enough that claiming it costs nothing.
 constexpr size_t kRun = 1 << 15;
-// Blocks of a general layout that make a unit.
-constexpr size_t kBlocksPerUnit = 8;
-// How many row-major elements cost as much as one of the other layouts, roughly.
+// Pieces of a general layout that make a unit.
+constexpr size_t kPiecesPerUnit = 8;
+// Cost of an element of the other layouts, roughly, in row-major elements.
 constexpr size_t kTiledCost = 2;
 constexpr size_t kGeneralCost = 4;
 constexpr size_t kCacheLine = 64;
@@ -45,9 +45,9 @@ int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
   return offset;
 }
 
-// Elements after which blocks of codes begin anew: a row, unless its blocks are all whole or it is the only one.
+// Elements after which blocks of quantized state begin anew: a row, unless its blocks are all whole or it is the only one.
 size_t row_of(const mx::array& parameter, const TensorFormats& formats) {
-  if (!formats.has_codes()) return parameter.size();
+  if (!formats.is_quantized()) return parameter.size();
   size_t length = parameter.shape(-1);
   return length % kBlockElements == 0 ? parameter.size() : length;
 }
@@ -66,36 +66,38 @@ char* tile_buffer() {
 
 }  // namespace
 
-TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, const TensorFormats& formats,
-                           UpdateRule rule)
-    : size_(in[0].size()), row_(row_of(in[0], formats)), formats_(formats) {
-  auto &parameter = in[0], &gradient = in[1], &m = in[2], &v = in[3];
+TensorUpdate::TensorUpdate(const NodeTensor& tensor, const TensorFormats& formats)
+    : size_(tensor.in[Role::parameter]->size()),
+      row_(row_of(*tensor.in[Role::parameter], formats)),
+      formats_(formats) {
+  auto &parameter = *tensor.in[Role::parameter], &gradient = *tensor.in[Role::gradient];
+  auto &m = *tensor.in[Role::m], &v = *tensor.in[Role::v];
   layout_ = layout_of(parameter, gradient, m, v, kSmallestTile, row_ == size_);
-  size_t extras = extra_count(formats);
-  allocate_outputs(in, out, extras);
-  auto source = [](const mx::array& x) { return Source{x.data<char>()}; };
-  auto target = [](mx::array& x) { return Target{x.data<char>()}; };
-  base_ = {source(parameter), source(gradient), source(m),     source(v),
-           target(out[0]),    target(out[1]),   target(out[2])};
-  for (size_t i = 0; i < kArrays + extras; ++i) held_[i] = in[i].data_shared_ptr();
-  auto all = in;
-  in += AdamUpdate::kFirstExtraInput;
-  out += AdamUpdate::kFirstExtraOutput;
-  if (formats.has_remainder()) {
-    base_.parameter.extra = (in++)->data<char>();
-    base_.new_parameter.extra = (out++)->data<char>();
-  }
-  if (formats.has_codes()) {
-    base_.m.extra = in[0].data<char>();
-    base_.v.extra = in[1].data<char>();
-    base_.new_m.extra = out[0].data<char>();
-    base_.new_v.extra = out[1].data<char>();
+  allocate_outputs(tensor);
+  auto source = [&](size_t values, size_t auxiliary = Role::kCount) {
+    bool has_auxiliary = auxiliary < Role::kCount && tensor.in[auxiliary];
+    return Source{tensor.in[values]->data<char>(),
+                  has_auxiliary ? tensor.in[auxiliary]->data<char>() : nullptr};
+  };
+  auto target = [&](size_t values, size_t auxiliary) {
+    return Target{tensor.out[values]->data<char>(),
+                  tensor.out[auxiliary] ? tensor.out[auxiliary]->data<char>() : nullptr};
+  };
+  base_ = {source(Role::parameter, Role::correction),
+           source(Role::gradient),
+           source(Role::m, Role::m_scale),
+           source(Role::v, Role::v_scale),
+           target(Role::parameter, Role::correction),
+           target(Role::m, Role::m_scale),
+           target(Role::v, Role::v_scale)};
+  for (size_t role = 0; role < Role::kCount; ++role) {
+    if (tensor.in[role]) held_[role] = tensor.in[role]->data_shared_ptr();
   }
   parameter_bytes_ = parameter.itemsize();
   gradient_bytes_ = gradient.itemsize();
   state_bytes_ = m.itemsize();
   auto& set = kernels();
-  update_ = rule == UpdateRule::adam ? set.adam : set.traffic;
+  update_ = set.adam;
   transpose_ = gradient_bytes_ == 4 ? set.transpose_4_bytes : set.transpose_2_bytes;
   switch (layout_.kind) {
     case LayoutKind::linear:
@@ -107,20 +109,18 @@ TensorUpdate::TensorUpdate(const mx::array* in, mx::array* out, const TensorForm
     case LayoutKind::general: {
       bool gathered[kArrays];
       for (int i = 0; i < kArrays; ++i) {
-        gathered[i] = !all[i].flags().row_contiguous;
-        gather_[i] = all[i].itemsize() == 4 ? set.gather_4_bytes : set.gather_2_bytes;
+        gathered[i] = !tensor.in[i]->flags().row_contiguous;
+        gather_[i] = tensor.in[i]->itemsize() == 4 ? set.gather_4_bytes : set.gather_2_bytes;
       }
-      blocks_ = Blocks(layout_, gathered, formats.has_codes() ? kBlockElements : 1);
-      units_ = divide_up(blocks_.count(), kBlocksPerUnit);
+      pieces_ = GatherPieces(layout_, gathered, formats.is_quantized() ? kBlockElements : 1);
+      units_ = divide_up(pieces_.count(), kPiecesPerUnit);
       break;
     }
   }
 }
 
-void TensorUpdate::round(const AdamRounding& rounding, uint32_t step, uint32_t number) {
-  auto random = tensor_random(uint32_t(rounding.seed), uint32_t(rounding.seed >> 32), step, number,
-                              formats_.has_codes());
-  rounding_ = {rounding.parameter, rounding.m, rounding.v, random};
+void TensorUpdate::round(const RoundingRequest& request, uint32_t step, uint32_t number) {
+  rounding_ = tensor_rounding(request, step, number, formats_.is_quantized());
 }
 
 size_t TensorUpdate::cost() const {
@@ -135,14 +135,15 @@ size_t TensorUpdate::cost() const {
   return size_;
 }
 
-void TensorUpdate::run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
+void TensorUpdate::update_unit(size_t unit, AdamScalars<float> scalars,
+                               AdamConstants constants) const {
   switch (layout_.kind) {
     case LayoutKind::linear:
-      return run_linear(unit, scalars, constants);
+      return update_linear(unit, scalars, constants);
     case LayoutKind::tiled:
-      return run_tiled(unit, scalars, constants);
+      return update_tile(unit, scalars, constants);
     case LayoutKind::general:
-      return run_general(unit, scalars, constants);
+      return update_general(unit, scalars, constants);
   }
 }
 
@@ -155,8 +156,8 @@ void TensorUpdate::cut_into_tiles() {
   size_t columns = layout_.columns, most_columns = kTileColumnBytes / parameter_bytes_;
   size_t across = divide_up(columns, most_columns), line = kCacheLine / gradient_bytes_;
   tiles_.row_shift = past_line(base_.gradient.values, gradient_bytes_);
-  // Whole rows have no edges within, and tiles of codes begin where blocks do.
-  bool is_shifted = across > 1 && !formats_.has_codes();
+  // Whole rows have no edges within, and tiles of quantized state begin where blocks do.
+  bool is_shifted = across > 1 && !formats_.is_quantized();
   tiles_.column_shift = is_shifted ? past_line(base_.parameter.values, parameter_bytes_) : 0;
   tiles_.columns =
       divide_up(divide_up(columns + tiles_.column_shift, across), kBlockElements) * kBlockElements;
@@ -171,22 +172,22 @@ void TensorUpdate::cut_into_tiles() {
 
 RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) const {
   RunPointers run = base_;
-  auto move = [](auto& plane, int64_t values, int64_t extra) {
-    plane.values += values;
-    if (plane.extra) plane.extra += extra;
+  auto move = [](auto& array, int64_t values, int64_t auxiliary) {
+    array.values += values;
+    if (array.auxiliary) array.auxiliary += auxiliary;
   };
   int64_t parameter = state_offset * int64_t(parameter_bytes_);
   int64_t state = state_offset * int64_t(state_bytes_);
-  int64_t remainder = state_offset * int64_t(sizeof(int16_t)), scale = 0;
-  if (formats_.has_codes()) {
+  int64_t correction = state_offset * int64_t(sizeof(int16_t)), scale = 0;
+  if (formats_.is_quantized()) {
     size_t row = state_offset / row_, column = state_offset % row_;
     scale = (row * divide_up(row_, kBlockElements) + column / kBlockElements) * sizeof(uint16_t);
   }
-  move(run.parameter, parameter, remainder);
+  move(run.parameter, parameter, correction);
   run.gradient.values += gradient_offset * int64_t(gradient_bytes_);
   move(run.m, state, scale);
   move(run.v, state, scale);
-  move(run.new_parameter, parameter, remainder);
+  move(run.new_parameter, parameter, correction);
   move(run.new_m, state, scale);
   move(run.new_v, state, scale);
   return run;
@@ -213,14 +214,14 @@ size_t TensorUpdate::linear_unit() const {
   return row_ == size_ ? kRun : std::max<size_t>(1, kRun / row_) * row_;
 }
 
-void TensorUpdate::run_linear(size_t unit, AdamScalars<float> scalars,
-                              AdamConstants constants) const {
+void TensorUpdate::update_linear(size_t unit, AdamScalars<float> scalars,
+                                 AdamConstants constants) const {
   size_t start = unit * linear_unit();
   update(at(start, start), start, std::min(linear_unit(), size_ - start), scalars, constants);
 }
 
-void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
-                             AdamConstants constants) const {
+void TensorUpdate::update_tile(size_t unit, AdamScalars<float> scalars,
+                               AdamConstants constants) const {
   char* transposed = tile_buffer();
   int64_t batch = unit / (tiles_.down * tiles_.across);
   // A tile's part of the grid, which begins before the matrix.
@@ -247,29 +248,29 @@ void TensorUpdate::run_tiled(size_t unit, AdamScalars<float> scalars,
   }
 }
 
-void TensorUpdate::run_general(size_t unit, AdamScalars<float> scalars,
-                               AdamConstants constants) const {
-  alignas(kCacheLine) char buffers[kArrays][Blocks::kMost * sizeof(float)];
+void TensorUpdate::update_general(size_t unit, AdamScalars<float> scalars,
+                                  AdamConstants constants) const {
+  alignas(kCacheLine) char buffers[kArrays][GatherPieces::kMost * sizeof(float)];
   const char* bases[kArrays] = {base_.parameter.values, base_.gradient.values, base_.m.values,
                                 base_.v.values};
   size_t bytes[kArrays] = {parameter_bytes_, gradient_bytes_, state_bytes_, state_bytes_};
-  size_t end = std::min((unit + 1) * kBlocksPerUnit, blocks_.count());
-  for (size_t index = unit * kBlocksPerUnit; index < end; ++index) {
-    auto block = blocks_[index];
+  size_t end = std::min((unit + 1) * kPiecesPerUnit, pieces_.count());
+  for (size_t index = unit * kPiecesPerUnit; index < end; ++index) {
+    auto piece = pieces_[index];
     const char* from[kArrays];
     for (int i = 0; i < kArrays; ++i) {
-      from[i] = bases[i] + block.offsets[i] * int64_t(bytes[i]);
-      if (auto table = blocks_.table(i)) {
-        gather_[i](from[i], table, block.size, buffers[i]);
+      from[i] = bases[i] + piece.offsets[i] * int64_t(bytes[i]);
+      if (auto table = pieces_.table(i)) {
+        gather_[i](from[i], table, piece.size, buffers[i]);
         from[i] = buffers[i];
       }
     }
-    RunPointers run = at(block.start, 0);  // the outputs are row-major whatever the inputs are
+    RunPointers run = at(piece.start, 0);  // the outputs are row-major whatever the inputs are
     run.parameter.values = from[0];
     run.gradient.values = from[1];
     run.m.values = from[2];
     run.v.values = from[3];
-    update(run, block.start, block.size, scalars, constants);
+    update(run, piece.start, piece.size, scalars, constants);
   }
 }
 

@@ -1,4 +1,5 @@
-// One tensor's update on the CPU, cut into units that threads may run in any order: which run or tile goes to which kernel.
+// The update of one tensor on the CPU, cut into units that threads may take in any order: which run of elements or tile
+// goes to which kernel.
 #pragma once
 
 #include <cstddef>
@@ -15,30 +16,29 @@ namespace fused_adam::cpu {
 
 class TensorUpdate {
  public:
-  // Allocates the outputs, in place where nobody else holds the input. `in` and `out` are as AdamUpdate has them.
-  TensorUpdate(const mlx::core::array* in, mlx::core::array* out, const TensorFormats& formats,
-               UpdateRule rule);
+  // Allocates the outputs, in place where nobody else holds the input.
+  TensorUpdate(const NodeTensor& tensor, const TensorFormats& formats);
 
   // Sets how the results of one step are rounded; to nearest without.
-  void round(const AdamRounding& rounding, uint32_t step, uint32_t number);
+  void round(const RoundingRequest& request, uint32_t step, uint32_t number);
 
-  // Lets `run` leave parameter, m and v as they are.
+  // Lets `update_unit` leave parameter, m and v as they are.
   void keep() { update_ = kernels().keep; }
 
   // What it costs, in row-major elements that cost as much.
   size_t cost() const;
   size_t units() const { return units_; }
-  void run(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const;
+  void update_unit(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const;
 
  private:
-  // How a matrix is cut: a grid that begins before it by the shifts.
+  // A matrix is cut by a grid that begins before it by the shifts.
   struct Tiles {
     size_t rows, columns, down, across, row_shift, column_shift;
   };
 
-  void run_linear(size_t unit, AdamScalars<float>, AdamConstants) const;
-  void run_tiled(size_t unit, AdamScalars<float>, AdamConstants) const;
-  void run_general(size_t unit, AdamScalars<float>, AdamConstants) const;
+  void update_linear(size_t unit, AdamScalars<float>, AdamConstants) const;
+  void update_tile(size_t unit, AdamScalars<float>, AdamConstants) const;
+  void update_general(size_t unit, AdamScalars<float>, AdamConstants) const;
   // Updates n elements from the tensor's `first` on, row by row where rows matter.
   void update(RunPointers run, size_t first, size_t n, AdamScalars<float>, AdamConstants) const;
   size_t linear_unit() const;
@@ -46,18 +46,18 @@ class TensorUpdate {
   // The pointers moved on, those of the gradient by another number of elements than those of the state.
   RunPointers at(int64_t state_offset, int64_t gradient_offset) const;
 
-  std::shared_ptr<mlx::core::array::Data> held_[kArrays + kMostExtras];  // what the task reads
+  std::shared_ptr<mlx::core::array::Data> held_[Role::kCount];  // what the task reads
   Layout layout_;
-  Tiles tiles_;    // of a tiled layout
-  Blocks blocks_;  // of a general layout
+  Tiles tiles_;          // of a tiled layout
+  GatherPieces pieces_;  // of a general layout
   RunPointers base_;
   size_t size_;
-  size_t
-      row_;  // elements after which blocks of 8-bit codes begin anew; the whole tensor where nothing does
+  // Elements after which blocks of quantized state begin anew; the whole tensor where nothing does.
+  size_t row_;
   size_t parameter_bytes_, gradient_bytes_, state_bytes_;  // of an element
   Update update_;
   TensorFormats formats_;
-  StepRounding rounding_;
+  TensorRounding rounding_{};
   Transpose transpose_;
   Gather gather_[kArrays];
   size_t units_;

@@ -2,8 +2,8 @@
 //
 //   float32             as it is
 //   bfloat16, float16   rounded to nearest even, or stochastically
-//   bfloat16, remainder a bfloat16 and, in an int16 beside it, what rounding took away: together the float32, exactly
-//   int8, uint8         codes of m and of v, with a scale for each block of neighbours in a row (docs/state-codes.md)
+//   bfloat16, correction a bfloat16 and, in an int16 beside it, what rounding took away: together the float32, exactly
+//   int8, uint8         quantized m and v, with a scale for each block of neighbours in a row (docs/state-codes.md)
 #pragma once
 
 #include "math/device_math.h"
@@ -51,14 +51,14 @@ ADAM_FUNCTION unsigned store_float16(float x, Rounding rounding) {
   return h | (sign >> 16);
 }
 
-// ---- bfloat16 and remainder ----
+// ---- bfloat16 and correction ----
 
 struct SplitFloat {
   unsigned bfloat16;
-  unsigned remainder;  // the lower 16 bits count
+  unsigned correction;  // the lower 16 bits count
 };
 
-// To nearest; ties go away from zero, since a remainder has 2^16 values and ties to even would need one more. So it is what the
+// To nearest; ties go away from zero, since a correction has 2^16 values and ties to even would need one more. So it is what the
 // lower half of the bits is as a signed number.
 ADAM_FUNCTION SplitFloat split(float x) {
   unsigned u = bits_of(x);
@@ -67,14 +67,14 @@ ADAM_FUNCTION SplitFloat split(float x) {
   return {x != x ? 0x7FC0u : upper >> 16, is_special ? 0u : u};
 }
 
-// A bfloat16 that was changed since is met by an old remainder: the result then lies within half a unit in its last place,
+// A bfloat16 that was changed since is met by an old correction: the result then lies within half a unit in its last place,
 // and never beyond zero or infinity.
-ADAM_FUNCTION float join(unsigned bfloat16, int remainder) {
+ADAM_FUNCTION float join(unsigned bfloat16, int correction) {
   unsigned sign = (bfloat16 & 0x8000u) << 16;
   int magnitude = int((bfloat16 & 0x7FFFu) << 16);
-  int sum = magnitude + remainder;
+  int sum = magnitude + correction;
   sum = sum < 0 ? 0 : sum;
-  bool is_whole = magnitude > 0x7F800000 || (magnitude == 0x7F800000 && remainder > 0);
+  bool is_whole = magnitude > 0x7F800000 || (magnitude == 0x7F800000 && correction > 0);
   return float_of(sign | unsigned(is_whole ? magnitude : sum));
 }
 

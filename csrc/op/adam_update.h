@@ -9,116 +9,98 @@
 #include <vector>
 
 #include "math/adam_rule.h"
+#include "math/random_bits.h"
 #include "mlx/utils.h"
 #include "op/fallback.h"
 #include "op/formats.h"
 
 namespace fused_adam {
 
-struct AdamHyperparameters {
+// Which results are rounded stochastically where they are stored in 8 or 16 bits; the others to nearest.
+enum class StochasticRounding { nearest, v, all };
+
+// One step of an optimizer: all that its tensors share. Arrays are scalars and may be lazy.
+struct AdamStep {
+  mlx::core::array learning_rate;
+  std::optional<mlx::core::array> step = std::nullopt;  // from 1
   double beta1 = 0.9;
   double beta2 = 0.999;
   double eps = 1e-8;
   double weight_decay = 0.0;
   bool bias_correction = false;
-};
-
-// Which results are rounded stochastically (encodings.h) where they are stored in 8 or 16 bits; the others to nearest.
-struct AdamRounding {
-  bool parameter = false;
-  bool m = false;
-  bool v = false;
+  StochasticRounding rounding = StochasticRounding::nearest;
   uint64_t seed = 0;
-
-  bool any() const { return parameter || m || v; }
+  std::optional<mlx::core::array> gradient_scale =
+      std::nullopt;  // multiplies gradients, to clip them
+  std::optional<mlx::core::array> is_applied =
+      std::nullopt;  // false: results are the old values, bit for bit
+  bool wide_indices =
+      false;  // 64-bit where 32 bits would do: for checks of what only huge tensors need
 };
 
-// What the step's gradients say about it: what they are multiplied by (to clip them), and whether it is applied at all. Scalars
-// of the device, formed while the step runs.
-struct AdamGuard {
-  std::optional<mlx::core::array> gradient_scale;
-  std::optional<mlx::core::array> is_applied;
-
-  bool any() const { return gradient_scale || is_applied; }
-};
-
-// What some storage formats need beside the values: the remainder (int16) of a bfloat16 parameter, or for codes m (int8) and
-// v (uint8) the scales (bfloat16) of each row's blocks, so of shape [..., ceil(last / kBlockElements)]. All row-major.
-struct AdamExtras {
-  std::optional<mlx::core::array> remainder;
-  std::optional<mlx::core::array> m_scale;
-  std::optional<mlx::core::array> v_scale;
-};
-
-// Parallel lists: element i of each belongs to the same parameter. `extras` may be empty: no tensor has any.
-struct AdamTensors {
-  std::vector<mlx::core::array> parameters;
-  std::vector<mlx::core::array> gradients;
-  std::vector<mlx::core::array> m;
-  std::vector<mlx::core::array> v;
-  std::vector<AdamExtras> extras = {};
-};
-
-struct AdamResults {
-  std::vector<mlx::core::array> parameters;
-  std::vector<mlx::core::array> m;
-  std::vector<mlx::core::array> v;
-  std::vector<AdamExtras> extras = {};
+// One parameter with its gradient and its state. Auxiliary arrays are the correction (int16) of a bfloat16 parameter, and
+// the scales (bfloat16) of quantized m (int8) and v (uint8), of shape `scale_shape`.
+struct AdamTensor {
+  mlx::core::array parameter;
+  mlx::core::array gradient;
+  mlx::core::array m;
+  mlx::core::array v;
+  std::optional<mlx::core::array> correction = std::nullopt;
+  std::optional<mlx::core::array> m_scale = std::nullopt;
+  std::optional<mlx::core::array> v_scale = std::nullopt;
+  uint32_t number = 0;     // in the random bits
+  bool is_decayed = true;  // whether weight decay applies
 };
 
 // Names tensor i in an error message; called only then.
 using TensorName = std::function<std::string(size_t)>;
 
-// Whether the stream's device has a kernel to be trusted with these dtypes: of a parameter, its gradient, its m, and of its
-// remainder if there is one.
-using IsFused = std::function<bool(mlx::core::Dtype, mlx::core::Dtype, mlx::core::Dtype,
-                                   std::optional<mlx::core::Dtype>)>;
+// Whether the stream's device has a kernel to be trusted with tensors of these formats.
+using UsesKernel = std::function<bool(const TensorFormats&)>;
 
-// Lazily updates every tensor. `step` counts from 1 and may be absent without bias correction. Tensors of which `is_fused`
-// says false get the same update as a composition of MLX's operations, which rounds to nearest; those with extras, which MLX's
-// operations cannot store, from the CPU's kernel. A step that the guard does not let pass gives back what it was given, bit for
-// bit. Stochastic rounding needs a step; `numbers` are the tensors' in its hash, or empty: their places in the lists.
-// `wide_indices` makes kernels index in 64 bits where 32 would do, so that a self-check can run what only huge tensors need.
-AdamResults adam_update(const AdamTensors& tensors, const mlx::core::array& learning_rate,
-                        const std::optional<mlx::core::array>& step, const AdamGuard& guard,
-                        const AdamHyperparameters& hyperparameters, const AdamRounding& rounding,
-                        const std::vector<uint32_t>& numbers, const IsFused& is_fused,
-                        bool wide_indices, mlx::core::StreamOrDevice stream,
-                        const TensorName& name);
+// Lazily updates every tensor; results stand in place of the old values. Validates first, then asks `uses_kernel` once
+// for each combination of formats, then builds the graph. Where it says no, the update is the fallback of MLX's
+// operations, which rounds to nearest; or the CPU's kernel for tensors with auxiliary arrays, which MLX cannot store.
+std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamStep& step,
+                                    const UsesKernel& uses_kernel, mlx::core::StreamOrDevice stream,
+                                    const TensorName& name);
 
-// The traffic of adam_update without its arithmetic, through the same back ends: what a benchmark compares with. All four
-// arrays must share one dtype.
-AdamResults traffic_probe(const AdamTensors& tensors, mlx::core::StreamOrDevice stream,
-                          const TensorName& name);
+// The arrays of a tensor by what they are, in the order in which a node's inputs and outputs hold them.
+struct Role {
+  enum : size_t { parameter, gradient, m, v, correction, m_scale, v_scale, kCount };
+};
 
-// Names one of the rules of adam_rule.h.
-enum class UpdateRule { adam, traffic };
+// One tensor of a node, by role: null where the formats have no such array; `out` has no gradient.
+struct NodeTensor {
+  const mlx::core::array* in[Role::kCount] = {};
+  mlx::core::array* out[Role::kCount] = {};
+};
 
-// Inputs: scalars (float32; [] or of one of AdamScalarCounts), then step
-// (uint32) if any result is rounded stochastically, then for each tensor parameter, gradient, m, v and extras.
-// Outputs: for each tensor parameter, m, v and extras. Extras are remainder, m_scale, v_scale, as far as the formats have them.
-// All tensors of a node share their formats.
-class AdamUpdate : public ComposedPrimitive {
+// A node's constants, and the one place that knows where its arrays are. All of its tensors share their formats.
+// Inputs: scalars (float32; [], or ScalarCounts' kAllScalars), the step (uint32) if any result is rounded stochastically,
+// and the tensors' arrays. Outputs: the tensors' new arrays.
+struct AdamNode {
+  AdamConstants constants;
+  TensorFormats formats;
+  RoundingRequest rounding{};          // of those results that these formats can round
+  std::vector<uint32_t> numbers = {};  // one for each tensor, if anything is rounded stochastically
+  bool wide_indices = false;
+
+  std::vector<NodeTensor> tensors(const std::vector<mlx::core::array>& inputs,
+                                  std::vector<mlx::core::array>* outputs = nullptr) const;
+  const mlx::core::array& scalars(const std::vector<mlx::core::array>& inputs) const {
+    return inputs[0];
+  }
+  // Null if nothing is rounded stochastically.
+  const mlx::core::array* step(const std::vector<mlx::core::array>& inputs) const {
+    return rounding.results ? &inputs[1] : nullptr;
+  }
+};
+
+class AdamUpdate : public PrimitiveWithFallback {
  public:
-  static constexpr size_t kFirstExtraInput = 4;
-  static constexpr size_t kFirstExtraOutput = 3;
-
-  // `numbers` has one for each of the node's tensors, or none without stochastic rounding.
-  AdamUpdate(mlx::core::Stream stream, UpdateRule rule, AdamConstants constants,
-             TensorFormats formats, AdamRounding rounding = {}, std::vector<uint32_t> numbers = {},
-             bool wide_indices = false)
-      : ComposedPrimitive(stream),
-        rule_(rule),
-        constants_(constants),
-        formats_(formats),
-        rounding_(rounding),
-        numbers_(std::move(numbers)),
-        wide_indices_(wide_indices) {}
-
-  // Inputs before those of tensors.
-  size_t common_inputs() const { return rounding_.any() ? 2 : 1; }
-  size_t inputs_per_tensor() const { return kFirstExtraInput + extra_count(formats_); }
-  size_t outputs_per_tensor() const { return kFirstExtraOutput + extra_count(formats_); }
+  AdamUpdate(mlx::core::Stream stream, AdamNode node)
+      : PrimitiveWithFallback(stream), node_(std::move(node)) {}
 
   void eval_cpu(const std::vector<mlx::core::array>& inputs,
                 std::vector<mlx::core::array>& outputs) override;
@@ -130,23 +112,17 @@ class AdamUpdate : public ComposedPrimitive {
   bool is_equivalent(const Primitive&) const override { return false; }
   std::vector<mlx::core::Shape> output_shapes(const std::vector<mlx::core::array>& inputs) override;
 
-  // The same update as a composition of MLX's own operations, whose derivatives MLX knows. Refuses formats with extras.
-  std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)> composed()
-      override;
+  // Rejects formats with auxiliary arrays.
+  Function fallback() override;
 
  private:
-  // What the graph cannot see: throws for codes and extras that are not row-major.
-  void check_layouts(const std::vector<mlx::core::array>& inputs) const;
+  // Checks what a compiled graph cannot: quantized state and auxiliary arrays must be row-major.
+  void check_layouts(const std::vector<NodeTensor>& tensors) const;
 
-  UpdateRule rule_;
-  AdamConstants constants_;
-  TensorFormats formats_;
-  AdamRounding rounding_;
-  std::vector<uint32_t> numbers_;
-  bool wide_indices_;
+  AdamNode node_;
 };
 
-// What runs updates on a device; each defined by its back end.
+// The back end of a device; each defines its own.
 struct Backend {
   const char* name;         // nullptr where there is no kernel ...
   const char* reason;       // ... and then why

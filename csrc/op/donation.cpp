@@ -1,4 +1,4 @@
-// See donation.h. Donation follows MLX's own conditions, so an array that is still held anywhere never changes.
+// See donation.h.
 #include "op/donation.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace fused_adam {
 
 namespace mx = mlx::core;
 
-SoleInputs::SoleInputs(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs)
+Donation::Donation(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs)
     : inputs_(inputs),
       outputs_(outputs),
       may_drop_(
@@ -21,14 +21,14 @@ SoleInputs::SoleInputs(const std::vector<mx::array>& inputs, std::vector<mx::arr
   }
 }
 
-SoleInputs::~SoleInputs() {
+Donation::~Donation() {
   if (is_done_ || !may_drop_) return;
   for (auto& output : outputs_) {
     if (&output.inputs() != &inputs_) output.inputs() = inputs_;
   }
 }
 
-void SoleInputs::commit_and_release() {
+void Donation::commit_and_release() {
   is_done_ = true;
   if (!may_drop_) return;
   for (auto& output : outputs_) output.inputs().clear();
@@ -43,11 +43,10 @@ static void allocate_in_place(const mx::array& input, mx::array& output) {
   }
 }
 
-void allocate_outputs(const mx::array* in, mx::array* out, size_t extras) {
-  allocate_in_place(in[0], out[0]);
-  allocate_in_place(in[2], out[1]);
-  allocate_in_place(in[3], out[2]);
-  for (size_t i = 0; i < extras; ++i) allocate_in_place(in[4 + i], out[3 + i]);
+void allocate_outputs(const NodeTensor& tensor) {
+  for (size_t role = 0; role < Role::kCount; ++role) {
+    if (tensor.out[role]) allocate_in_place(*tensor.in[role], *tensor.out[role]);
+  }
 }
 
 }  // namespace fused_adam

@@ -1,21 +1,23 @@
-// Letting outputs take over the buffers of inputs that nobody else holds; used by every back end.
+// Donates the buffers of inputs that nobody else holds to the outputs; used by every back end. Donation follows MLX's own
+// conditions, so arrays that are still referenced are never modified.
 #pragma once
 
 #include <vector>
 
 #include "mlx/array.h"
+#include "op/adam_update.h"
 
 namespace fused_adam {
 
 // MLX gives every output of a primitive its own copy of the inputs vector, so none of the inputs would ever look unused.
 // Drops the copies of all outputs but the one being evaluated (unless a transformation still needs the graph), and gives
 // them back if the evaluation ends by an exception, so that it can be tried again.
-class SoleInputs {
+class Donation {
  public:
-  SoleInputs(const std::vector<mlx::core::array>& inputs, std::vector<mlx::core::array>& outputs);
-  ~SoleInputs();
-  SoleInputs(const SoleInputs&) = delete;
-  SoleInputs& operator=(const SoleInputs&) = delete;
+  Donation(const std::vector<mlx::core::array>& inputs, std::vector<mlx::core::array>& outputs);
+  ~Donation();
+  Donation(const Donation&) = delete;
+  Donation& operator=(const Donation&) = delete;
 
   // The evaluation has succeeded.
   void commit() { is_done_ = true; }
@@ -31,8 +33,7 @@ class SoleInputs {
   bool is_done_ = false;
 };
 
-// Gives the outputs of one tensor (parameter, m, v, extras) the buffers of its inputs (parameter, gradient, m, v, extras) where
-// nobody else can see them, else fresh row-major ones.
-void allocate_outputs(const mlx::core::array* in, mlx::core::array* out, size_t extras);
+// Gives a tensor's outputs the buffers of its inputs where nobody else can see them, else fresh row-major ones.
+void allocate_outputs(const NodeTensor& tensor);
 
 }  // namespace fused_adam

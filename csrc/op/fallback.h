@@ -1,19 +1,21 @@
-// A primitive whose derivatives and vmap are those of a composition of MLX's own operations that computes the same.
+// A primitive whose derivatives and vmap use a fallback: the same computed by MLX's own operations.
 #pragma once
 
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "mlx/primitives.h"
 
 namespace fused_adam {
 
-class ComposedPrimitive : public mlx::core::Primitive {
+using Function = std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)>;
+
+class PrimitiveWithFallback : public mlx::core::Primitive {
  public:
   using Primitive::Primitive;
 
-  virtual std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)>
-  composed() = 0;
+  virtual Function fallback() = 0;
 
   std::vector<mlx::core::array> jvp(const std::vector<mlx::core::array>& primals,
                                     const std::vector<mlx::core::array>& tangents,

@@ -30,4 +30,21 @@ Format format_of(const mx::Dtype& dtype) {
   }
 }
 
+mx::Dtype dtype_of(Format format) {
+  switch (format) {
+    case Format::float32:
+      return mx::float32;
+    case Format::bfloat16:
+    case Format::bfloat16_correction:
+      return mx::bfloat16;
+    case Format::float16:
+      return mx::float16;
+    case Format::int8:
+      return mx::int8;
+    case Format::uint8:
+      return mx::uint8;
+  }
+  throw std::logic_error("[AdamUpdate] format has no dtype");
+}
+
 }  // namespace fused_adam

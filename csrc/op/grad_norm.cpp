@@ -14,21 +14,21 @@ namespace mx = mlx::core;
 namespace {
 
 // MLX has float64 on the CPU alone.
-mx::array composed_sum(const mx::array& gradient, mx::Stream stream) {
+mx::array fallback_sum(const mx::array& gradient, mx::Stream stream) {
   auto where = gradient.dtype() == mx::float64 ? mx::default_stream(mx::Device::cpu) : stream;
   auto magnitude = gradient.dtype() == mx::complex64 ? mx::abs(gradient, where) : gradient;
   return mx::sum(mx::square(mx::astype(magnitude, mx::float32, where), where), where);
 }
 
-mx::array composed_sum(const std::vector<mx::array>& gradients, mx::Stream stream) {
+mx::array fallback_sum(const std::vector<mx::array>& gradients, mx::Stream stream) {
   mx::array sum(0.0f);
-  for (auto& gradient : gradients) sum = mx::add(sum, composed_sum(gradient, stream), stream);
+  for (auto& gradient : gradients) sum = mx::add(sum, fallback_sum(gradient, stream), stream);
   return sum;
 }
 
 }  // namespace
 
-mx::array sum_of_squares(const std::vector<mx::array>& gradients, const IsNormFused& is_fused,
+mx::array sum_of_squares(const std::vector<mx::array>& gradients, const UsesNormKernel& uses_kernel,
                          mx::StreamOrDevice s) {
   auto stream = mx::to_stream(s);
   std::map<mx::Dtype::Val, bool> known;
@@ -36,17 +36,17 @@ mx::array sum_of_squares(const std::vector<mx::array>& gradients, const IsNormFu
   for (auto& gradient : gradients) {
     auto dtype = gradient.dtype();
     auto [entry, is_new] = known.try_emplace(dtype.val());
-    if (is_new) entry->second = is_plain(dtype) && is_fused(dtype);
+    if (is_new) entry->second = is_plain(dtype) && uses_kernel(dtype);
     (entry->second ? fused : others).push_back(gradient);
   }
-  if (fused.empty()) return composed_sum(others, stream);
+  if (fused.empty()) return fallback_sum(others, stream);
   mx::array sum({}, mx::float32, std::make_shared<SumOfSquares>(stream), std::move(fused));
-  return others.empty() ? sum : mx::add(sum, composed_sum(others, stream), stream);
+  return others.empty() ? sum : mx::add(sum, fallback_sum(others, stream), stream);
 }
 
-std::function<std::vector<mx::array>(const std::vector<mx::array>&)> SumOfSquares::composed() {
+std::function<std::vector<mx::array>(const std::vector<mx::array>&)> SumOfSquares::fallback() {
   return [stream = stream()](const std::vector<mx::array>& gradients) {
-    return std::vector<mx::array>{composed_sum(gradients, stream)};
+    return std::vector<mx::array>{fallback_sum(gradients, stream)};
   };
 }
 

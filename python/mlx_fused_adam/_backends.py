@@ -1,8 +1,8 @@
-"""Which kernel updates parameters on a device, and for which dtypes it may: the guard against a kernel that fails on a
-user's machine.
+"""The kernel that updates parameters on a device, and the dtypes that it may be used for.
 
-A combination of dtypes is checked when it is first met (_self_check.py). On an error or a mismatch that combination is
-left to stock operations, with one warning that says why. MLX_FUSED_ADAM_BACKEND=stock|cpu|metal forces a choice.
+A combination of dtypes is checked when it is first met (_self_check.py). On an error or a mismatch that combination falls
+back to mlx.optimizers' operations, with one warning that gives the reason. MLX_FUSED_ADAM_BACKEND=stock|cpu|metal forces a
+choice. Used by _step.py, _operation.py and _clipping.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLAIN: Dtypes = (mx.float32, mx.float32, mx.float32)
 
 
 class Backend:
-    """What updates parameters on a device: a kernel, for the combinations of dtypes that pass their check, or stock."""
+    """A device's kernel, for the combinations of dtypes that pass their check; or none, and why."""
 
     def __init__(
         self, name: str | None, reason: str | None, kind: mx.DeviceType, is_forced: bool = False
@@ -32,10 +32,10 @@ class Backend:
         self.reason = reason  # why there is no kernel
         self.kind = kind  # of the device where updates run
         self.is_forced = is_forced
-        self.verdicts: dict[Dtypes, str | None] = {}  # what is wrong
+        self.verdicts: dict[Dtypes, str | None] = {}  # an error, or None if the kernel is right
         self._lock = threading.RLock()
 
-    def is_fused(
+    def uses_kernel(
         self,
         parameter: mx.Dtype,
         gradient: mx.Dtype,
@@ -45,8 +45,8 @@ class Backend:
         """Whether the kernel updates tensors of these dtypes; checks a combination that is new.
 
         Raises:
-            RuntimeError: If the check fails and the environment forces this back end; or if it fails for what stock operations
-                cannot store, on the CPU too.
+            RuntimeError: If the check fails and the environment forces this back end; or if it fails, on the CPU too, for a
+                state that MLX's operations cannot store.
         """
         dtypes: Dtypes = (parameter, gradient, state)
         if remainder is not None:
@@ -56,18 +56,18 @@ class Backend:
         if needs_kernel(dtypes):
             if self.is_forced or self.kind == mx.cpu:
                 raise RuntimeError(
-                    f"[adam_update] {_self_check.names(dtypes)} must have a kernel, since stock operations "
+                    f"[adam_update] {_self_check.names(dtypes)} must have a kernel, since MLX's operations "
                     f"cannot store it, but got: {self.check(dtypes)}"
                 )
-            backend_of(mx.cpu).is_fused(*dtypes)
+            backend_of(mx.cpu).uses_kernel(*dtypes)
         return False
 
-    def is_norm_fused(self, gradient: mx.Dtype) -> bool:
+    def uses_norm_kernel(self, gradient: mx.Dtype) -> bool:
         """The same for the kernel that sums the squares of gradients of this dtype."""
         return self.name is not None and self._verdict((gradient,)) is None
 
     def place(self, asked: Place) -> Place:
-        """Where to run what is asked to run there: another device if a kernel of one is forced."""
+        """The place asked for; another device if a kernel of one is forced."""
         if self.name is None:
             return asked
         return self.kind if self.is_forced and _kind(asked) != self.kind else asked
@@ -80,7 +80,8 @@ class Backend:
     def description(self) -> str:
         """``"cpu"``, ``"metal"``, ``"metal (but stock for …: <reason>)"`` or ``"stock (<reason>)"``.
 
-        What stock cannot store is left to the CPU: ``"metal (but the CPU for …: <reason>)"``.
+        States that MLX's operations cannot store are updated by the CPU: ``"metal (but the CPU for …: <reason>)"``.
+        Runs the float32 self-check if nothing has run it yet, which compiles the kernels on a GPU.
         """
         self.check()
         failed = {dtypes: reason for dtypes, reason in self.verdicts.items() if reason}
@@ -119,7 +120,7 @@ class Backend:
 
 
 def reasons() -> list[str]:
-    """Why something that was to be updated had no kernel, so far."""
+    """The reasons so far why updates had no kernel."""
     found = []
     for kind, backend in _known.items():
         failed = {reason for reason in backend.verdicts.values() if reason}
@@ -128,12 +129,12 @@ def reasons() -> list[str]:
 
 
 def needs_kernel(dtypes: Dtypes) -> bool:
-    """Whether stock operations cannot store what has these dtypes: codes and remainders."""
+    """Whether MLX's operations cannot store these dtypes: quantized state and corrections."""
     return is_update(dtypes) and (len(dtypes) > 3 or dtypes[2] == mx.int8)
 
 
-def _warn(what: str, reason: str, to: str = "stock operations") -> None:
-    message = f"mlx-fused-adam leaves {what} to {to}: {reason}"
+def _warn(what: str, reason: str, to: str = "mlx.optimizers") -> None:
+    message = f"mlx-fused-adam: {what} fall back to {to}: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

@@ -74,7 +74,7 @@ def guard_of(
     backend = backend_of()
     stream = backend.place(None)
     try:
-        total = _ext.sum_of_squares(gradients, is_fused=backend.is_norm_fused, stream=stream)
+        total = _ext.sum_of_squares(gradients, uses_kernel=backend.uses_norm_kernel, stream=stream)
     except TypeError:
         for path, gradient in zip(paths(), gradients, strict=True):
             as_array("gradient", gradient, path)

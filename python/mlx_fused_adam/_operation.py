@@ -68,31 +68,28 @@ def adam_update(
         >>> w, m, v = mx.ones(3), mx.zeros(3), mx.zeros(3)
         >>> w, m, v = fused.adam_update(w, mx.ones(3), m, v, 1e-3)
     """
-    beta1, beta2 = check_betas("adam_update", betas)
     tensors = {"parameter": parameter, "gradient": gradient, "m": m, "v": v}
-    parameters, gradients, ms, vs = (
-        [as_array(what, x, "the tensor")] for what, x in tensors.items()
-    )
+    parameter, gradient, m, v = (as_array(what, x, "the tensor") for what, x in tensors.items())
     if not (stream is None or isinstance(stream, (mx.Stream, mx.Device, mx.DeviceType))):
         raise TypeError(f"[adam_update] stream must be a stream or a device but got {stream!r}")
-    is_stochastic = seed is not None
-    backend = backend_of(stream)
-    parameters, ms, vs, _ = _ext.adam_update(
-        parameters,
-        gradients,
-        ms,
-        vs,
+    one_step = _ext.AdamStep(
         as_scalar("learning_rate", learning_rate),
         None if step is None else as_scalar("step", step),
-        beta1=beta1,
-        beta2=beta2,
+        betas=check_betas("adam_update", betas),
         eps=as_number("adam_update", "eps", eps),
         weight_decay=as_number("adam_update", "weight_decay", weight_decay),
         bias_correction=bool(bias_correction),
-        rounding=(is_stochastic,) * 3,
-        seed=as_seed("adam_update", seed) if is_stochastic else 0,
-        is_fused=backend.is_fused,
+        rounding="nearest" if seed is None else "all",
+        seed=0 if seed is None else as_seed("adam_update", seed),
+    )
+    backend = backend_of(stream)
+    (parameter,), (state,) = _ext.adam_update(
+        [parameter],
+        [gradient],
+        [{"m": m, "v": v}],
+        one_step,
+        uses_kernel=backend.uses_kernel,
         stream=backend.place(stream),
         name=lambda _: "the tensor",
     )
-    return parameters[0], ms[0], vs[0]
+    return parameter, state["m"], state["v"]

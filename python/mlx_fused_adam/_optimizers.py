@@ -18,7 +18,8 @@ from mlx.optimizers import AdamW as _StockAdamW
 from mlx.optimizers import Optimizer as _StockOptimizer
 from mlx.utils import tree_map, tree_map_with_path
 
-from ._arguments import as_array, as_number, check_betas, check_ranges
+from . import _ext
+from ._arguments import as_array, as_number, as_scalar, check_betas, check_ranges
 from ._backends import backend_of
 from ._clipping import Guard, check_names, fit_guard_state, guard_of
 from ._decay import DecayFilter
@@ -160,22 +161,31 @@ class _Fused(_StockOptimizer):
         """The new parameters; each state and what is new in it; what the gradients as a whole have said. Changes nothing."""
         walk = Walk(gradients, parameters, states)
         guard = guard_of(walk.gradients, self._options, walk.paths)
-        step = Step(
-            self.learning_rate,
-            self.step,
-            self.betas,
-            self.eps,
-            float(getattr(self, "weight_decay", 0.0)),
-            self.bias_correction,
-            self._options,
-            self._decay_filter,
-            guard,
-            super().apply_single,
-            partial(_StockAdam.apply_single, self),  # type: ignore[arg-type]  # Adam comes after this class
+        weight_decay = float(getattr(self, "weight_decay", 0.0))
+        fused_step = _ext.AdamStep(
+            as_scalar("learning_rate", self.learning_rate),
+            as_scalar("step", self.step),
+            betas=tuple(map(float, self.betas)),
+            eps=float(self.eps),
+            weight_decay=weight_decay,
+            bias_correction=bool(self.bias_correction),
+            rounding=self._options.rounding_request,
+            seed=self._options.seed,
+            gradient_scale=guard and guard.gradient_scale,
+            is_applied=guard and guard.is_applied,
         )
+        decay_filter = self._decay_filter if weight_decay else None
+        step = Step(fused_step, self._options, decay_filter, guard, self._fall_back)
         new, states = step.update(Leaves(walk.gradients, walk.parameters, walk.states, walk.paths))
         walk.fill(new)
         return walk.result(), list(zip(walk.states, states, strict=True)), guard
+
+    def _fall_back(
+        self, gradient: mx.array, parameter: mx.array, state: dict, is_decayed: bool
+    ) -> mx.array:
+        """Update one parameter as mlx.optimizers does; its Adam is its AdamW without decay."""
+        update = super().apply_single if is_decayed else partial(_StockAdam.apply_single, self)  # type: ignore[arg-type]  # Adam comes after this class
+        return update(gradient, parameter, state)
 
     def _description(self) -> dict[str, Any]:
         """Hyper-parameters and options, in what JSON can say."""

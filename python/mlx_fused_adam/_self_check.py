@@ -1,10 +1,10 @@
 """Compares small updates with mlx.optimizers, for one combination of dtypes on one device, before a user's tensors are
 trusted to the kernels.
 
-Every kernel that the combination can meet takes part: row-major tensors alone and in company, aligned and not,
+Every kernel that the combination can meet takes part: row-major tensors alone and in groups, aligned and not,
 column-major and strided gradients, indices of 32 and 64 bits, more work than one threadgroup or thread, a second step
 that finds its buffers free to be reused, clipped gradients, and a step that is not applied. The kernel that sums the
-gradients' squares is checked by itself, for each dtype of gradients.
+gradients' squares is checked by itself, for each dtype of gradients. Used by _backends.py and the report.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ._reference import AdamW as _StockAdamW
+from ._reference import AdamW
 
-# Of a parameter, its gradient, its m (with int8, v is uint8), and of its remainder if there is one. Of the gradient alone where
-# the sum of its squares is meant.
+# The dtypes of a parameter, its gradient, its m (with int8, v is uint8), and its remainder if there is one; or of the gradient
+# alone, for the sum of its squares.
 Dtypes = tuple[mx.Dtype, ...]
 
-# Error allowed, relative to each element: a few roundings in float32, one in the 16-bit dtypes, one code in those of 8 bits.
+# Allowed error, relative to each element: a few roundings in float32, one in the 16-bit dtypes, one level of quantized state.
 TOLERANCE = {
     mx.float32: 1e-5,
     mx.bfloat16: 2**-8,
@@ -31,7 +31,7 @@ TOLERANCE = {
     mx.uint8: 0.04,
 }
 
-# Of a sum of squares, all of one sign.
+# The same for a sum of squares, all of one sign.
 _NORM_TOLERANCE = 1e-5
 
 _BETAS = (0.9, 0.99)
@@ -43,34 +43,34 @@ _streams: dict[mx.DeviceType, mx.Stream] = {}
 
 
 class Tensor(NamedTuple):
-    """One parameter of an update, or what has become of it."""
+    """One parameter with its gradient and its state, before or after an update."""
 
     parameter: mx.array
     gradient: mx.array
-    m: mx.array
-    v: mx.array
-    remainder: mx.array | None = None
-    m_scale: mx.array | None = None
-    v_scale: mx.array | None = None
+    state: dict[str, mx.array]
 
     def values(self, extension: ModuleType) -> list[mx.array]:
-        """What parameter, m and v stand for, in float32."""
-        parameter, m, v = (x.astype(mx.float32) for x in (self.parameter, self.m, self.v))
-        if self.remainder is not None:
-            parameter = (parameter.view(mx.int32) + self.remainder).view(mx.float32)
-        if self.m_scale is not None:
-            m = extension.dequantize_moment(self.m, self.m_scale)
-            v = extension.dequantize_moment(self.v, self.v_scale)
-        return [parameter, m, v]
+        """Parameter, m and v in float32."""
+        parameter = self.parameter.astype(mx.float32)
+        if "remainder" in self.state:
+            parameter = (parameter.view(mx.int32) + self.state["remainder"]).view(mx.float32)
+        moments = []
+        for name in ("m", "v"):
+            moment = self.state[name]
+            if (scale := self.state.get(f"{name}_scale")) is not None:
+                moment = extension.dequantize_moment(moment, scale)
+            moments.append(moment.astype(mx.float32))
+        return [parameter, *moments]
 
     def stored(self) -> list[mx.array]:
-        """What an update writes."""
-        return [x for name, x in self._asdict().items() if x is not None and name != "gradient"]
+        """The arrays that an update writes."""
+        return [self.parameter, *(x for _, x in sorted(self.state.items()))]
 
     def tolerances(self) -> list[float]:
-        """What errors of those values are allowed."""
-        parameter = self.parameter.dtype if self.remainder is None else mx.float32
-        return [TOLERANCE[dtype] for dtype in (parameter, self.m.dtype, self.v.dtype)]
+        """The allowed errors of those values."""
+        parameter = mx.float32 if "remainder" in self.state else self.parameter.dtype
+        dtypes = (parameter, self.state["m"].dtype, self.state["v"].dtype)
+        return [TOLERANCE[dtype] for dtype in dtypes]
 
 
 class Case(NamedTuple):
@@ -101,12 +101,12 @@ def names(dtypes: Dtypes) -> str:
 
 
 def run(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> str | None:
-    """None if every kernel is right, else what is wrong."""
+    """Return None if every kernel is right, else what is wrong."""
     try:
         for kernel, error in errors(extension, kind, dtypes):
             if not error <= 1:  # so that NaN fails too
                 return f"self-check of the {kernel} kernel is off by {error:.1e} times what rounding explains"
-    except Exception as error:  # any failure of a kernel must lead to stock, not to the user
+    except Exception as error:  # a kernel that fails must fall back, not stop the user
         _streams.pop(kind, None)  # it may hold an error that is yet to be raised
         return f"self-check failed: {error}"
     return None
@@ -115,7 +115,7 @@ def run(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> str | Non
 def errors(
     extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes
 ) -> Iterator[tuple[str, float]]:
-    """For each kernel in turn, its largest error as a multiple of what is allowed."""
+    """Yield each kernel's name and its largest error as a multiple of the allowed one."""
     # On the user's stream, an error of the user's own earlier work would be raised here, taken for ours, and lost.
     if kind not in _streams:
         _streams[kind] = mx.new_thread_unsafe_stream(kind)
@@ -141,7 +141,7 @@ def _error_of(extension: ModuleType, case: Case) -> float:
     worst = 0.0
     for step in (_FIRST_STEP, _FIRST_STEP + 1):
         scale = 1.0 if case.gradient_scale is None else case.gradient_scale
-        expected = [_stock_update(extension, tensor, step, scale) for tensor in case.tensors]
+        expected = [_reference_update(extension, tensor, step, scale) for tensor in case.tensors]
         case = case._replace(tensors=_update(extension, case, step))
         mx.eval(case.tensors)
         for tensor, values in zip(case.tensors, expected, strict=True):
@@ -171,7 +171,7 @@ def _error_of_norm(extension: ModuleType, dtype: mx.Dtype) -> float:
     mx.eval(gradients)
 
     def total(gradients: list[mx.array]) -> float:
-        return _number(extension.sum_of_squares(gradients, is_fused=lambda dtype: True))
+        return _number(extension.sum_of_squares(gradients, uses_kernel=lambda dtype: True))
 
     # In two stages, since float32 sums of so many terms are not exact enough.
     squares = mx.square(mx.concatenate([g.astype(mx.float32).reshape(-1) for g in gradients]))
@@ -187,28 +187,32 @@ def _error_of_norm(extension: ModuleType, dtype: mx.Dtype) -> float:
 
 
 def _update(extension: ModuleType, case: Case, step: int) -> list[Tensor]:
-    """Lazily; nothing here holds the old tensors once their update is queued."""
-    parameters, gradients, m, v, *extras = map(list, zip(*case.tensors, strict=True))
-    has_extras = any(x is not None for column in extras for x in column)
-    new_parameters, new_m, new_v, new_extras = extension.adam_update(
-        parameters, gradients, m, v, mx.array(_LEARNING_RATE), mx.array(step, mx.uint64),
-        beta1=_BETAS[0], beta2=_BETAS[1], **_SETTINGS,
-        rounding=(case.is_stochastic,) * 3, extras=list(zip(*extras, strict=True)) if has_extras else [],
-        is_fused=lambda *dtypes: True, wide_indices=case.wide_indices, name=str,
+    """Update lazily; nothing here holds the old tensors once their update is queued."""
+    parameters, gradients, states = map(list, zip(*case.tensors, strict=True))
+    one_step = extension.AdamStep(
+        mx.array(_LEARNING_RATE),
+        mx.array(step, mx.uint64),
+        betas=_BETAS,
+        **_SETTINGS,
+        rounding="all" if case.is_stochastic else "nearest",
         gradient_scale=None if case.gradient_scale is None else mx.array(case.gradient_scale),
         is_applied=mx.array(False) if case.is_skipped else None,
-    )  # fmt: skip
-    new = zip(new_parameters, gradients, new_m, new_v, strict=True)
-    if not has_extras:
-        return [Tensor(*arrays) for arrays in new]
-    return [Tensor(*arrays, *more) for arrays, more in zip(new, new_extras, strict=True)]
+        wide_indices=case.wide_indices,
+    )
+    updated = extension.adam_update(
+        parameters, gradients, states, one_step, uses_kernel=lambda *dtypes: True, name=str
+    )
+    return [
+        Tensor(parameter, gradient, state)
+        for gradient, parameter, state in zip(gradients, *updated, strict=True)
+    ]
 
 
-def _stock_update(
+def _reference_update(
     extension: ModuleType, tensor: Tensor, step: int, gradient_scale: float
 ) -> list[mx.array]:
     """Parameter, m and v in float32, evaluated, and sharing no buffer with what they come from."""
-    reference = _StockAdamW(_LEARNING_RATE, betas=list(_BETAS), **_SETTINGS)
+    reference = AdamW(_LEARNING_RATE, betas=list(_BETAS), **_SETTINGS)
     reference.state["step"] = mx.array(step, mx.uint64)
     parameter, m, v = tensor.values(extension)
     state = {"m": m, "v": v}
@@ -248,16 +252,17 @@ def _tensor(extension: ModuleType, dtypes: Dtypes, gradient: mx.array) -> Tensor
     """With a parameter of the gradient's shape; m has the gradient's sign, lest their sum be near 0."""
     parameter = _sample(dtypes[0], *gradient.shape)
     v = _sample(mx.float32, *gradient.shape, positive=True)
-    m = gradient * v
-    remainder = m_scale = v_scale = None
-    if dtypes[2] == mx.int8:
-        m, m_scale = extension.quantize_moment(m, False)
-        v, v_scale = extension.quantize_moment(v, True)
-    else:
-        m, v = m.astype(dtypes[2]), v.astype(dtypes[2])
+    moments = {"m": gradient * v, "v": v}
+    state: dict[str, mx.array] = {}
+    for name, moment in moments.items():
+        if dtypes[2] == mx.int8:
+            quantized = extension.quantize_moment(moment, name == "v")
+            state[name], state[f"{name}_scale"] = quantized
+        else:
+            state[name] = moment.astype(dtypes[2])
     if len(dtypes) > 3:
-        remainder = (_sample(mx.float32, *gradient.shape) * 30000).astype(dtypes[3])
-    tensor = Tensor(parameter, gradient, m, v, remainder, m_scale, v_scale)
+        state["remainder"] = (_sample(mx.float32, *gradient.shape) * 30000).astype(dtypes[3])
+    tensor = Tensor(parameter, gradient, state)
     mx.eval(tensor)
     return tensor
 
@@ -279,15 +284,12 @@ def _group(extension: ModuleType, dtypes: Dtypes) -> Case:
 
 
 def _from_second_block(tensor: Tensor) -> Tensor:
-    """Without its first element, or where there are codes without what shares a scale with it."""
-    first = 1 if tensor.m_scale is None else 32
-    parts = {
-        name: x[1 if name.endswith("_scale") else first :]
-        for name, x in tensor._asdict().items()
-        if x is not None
-    }
-    mx.eval(parts)
-    return Tensor(**parts)
+    """Drop the first element, or with quantized state the elements that share a scale with it."""
+    first = 32 if "m_scale" in tensor.state else 1
+    state = {name: x[1 if name.endswith("_scale") else first :] for name, x in tensor.state.items()}
+    tensor = Tensor(tensor.parameter[first:], tensor.gradient[first:], state)
+    mx.eval(tensor)
+    return tensor
 
 
 def _column_major(extension: ModuleType, dtypes: Dtypes) -> Case:

@@ -53,7 +53,7 @@ def quick(device, monkeypatch):
     monkeypatch.setattr(reporting, "_speed", lambda kind: {})
 
 
-@pytest.mark.filterwarnings("ignore:mlx-fused-adam leaves")
+@pytest.mark.filterwarnings("ignore:mlx-fused-adam:")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_kernel_that_fails_is_named_and_is_an_exit_status(quick, monkeypatch, capsys, as_json):
     run = _self_check.run

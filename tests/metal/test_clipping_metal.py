@@ -120,7 +120,7 @@ def test_parameters_that_are_not_row_major_stay(
 
 
 def total(extension: ModuleType, gradients: list[mx.array]) -> float:
-    return extension.sum_of_squares(gradients, is_fused=lambda dtype: True).item()
+    return extension.sum_of_squares(gradients, uses_kernel=lambda dtype: True).item()
 
 
 def dense(count: int, size: int = 20000) -> list[mx.array]:

@@ -6,6 +6,7 @@ The relaxations are those of emulator/hostile.py; with FUSED_ADAM_EMULATOR_HOSTI
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.optimizers as stock
@@ -17,8 +18,9 @@ if sys.platform != "linux":
 
 from emulator import hostile
 from mlx_fused_adam import _ext
+from support import stored_tensors
 
-SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
 NOT_SCALARS = sorted(hostile.DEFAULT - {"scalars"})
 
 
@@ -127,18 +129,9 @@ def tensors(seed: int = 9, dtypes: tuple = (mx.float32,) * 3) -> list[list[mx.ar
     return lists
 
 
-def update(extension, lists, wide_indices: bool = False, step: int = 3, **settings):
-    settings = {**SETTINGS, "weight_decay": 0.0, "bias_correction": False, **settings}
-    *results, _ = extension.adam_update(
-        *lists,
-        mx.array(0.1),
-        mx.array(step),
-        is_fused=lambda *dtypes: True,
-        name=str,
-        wide_indices=wide_indices,
-        **settings,
-    )
-    return results
+def update(extension, lists, step: int = 3, numbers: Sequence[int] = (), **settings):
+    one_step = extension.AdamStep(mx.array(0.1), mx.array(step), **{**SETTINGS, **settings})
+    return stored_tensors.update_lists(extension, lists, one_step, numbers)
 
 
 def bits(x: mx.array) -> np.ndarray:
@@ -189,7 +182,7 @@ def test_every_kernel_gives_the_bits_of_the_cpu(
 @pytest.mark.parametrize("dtypes", DTYPES[1:], ids=lambda d: "-".join(str(x)[9:] for x in d))
 def test_stochastic_rounding_gives_the_bits_of_the_cpu(cpu_extension, emulated_extension, dtypes):
     lists = tensors(dtypes=dtypes)
-    rounding = {"rounding": (True, True, True), "seed": 2**40 + 5, "numbers": [4, 0, 9, 2**32 - 1]}
+    rounding = {"rounding": "all", "seed": 2**40 + 5, "numbers": [4, 0, 9, 2**32 - 1]}
     expected = update(cpu_extension, lists, **rounding)
     assert differences(update(cpu_extension, lists), expected) or mx.float32 in dtypes[:2]
     with hostile.relaxed(*NOT_SCALARS):
@@ -255,7 +248,7 @@ def test_inexact_scalars_change_the_parameter_alone_and_by_no_more_than_they_may
         actual = update(emulated_extension, lists, step=step, bias_correction=True)
         mx.eval(actual)
     assert not [name for name in differences(actual, expected) if name[0] != "w"]
-    allowed = hostile.scalar_error(SETTINGS["beta1"], SETTINGS["beta2"], step)
+    allowed = hostile.scalar_error(*SETTINGS["betas"], step)
     largest = 0.0
     for old, new, want in zip(lists[0], actual[0], expected[0], strict=True):
         old, new, want = (np.array(x, np.float64) for x in (old, new, want))
@@ -270,7 +263,7 @@ def test_inexact_scalars_are_those_of_stock_too(emulated_extension):
     lists = tensors()
     with hostile.relaxed("scalars"):
         actual = update(emulated_extension, lists, bias_correction=True)
-        optimizer = stock.Adam(0.1, [SETTINGS["beta1"], SETTINGS["beta2"]], SETTINGS["eps"], True)
+        optimizer = stock.Adam(0.1, list(SETTINGS["betas"]), SETTINGS["eps"], True)
         optimizer.state["step"] = mx.array(3, mx.uint64)
         expected = []
         for w, g, m, v in zip(*lists, strict=True):

@@ -76,7 +76,7 @@ def test_norm_of_every_layout(extension, dtype, layout):
     rng = np.random.default_rng(0)
     gradients = [lay_out(random(rng, shape, dtype), layout) for shape in [(70, 90), (3, 33, 40)]]
     gradients += [lay_out(random(rng, (2, 3, 5, 7), dtype), layout)]
-    total = extension.sum_of_squares(gradients, is_fused=lambda dtype: True)
+    total = extension.sum_of_squares(gradients, uses_kernel=lambda dtype: True)
     assert total.dtype == mx.float32 and total.shape == ()
     np.testing.assert_allclose(total.item(), exact_norm(gradients) ** 2, rtol=2e-6)
 
@@ -86,7 +86,7 @@ def test_norm_of_every_size(extension, size):
     """About chunks, streams, spans and units; nothing is left out, nothing counted twice."""
     x = mx.arange(size) % 7 + 1
     for dtype in DTYPES:
-        total = extension.sum_of_squares([x.astype(dtype)], is_fused=lambda dtype: True).item()
+        total = extension.sum_of_squares([x.astype(dtype)], uses_kernel=lambda dtype: True).item()
         assert total == float((np.array(x).astype(np.int64) ** 2).sum()), dtype
 
 
@@ -96,10 +96,10 @@ def test_norm_of_many_gradients(extension):
     gradients = [
         random(rng, (int(rng.integers(0, 300)),), DTYPES[i % 3]) for i in range(40)
     ] + [lay_out(random(rng, (20, 30)), "strided"), mx.zeros((0, 4))]  # fmt: skip
-    total = extension.sum_of_squares(gradients, is_fused=lambda dtype: True).item()
+    total = extension.sum_of_squares(gradients, uses_kernel=lambda dtype: True).item()
     np.testing.assert_allclose(total, exact_norm(gradients) ** 2, rtol=2e-6)
-    assert extension.sum_of_squares([], is_fused=lambda dtype: True).item() == 0
-    assert extension.sum_of_squares([mx.zeros((0, 4))], is_fused=lambda dtype: True).item() == 0
+    assert extension.sum_of_squares([], uses_kernel=lambda dtype: True).item() == 0
+    assert extension.sum_of_squares([mx.zeros((0, 4))], uses_kernel=lambda dtype: True).item() == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e20])
@@ -110,7 +110,7 @@ def test_one_bad_element_anywhere_is_seen(extension, bad, layout):
     for at in (0, 1, 31, 32, size // 2 + 5, size - 33, size - 1):
         x = mx.where(mx.arange(size) == at, bad, 1.0).reshape(90, 380)
         total = extension.sum_of_squares(
-            [mx.ones(5), lay_out(x, layout), mx.ones(40000)], is_fused=lambda dtype: True
+            [mx.ones(5), lay_out(x, layout), mx.ones(40000)], uses_kernel=lambda dtype: True
         )
         assert not math.isfinite(total.item()), at
 
@@ -119,9 +119,9 @@ def test_a_sum_beyond_float32_is_infinite(extension):
     """Of squares that float32 holds, one by one and in parts."""
     for count in (4, 70001):
         x = mx.full((count,), 1.5e19)
-        assert extension.sum_of_squares([x, x], is_fused=lambda dtype: True).item() == math.inf
+        assert extension.sum_of_squares([x, x], uses_kernel=lambda dtype: True).item() == math.inf
     x = mx.full((2,), 1e19)
-    assert math.isfinite(extension.sum_of_squares([x], is_fused=lambda dtype: True).item())
+    assert math.isfinite(extension.sum_of_squares([x], uses_kernel=lambda dtype: True).item())
 
 
 @pytest.mark.cpu_only
@@ -135,7 +135,7 @@ def test_threads_change_no_bit(extension):
         for threads in (1, 2, 3, 8):
             extension.set_num_threads(threads)
             for _ in range(5):
-                found.add(extension.sum_of_squares(gradients, is_fused=lambda d: True).item())
+                found.add(extension.sum_of_squares(gradients, uses_kernel=lambda d: True).item())
     finally:
         extension.set_num_threads(before)
     assert len(found) == 1, found
@@ -143,7 +143,7 @@ def test_threads_change_no_bit(extension):
 
 def test_derivatives_and_vmap_of_the_norm(extension):
     def total(*xs):
-        return extension.sum_of_squares(list(xs), is_fused=lambda dtype: True)
+        return extension.sum_of_squares(list(xs), uses_kernel=lambda dtype: True)
 
     rng = np.random.default_rng(3)
     a, b = random(rng, (5, 7)), random(rng, (9,))

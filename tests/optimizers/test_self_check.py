@@ -25,7 +25,7 @@ def unchecked(device, monkeypatch):
 
 
 class Faulty:
-    """Stands in for the extension; what its kernels give is put through a fault, what stock operations give is not."""
+    """Stands in for the extension: results of its kernels pass through a fault, those of the fallback do not."""
 
     def __init__(self, extension, fault):
         self._extension = extension
@@ -34,21 +34,28 @@ class Faulty:
     def __getattr__(self, name):
         return getattr(self._extension, name)
 
-    def adam_update(self, *args, is_fused, **kwargs):
+    def AdamStep(self, learning_rate, step=None, **kwargs):
+        self._step = 0 if step is None else step.item(), kwargs.get("wide_indices", False)
         kwargs |= getattr(self._fault, "settings", {})
+        return self._extension.AdamStep(learning_rate, step, **kwargs)
+
+    def adam_update(self, *args, uses_kernel, **kwargs):
         answers = []
 
         def ask(*dtypes):
-            answers.append(is_fused(*dtypes))
+            answers.append(uses_kernel(*dtypes))
             return answers[-1]
 
-        results = self._extension.adam_update(*args, is_fused=ask, **kwargs)
+        parameters, states = self._extension.adam_update(*args, uses_kernel=ask, **kwargs)
         if not any(answers):
-            return results
-        step = args[5].item() if len(args) > 5 and args[5] is not None else 0
-        *arrays, extras = results
-        extras = getattr(self._fault, "of_extras", lambda x: x)(extras)
-        return *self._fault(arrays, step, kwargs.get("wide_indices", False)), extras
+            return parameters, states
+        moments = ([state[name] for state in states] for name in ("m", "v"))
+        parameters, *moments = self._fault([parameters, *moments], *self._step)
+        spoiled = getattr(self._fault, "of_state", lambda state: state)
+        states = [
+            spoiled(state | {"m": m, "v": v}) for state, m, v in zip(states, *moments, strict=True)
+        ]
+        return parameters, states
 
 
 def install(monkeypatch, extension, fault):
@@ -121,20 +128,20 @@ def test_a_broken_norm_leaves_norms_to_stock(extension, backend_name, monkeypatc
     """And updates to their kernel: with a warning, the right norm, and a skipped step where there should be one."""
 
     class FaultyNorm(Faulty):
-        def sum_of_squares(self, gradients, *, is_fused, **kwargs):
+        def sum_of_squares(self, gradients, *, uses_kernel, **kwargs):
             answers = []
 
             def ask(dtype):
-                answers.append(is_fused(dtype))
+                answers.append(uses_kernel(dtype))
                 return answers[-1]
 
-            total = self._extension.sum_of_squares(gradients, is_fused=ask, **kwargs)
+            total = self._extension.sum_of_squares(gradients, uses_kernel=ask, **kwargs)
             return NORM_FAULTS[name](gradients, total) if any(answers) else total
 
     use_extension(monkeypatch, FaultyNorm(extension, lambda results, step, wide: results))
     parameters, gradients = {"w": mx.ones(4)}, {"w": mx.full((4,), 3.0)}
     optimizer = fused.AdamW(0.1, max_grad_norm=1.0, skip_nonfinite=True)
-    with pytest.warns(RuntimeWarning, match="leaves norms of float32 gradients on the"):
+    with pytest.warns(RuntimeWarning, match="norms of float32 gradients on the"):
         parameters = optimizer.apply_gradients(gradients, parameters)
     assert optimizer.state["grad_norm"].item() == 6
     optimizer.apply_gradients({"w": mx.full((4,), mx.inf)}, parameters)
@@ -168,7 +175,9 @@ def test_a_broken_kernel_leaves_the_work_to_stock(broken):
     """One warning with the reason; results, state and derivatives as if nothing had been replaced."""
     parameters, gradients = {"w": mx.ones((3, 4))}, {"w": mx.full((3, 4), 0.2)}
     optimizer, reference = fused.AdamW(0.1), stock.AdamW(0.1)
-    with pytest.warns(RuntimeWarning, match="leaves updates of float32 on the .pu to stock"):
+    with pytest.warns(
+        RuntimeWarning, match="updates of float32 on the .pu fall back to mlx.optimizers"
+    ):
         new = optimizer.apply_gradients(gradients, parameters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,11 +208,11 @@ def test_only_the_dtypes_that_fail_fall_back(extension, backend_name, monkeypatc
     optimizer.init(parameters)
     gradients = {k: mx.full((5,), 0.25, p.dtype) for k, p in parameters.items()}
     assert optimizer.backend == backend_name
-    with pytest.warns(RuntimeWarning, match="leaves updates of bfloat16 on the"):
+    with pytest.warns(RuntimeWarning, match="updates of bfloat16 on the"):
         # Asked apart, since the stand-in spoils all of a call.
         half = optimizer.apply_gradients({"half": gradients["half"]}, parameters)
     backend = _backends.backend_of()
-    assert not backend.is_fused(*[mx.bfloat16] * 3) and backend.is_fused(*[mx.float32] * 3)
+    assert not backend.uses_kernel(*[mx.bfloat16] * 3) and backend.uses_kernel(*[mx.float32] * 3)
     assert optimizer.backend.startswith(f"{backend_name} (but stock for bfloat16: self-check")
     monkeypatch.undo()
     assert half["half"].dtype == optimizer.state["half"]["v"].dtype == mx.bfloat16
@@ -211,25 +220,20 @@ def test_only_the_dtypes_that_fail_fall_back(extension, backend_name, monkeypatc
     np.testing.assert_allclose(np.array(half["half"].astype(mx.float32)), 0.6836, atol=2e-3)
 
 
-def spoil(index):
-    """Of the extras: what stands at `index` is lost."""
+def lose(name):
+    """Set one auxiliary array of each state to zeros."""
 
     def fault(results, step, wide):
         return results
 
-    def spoilt(extras):
-        return [
-            [x * 0 if i == index and x is not None else x for i, x in enumerate(e)] for e in extras
-        ]
-
-    fault.of_extras = spoilt
+    fault.of_state = lambda state: state | {name: state[name] * 0}
     return fault
 
 
-@pytest.mark.parametrize("index", [0, 1, 2], ids=["remainder", "m_scale", "v_scale"])
-def test_a_kernel_that_stores_scales_or_remainders_wrongly_fails(extension, monkeypatch, index):
+@pytest.mark.parametrize("name", ["remainder", "m_scale", "v_scale"])
+def test_a_kernel_that_stores_scales_or_corrections_wrongly_fails(extension, name):
     dtypes = (mx.bfloat16, mx.bfloat16, mx.int8, mx.int16)
-    faulty = Faulty(extension, spoil(index))
+    faulty = Faulty(extension, lose(name))
     assert "kernel is off by" in _self_check.run(faulty, mx.default_device().type, dtypes)
 
 
@@ -252,7 +256,7 @@ def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
     monkeypatch.setattr(_backends.Backend, "_find", find)
     optimizer = fused.AdamW(0.1, **options)
     with pytest.warns(
-        RuntimeWarning, match="leaves updates of bfloat16 .* to the CPU: it is broken"
+        RuntimeWarning, match="updates of bfloat16 .* fall back to the CPU: it is broken"
     ):
         new = optimizer.apply_gradients(gradients, parameters)
     assert mx.array_equal(new["w"], expected["w"])
@@ -267,7 +271,7 @@ def test_what_stock_cannot_store_is_an_error_where_stock_is_forced(monkeypatch, 
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
     optimizer = fused.AdamW(0.1, **options)
     with pytest.raises(
-        RuntimeError, match="must have a kernel, since stock operations cannot store"
+        RuntimeError, match="must have a kernel, since MLX's operations cannot store"
     ):
         optimizer.apply_gradients(parameters, parameters)
     assert optimizer.step.item() == 0

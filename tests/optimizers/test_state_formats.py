@@ -577,7 +577,7 @@ def test_codes_of_parameters_that_become_float64_are_decoded_by_init():
     expected = value_of(optimizer.state["w"], "m")
     wide = {"w": parameters["w"].astype(mx.float64)}
     with pytest.raises(
-        ValueError, match="state of w must not be in codes for a parameter of .*float64"
+        ValueError, match="state of w must not be quantized for a parameter of .*float64"
     ):
         optimizer.apply_gradients(wide, wide)
     optimizer.init(wide)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +14,6 @@ import numpy as np
 from mlx_fused_adam import _ext
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-ROUNDINGS = {"v": (False, False, True), "all": (True, True, True), "none": (False, False, False)}
 
 
 def extension_of_the_cpu(emulated: ModuleType) -> ModuleType:
@@ -97,33 +98,32 @@ def update(
     **settings,
 ) -> list[Tensor]:
     """The tensors after a step, lazily."""
-    lists = [[t[part] for t in tensors] for part in PARTS[:4]]
-    extras = [tuple(map(t.get, PARTS[4:])) for t in tensors]
-    has_extras = any(x is not None for extra in extras for x in extra)
-    *new, new_extras = extension.adam_update(
-        *lists,
-        mx.array(0.01),
-        mx.array(step),
-        beta1=0.9,
-        beta2=0.99,
-        eps=1e-8,
-        weight_decay=0.1,
-        bias_correction=False,
-        rounding=ROUNDINGS[rounding],
-        seed=2**40 + 5,
+    settings = {"betas": (0.9, 0.99), "weight_decay": 0.1, "seed": 2**40 + 5, **settings}
+    parameters, states = extension.adam_update(
+        [t["parameter"] for t in tensors],
+        [t["gradient"] for t in tensors],
+        tensors,
+        extension.AdamStep(mx.array(0.01), mx.array(step), rounding=rounding, **settings),
         numbers=[3 + 5 * i for i in range(len(tensors))],
-        is_fused=lambda *dtypes: True,
+        uses_kernel=lambda *dtypes: True,
         name=str,
-        extras=extras if has_extras else [],
-        **settings,
     )
-    results = []
-    for i, tensor in enumerate(tensors):
-        values = dict(zip(("parameter", "m", "v"), (x[i] for x in new), strict=True))
-        if has_extras:
-            values |= zip(PARTS[4:], new_extras[i], strict=True)
-        results.append(tensor | {name: x for name, x in values.items() if x is not None})
-    return results
+    return [
+        tensor | {"parameter": parameter} | state
+        for tensor, parameter, state in zip(tensors, parameters, states, strict=True)
+    ]
+
+
+def update_lists(
+    extension: ModuleType, lists: Sequence[list[mx.array]], step: Any, numbers: Sequence[int] = ()
+) -> list[list[mx.array]]:
+    """Lists of new parameters, m and v from lists of parameters, gradients, m and v."""
+    parameters, gradients, m, v = lists
+    states = [{"m": a, "v": b} for a, b in zip(m, v, strict=True)]
+    parameters, states = extension.adam_update(
+        parameters, gradients, states, step, numbers=numbers, uses_kernel=lambda *_: True, name=str
+    )
+    return [parameters, *([state[name] for state in states] for name in ("m", "v"))]
 
 
 def bits(x: mx.array) -> np.ndarray:
