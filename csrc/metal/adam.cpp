@@ -214,9 +214,9 @@ class AdamEncoder {
   }
 
   void general(const BoundTensor& t, Kernel kernel) {
-    auto shape = t.layout.shape;
-    Axes strides[std::size(t.layout.strides)];
-    std::copy(std::begin(t.layout.strides), std::end(t.layout.strides), strides);
+    auto layout = t.layout;
+    auto& shape = layout.shape;
+    auto& strides = layout.strides;
     while (shape.size() < 2) {
       shape.insert(shape.begin(), 1);
       for (auto& axes : strides) axes.insert(axes.begin(), 0);
