@@ -1,7 +1,7 @@
-"""What the gradients of a step say about it: their global norm, by which they are clipped, and whether it is finite.
+"""Clip factor and skip flag of one step, as lazy scalars: from the global norm of all gradients.
 
-One reduction over all gradients (csrc/op/grad_norm.h); everything else is arithmetic of scalars on the device, so nothing waits
-for the host. Clipping: Pascanu et al. 2013, with the constants of mlx.optimizers.clip_grad_norm.
+One reduction over all gradients (csrc/op/grad_norm.h); the rest is scalar arithmetic on the device, without a host sync.
+Clipping: Pascanu et al. 2013, with the constants of mlx.optimizers.clip_grad_norm.
 """
 
 from __future__ import annotations
@@ -19,38 +19,34 @@ from ._options import Options
 # As in mlx.optimizers.clip_grad_norm: keeps the quotient finite where all gradients are zero.
 _NORM_EPS = 1e-6
 
-# What the state holds beside step and learning rate, and how it begins.
-_FRESH: dict[str, Callable[[], mx.array]] = {
-    "grad_norm": lambda: mx.array(0.0, mx.float32),
-    "skipped": lambda: mx.array(0, mx.uint64),
-}
-GUARD_STATE = frozenset(_FRESH)
+# The keys that a state has beside step and learning rate, and their dtypes. They begin at zero.
+_RECORDED_DTYPES = {"grad_norm": mx.float32, "skipped": mx.uint64}
+RECORDED = frozenset(_RECORDED_DTYPES)
 
 
-class Guard(NamedTuple):
+class Clipping(NamedTuple):
     """Lazy scalars of one step."""
 
     norm: mx.array  # of all gradients, before clipping
-    gradient_scale: mx.array | None
-    is_applied: mx.array | None  # a bool; None: in any case
+    gradient_scale: mx.array | None  # None: not clipped
+    is_applied: mx.array | None  # a bool; None: always applied
 
     def kept(self, new: mx.array, old: mx.array) -> mx.array:
-        """What a step makes of ``old``: itself, if the step is not applied."""
+        """``new``, or ``old`` if the step is skipped."""
         return new if self.is_applied is None else mx.where(self.is_applied, new, old)
 
     def scaled(self, gradient: mx.array) -> mx.array:
-        """The gradient as an operation of MLX clips it, in its own dtype."""
+        """The gradient clipped by MLX's operations, in its own dtype."""
         if self.gradient_scale is None:
             return gradient
         scaled = gradient * self.gradient_scale
-        return (
-            scaled.astype(gradient.dtype) if mx.issubdtype(gradient.dtype, mx.floating) else scaled
-        )
+        is_floating = mx.issubdtype(gradient.dtype, mx.floating)
+        return scaled.astype(gradient.dtype) if is_floating else scaled
 
     def record(
         self, state: dict[str, Any], before: dict[str, Any], counters: Iterable[str]
     ) -> None:
-        """Write the norm and the count of skipped steps into a state whose ``counters`` have moved on already."""
+        """Write the norm and the number of skipped steps into a state whose ``counters`` have advanced already."""
         if self.gradient_scale is not None:
             state["grad_norm"] = self.norm
         if self.is_applied is not None:
@@ -61,15 +57,15 @@ class Guard(NamedTuple):
                     state[name] = self.kept(state[name], before[name])
 
 
-def guard_of(
+def clipping_of(
     gradients: Sequence[mx.array], options: Options, paths: Callable[[], list[str]]
-) -> Guard | None:
-    """The guard that the options ask for, if any.
+) -> Clipping | None:
+    """The clipping that the options ask for, or None.
 
     Raises:
-        TypeError: If something among the gradients is no array, naming its path.
+        TypeError: If a gradient is no array, naming its path.
     """
-    if not options.has_guard:
+    if not options.needs_norm:
         return None
     backend = backend_of()
     stream = backend.place(None)
@@ -84,32 +80,31 @@ def guard_of(
     norm = mx.sqrt(total, stream=stream)
     scale = is_applied = None
     if options.max_grad_norm is not None:
-        quotient = mx.divide(
-            options.max_grad_norm, mx.add(norm, _NORM_EPS, stream=stream), stream=stream
-        )
+        denominator = mx.add(norm, _NORM_EPS, stream=stream)
+        quotient = mx.divide(options.max_grad_norm, denominator, stream=stream)
         scale = mx.minimum(quotient, 1.0, stream=stream)
     if options.skip_nonfinite:
         is_applied = mx.isfinite(total, stream=stream)
-    return Guard(norm, scale, is_applied)
+    return Clipping(norm, scale, is_applied)
 
 
-def fit_guard_state(state: dict[str, Any], options: Options) -> None:
-    """Gives a state what the options record there, and takes away what they do not."""
-    for name, fresh in _FRESH.items():
-        if name in options.guard_state:
-            state.setdefault(name, fresh())
+def fit_recorded(state: dict[str, Any], options: Options) -> None:
+    """Add the keys that the options record to a state, and remove those that they do not."""
+    for name, dtype in _RECORDED_DTYPES.items():
+        if name in options.recorded:
+            state.setdefault(name, mx.array(0, dtype))
         elif isinstance(state.get(name), mx.array):
             del state[name]
 
 
 def check_names(parameters: Any, options: Options) -> None:
-    """Refuses parameters that would stand in the state where the guard's own record does.
+    """Reject parameters that have the name of a recorded key.
 
     Raises:
         ValueError: Naming the parameter.
     """
     if isinstance(parameters, dict):
-        for name in options.guard_state:
+        for name in options.recorded:
             if name in parameters:
                 raise ValueError(
                     f"[{options.op}] parameters must not be named {name!r} with the option that records it in "

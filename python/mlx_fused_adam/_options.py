@@ -1,24 +1,25 @@
-"""The options that go beyond mlx.optimizers: checked once, at construction; in words that a YAML file can say."""
+"""The options that Adam and AdamW have beyond mlx.optimizers: their defaults, and their check at construction.
+
+Values may be strings and numbers, so that they can come from YAML.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
 from ._arguments import as_number
 
-# What the kernels store; parameters of another dtype (float64, say) are left to mlx.optimizers.
+# Parameters of these dtypes are updated by the kernels; others (float64, say) fall back to mlx.optimizers.
 FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
 
 _STATE_DTYPES = ("float32", "bfloat16", "int8")
 _LARGEST_SEED = 2**64 - 1
 
 # Smaller parameters keep bfloat16 moments where int8 is asked for: they save next to nothing, and short rows little more.
-_SMALLEST_CODED = 4096
-_SHORTEST_CODED_ROW = 32
+_SMALLEST_QUANTIZED = 4096
+_SHORTEST_QUANTIZED_ROW = 32
 
 
 class ShardGroup:
@@ -34,74 +35,96 @@ class ShardGroup:
         return self
 
     def __reduce__(self) -> Any:
-        raise TypeError("[shard_group] optimizer must be saved by save_optimizer but got pickled")
+        raise TypeError("[shard_group] optimizer cannot be pickled; use save_optimizer")
 
 
-class Options(NamedTuple):
-    """How state is stored and rounded, and what is done about gradients that are too large or not finite."""
+class Options:
+    """How state is stored and rounded, and what happens to gradients that are too large or not finite.
 
-    op: str  # the optimizer, for errors
-    state_dtype: str | None = None  # a name, since MLX's dtypes cannot be pickled
-    stochastic_rounding: bool | None = None
-    seed: int = 0
-    master_weights: bool = False
-    max_grad_norm: float | None = None
-    skip_nonfinite: bool = False
-    shard_group: ShardGroup | None = None
+    Raises:
+        ValueError: For a value that is not among the choices, or that conflicts with another.
+        TypeError: For a value of another type.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        state_dtype: str | mx.Dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        master_weights: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        shard_group: mx.distributed.Group | ShardGroup | None = None,
+    ) -> None:
+        self.op = op  # the optimizer, for errors
+        self.state_dtype = _as_state_dtype(op, state_dtype)
+        if stochastic_rounding is not None:
+            _check_bool(op, "stochastic_rounding", stochastic_rounding, "None, True or False")
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = as_seed(op, seed)
+        self.master_weights = _check_bool(op, "master_weights", master_weights)
+        self.max_grad_norm = _as_norm(op, max_grad_norm)
+        self.skip_nonfinite = _check_bool(op, "skip_nonfinite", skip_nonfinite)
+        self.shard_group = _as_group(op, shard_group)
+        if self.is_quantized and stochastic_rounding is False:
+            raise ValueError(
+                f"[{op}] stochastic_rounding must be None or True with state_dtype='int8' but got False: "
+                "rounded to nearest, v would lose its small steps, and m would never fall to 0"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Options) and vars(self) == vars(other)
 
     def described(self) -> dict[str, Any]:
-        """The options in what JSON can say."""
-        group = self.shard_group
-        described = {**self._asdict(), "shard_group": None if group is None else str(group)}
-        del described["op"]
+        """The options in JSON's types."""
+        described = {name: x for name, x in vars(self).items() if name != "op"}
+        if self.shard_group is not None:
+            described["shard_group"] = str(self.shard_group)
         return described
 
-    def as_described(self, found: Mapping[str, Any]) -> Options:
-        """These options with others' in their place, as ``described`` gives them; the group of processes stays."""
-        asked = {name: x for name, x in self._asdict().items() if name not in ("op", "shard_group")}
-        asked |= {name: x for name, x in found.items() if name in asked}
-        group = self.shard_group
-        return check_options(self.op, **asked, shard_group=group and group.group)
+    def replaced(self, described: dict[str, Any]) -> Options:
+        """These options with others' values, as ``described`` gives them; the group of processes stays."""
+        known = {k: x for k, x in described.items() if k in vars(self) and k != "shard_group"}
+        return Options(**vars(self) | known)
 
     @property
-    def has_guard(self) -> bool:
-        """Whether the gradients as a whole decide about a step."""
+    def needs_norm(self) -> bool:
+        """Whether a step needs the gradients' global norm: to clip, or to be skipped."""
         return self.max_grad_norm is not None or self.skip_nonfinite
 
     @property
-    def guard_state(self) -> list[str]:
-        """What is recorded in the optimizer's state, beside step and learning rate."""
+    def recorded(self) -> list[str]:
+        """The keys that the optimizer's state has beside step and learning rate."""
         names = {"grad_norm": self.max_grad_norm is not None, "skipped": self.skip_nonfinite}
         return [name for name, is_recorded in names.items() if is_recorded]
 
     @property
-    def has_codes(self) -> bool:
-        """Whether ``m`` and ``v`` of large parameters are codes of 8 bits."""
+    def is_quantized(self) -> bool:
+        """Whether ``m`` and ``v`` of large parameters have 8 bits."""
         return self.state_dtype == "int8"
 
     def dtype_of_moments(self, parameter: mx.array) -> mx.Dtype:
-        """In which ``m`` and ``v`` of this parameter are stored; int8 stands for codes, of which those of ``v`` are uint8."""
-        if self.has_codes:
-            is_large = parameter.size >= _SMALLEST_CODED
-            return (
-                mx.int8 if is_large and parameter.shape[-1] >= _SHORTEST_CODED_ROW else mx.bfloat16
-            )
-        if self.state_dtype is not None:
-            dtype: mx.Dtype = getattr(mx, self.state_dtype)
-            return dtype
-        return mx.float32 if parameter.dtype == mx.float32 else mx.bfloat16
+        """The dtype of ``m`` and ``v`` for this parameter; int8 means quantized, where ``v`` itself is uint8."""
+        name = self.state_dtype or ("float32" if parameter.dtype == mx.float32 else "bfloat16")
+        if self.is_quantized:
+            is_large = parameter.size >= _SMALLEST_QUANTIZED
+            if not (is_large and parameter.shape[-1] >= _SHORTEST_QUANTIZED_ROW):
+                name = "bfloat16"
+        dtype: mx.Dtype = getattr(mx, name)
+        return dtype
 
-    def has_remainder(self, parameter: mx.array) -> bool:
-        """Whether the state holds what rounding took away from this parameter."""
+    def has_correction(self, parameter: mx.array) -> bool:
+        """Whether the state holds the low 16 bits of this parameter's master weight (``remainder``)."""
         return self.master_weights and parameter.dtype == mx.bfloat16
 
     @property
-    def has_extras(self) -> bool:
-        """Whether a state may hold more than ``m`` and ``v``."""
-        return self.master_weights or self.has_codes
+    def has_auxiliary(self) -> bool:
+        """Whether a parameter's state may hold arrays beside ``m`` and ``v``."""
+        return self.master_weights or self.is_quantized
 
     def why_not(self, parameter: mx.array) -> str | None:
-        """What keeps the options from serving this parameter, if anything."""
+        """The reason why the options cannot serve this parameter, or None."""
         if self.master_weights and parameter.dtype == mx.float16:
             return (
                 "must be bfloat16 or float32 for master_weights but got float16, whose range is too small "
@@ -110,69 +133,24 @@ class Options(NamedTuple):
         return None
 
     @property
-    def rounding(self) -> tuple[bool, bool, bool]:
-        """Whether 16-bit parameters, ``m`` and ``v`` are rounded stochastically; codes of ``m`` go with ``v``."""
-        of_all = self.stochastic_rounding is True
-        return of_all, of_all, self.stochastic_rounding is not False
+    def rounding_request(self) -> str:
+        """The results that are rounded stochastically: "nearest" for none, "v" or "all"; quantized ``m`` goes with ``v``."""
+        return {None: "v", True: "all", False: "nearest"}[self.stochastic_rounding]
 
 
-def check_options(
-    op: str,
-    *,
-    state_dtype: Any = None,
-    stochastic_rounding: Any = None,
-    seed: Any = 0,
-    master_weights: Any = False,
-    max_grad_norm: Any = None,
-    skip_nonfinite: Any = False,
-    shard_group: Any = None,
-) -> Options:
-    """The options, checked.
-
-    Raises:
-        ValueError: For a value that is none of those to choose from, or goes ill with another.
-        TypeError: For one of another type.
-    """
-    if not (stochastic_rounding is None or isinstance(stochastic_rounding, bool)):
-        raise TypeError(
-            f"[{op}] stochastic_rounding must be None, True or False but got {stochastic_rounding!r}"
-        )
-    for name, x in (("master_weights", master_weights), ("skip_nonfinite", skip_nonfinite)):
-        if not isinstance(x, bool):
-            raise TypeError(f"[{op}] {name} must be True or False but got {x!r}")
-    options = Options(
-        op,
-        _as_state_dtype(op, state_dtype),
-        stochastic_rounding,
-        as_seed(op, seed),
-        master_weights,
-        _as_norm(op, max_grad_norm),
-        skip_nonfinite,
-        _as_group(op, shard_group),
-    )
-    if options.has_codes and stochastic_rounding is False:
-        raise ValueError(
-            f"[{op}] stochastic_rounding must be None or True with state_dtype='int8' but got False: "
-            "rounded to nearest, v would lose its small steps, and m would never fall to 0"
-        )
-    return options
+def as_seed(op: str, seed: Any) -> int:
+    """Check a seed of stochastic rounding."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"[{op}] seed must be an integer but got {seed!r}")
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ValueError(f"[{op}] seed must be from 0 to 2**64 - 1 but got {seed}")
+    return seed
 
 
-def refuse_unknown(op: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Refuses options that there are not, and says which may have been meant.
-
-    Raises:
-        TypeError: If there is any.
-    """
-    known = list(known)
-    for name in unknown:
-        if name in ("weight_decay", "decay_filter"):
-            raise TypeError(
-                f"[{op}] {name} must be given to AdamW but got it for {op}, which decays nothing"
-            )
-        meant = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {meant[0]!r}?" if meant else f"; there are {', '.join(known)}"
-        raise TypeError(f"[{op}] option must be one of {op}'s but got {name!r}{hint}")
+def _check_bool(op: str, name: str, x: Any, choices: str = "True or False") -> bool:
+    if not isinstance(x, bool):
+        raise TypeError(f"[{op}] {name} must be {choices} but got {x!r}")
+    return x
 
 
 def _as_norm(op: str, x: Any) -> float | None:
@@ -187,8 +165,8 @@ def _as_norm(op: str, x: Any) -> float | None:
 
 
 def _as_group(op: str, x: Any) -> ShardGroup | None:
-    if x is None:
-        return None
+    if x is None or isinstance(x, ShardGroup):
+        return x
     if not isinstance(x, mx.distributed.Group):
         raise TypeError(
             f"[{op}] shard_group must be a group of mx.distributed (mx.distributed.init() gives one) but got {x!r}"
@@ -196,21 +174,12 @@ def _as_group(op: str, x: Any) -> ShardGroup | None:
     return ShardGroup(x)
 
 
-def as_seed(op: str, seed: Any) -> int:
-    """A seed of stochastic rounding."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"[{op}] seed must be an integer but got {seed!r}")
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise ValueError(f"[{op}] seed must be from 0 to 2**64 - 1 but got {seed}")
-    return seed
-
-
 def _as_state_dtype(op: str, x: Any) -> str | None:
     if x is None:
         return None
     if not isinstance(x, (str, mx.Dtype)):
         raise TypeError(f"[{op}] state_dtype must be a string or a dtype but got {x!r}")
-    name = str(x).removeprefix("mlx.core.")
+    name = str(x).removeprefix("mlx.core.")  # dtypes cannot be pickled
     if name in _STATE_DTYPES:
         return name
     reason = ", since float16 cannot hold v: below 6e-8 it is 0" if name == "float16" else ""

@@ -1,11 +1,11 @@
-"""mlx.optimizers' own Adam and AdamW, to compare with: `install` replaces those that are built by their own names."""
+"""mlx.optimizers' own Adam and AdamW under names that `install` leaves alone, for comparisons."""
 
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 
 
-class Adam(stock.Adam):
+class Adam(optim.Adam):
     """As in mlx.optimizers."""
 
 
-class AdamW(stock.AdamW):
+class AdamW(optim.AdamW):
     """As in mlx.optimizers."""

@@ -1,7 +1,7 @@
-"""How the state of one parameter is stored, beside mlx.optimizers' ``m`` and ``v``: brings a state from any form into the one
-that the options ask for, and back into stock's.
+"""The state of one parameter, converted from any form to the one that the options ask for, and back to MLX's.
 
-Codes and remainders are those of csrc/math/encodings.h; what converts them is the extension's.
+Beside mlx.optimizers' ``m`` and ``v`` it may hold auxiliary arrays: the scales of quantized moments, and a master weight's low
+bits. csrc/math/encodings.h defines their formats; the extension converts moments.
 """
 
 from __future__ import annotations
@@ -13,112 +13,91 @@ import mlx.core as mx
 
 from . import _ext
 from ._arguments import as_array
-from ._clipping import GUARD_STATE
+from ._clipping import RECORDED
 from ._options import FUSED_DTYPES, Options
 from ._tree import flattened
 
 MOMENTS = ("m", "v")
-EXTRAS = ("remainder", "m_scale", "v_scale")
-_CODES = {"m": mx.int8, "v": mx.uint8}
-_BLOCK = 32
+AUXILIARY = ("remainder", "m_scale", "v_scale")
+_QUANTIZED = {"m": mx.int8, "v": mx.uint8}
+_ELEMENTS_PER_SCALE = 32
 
 
 def fresh(parameter: mx.array, options: Options) -> dict[str, mx.array]:
-    """The state of a parameter that has had no update: zeros."""
+    """Zeros: the state of a parameter before its first update."""
     dtype = options.dtype_of_moments(parameter)
     state: dict[str, mx.array] = {}
     for name in MOMENTS:
-        is_coded = dtype == mx.int8
-        state[name] = mx.zeros(parameter.shape, _CODES[name] if is_coded else dtype)
-        if is_coded:
+        is_quantized = dtype == mx.int8
+        state[name] = mx.zeros(parameter.shape, _QUANTIZED[name] if is_quantized else dtype)
+        if is_quantized:
             state[f"{name}_scale"] = mx.zeros(_scale_shape(parameter.shape), mx.bfloat16)
-    if options.has_remainder(parameter):
+    if options.has_correction(parameter):
         state["remainder"] = mx.zeros(parameter.shape, mx.int16)
     return state
 
 
-def adopted(path: str, parameter: mx.array, state: dict, options: Options) -> dict[str, Any]:
-    """The state in the form that the options ask for: the same arrays where they have it already.
+def converted(path: str, parameter: mx.array, state: dict, options: Options) -> dict[str, Any]:
+    """The state as the options ask for it; an array that fits already is the same object.
 
     Raises:
-        ValueError: If something does not fit, naming the path.
-        TypeError: If something is no array.
+        ValueError: If a part has the wrong shape or dtype or is missing, naming the path.
+        TypeError: If a part is no array.
     """
     if reason := options.why_not(parameter):
         raise ValueError(f"[{options.op}] parameter of {path} {reason}")
-    new = {name: x for name, x in state.items() if name not in EXTRAS}
-    is_ours = parameter.dtype in FUSED_DTYPES
-    wanted = options.dtype_of_moments(parameter) if is_ours else None
+    new = {name: x for name, x in state.items() if name not in AUXILIARY}
+    is_fused = parameter.dtype in FUSED_DTYPES
+    wanted = options.dtype_of_moments(parameter) if is_fused else parameter.dtype
     for name in MOMENTS:
-        moment = _moment_of(name, path, state, parameter)
-        has_codes = moment.dtype == _CODES[name]
-        scale = _scale_of(name, path, moment, state) if has_codes else None
-        if wanted is None:
-            # Stock's to store: as it is, but not in codes.
-            new[name] = moment if scale is None else _decoded(moment, scale, parameter.dtype)
-        elif wanted == mx.int8:
+        moment = _checked_moment(name, path, state, parameter)
+        is_quantized = moment.dtype == _QUANTIZED[name]
+        scale = _checked_scale(name, path, moment, state) if is_quantized else None
+        if is_fused and wanted == mx.int8:
             if scale is None:
                 moment, scale = _ext.quantize_moment(moment, name == "v")
             new[name], new[f"{name}_scale"] = moment, scale
         elif scale is not None:
-            new[name] = _decoded(moment, scale, wanted)
+            new[name] = _dequantized(moment, scale, wanted)
+        elif not is_fused or moment.dtype == wanted:  # mlx.optimizers takes any
+            new[name] = moment
         else:
-            new[name] = moment if moment.dtype == wanted else moment.astype(wanted)
-    if is_ours and options.has_remainder(parameter):
+            new[name] = moment.astype(wanted)
+    if is_fused and options.has_correction(parameter):
         if "remainder" in state:
-            remainder = as_array("remainder", state["remainder"], path)
-            _check_shape("remainder", path, remainder, parameter)
-            if remainder.dtype != mx.int16:
+            correction = as_array("remainder", state["remainder"], path)
+            _check_shape("remainder", path, correction, parameter)
+            if correction.dtype != mx.int16:
                 raise ValueError(
-                    f"[adam_update] remainder of {path} must be int16 but got {remainder.dtype}"
+                    f"[adam_update] remainder of {path} must be int16 but got {correction.dtype}"
                 )
         else:
-            remainder = mx.zeros(parameter.shape, mx.int16)
-        new["remainder"] = remainder
+            correction = mx.zeros(parameter.shape, mx.int16)
+        new["remainder"] = correction
     return new
 
 
-def has_codes(state: dict) -> bool:
-    """Whether a state is in codes, which stock operations cannot read."""
-    return any(state[name].dtype == _CODES[name] for name in MOMENTS)
-
-
-def _moment_of(name: str, path: str, state: dict, parameter: mx.array) -> mx.array:
-    if name not in state:
-        raise ValueError(f"[adam_update] state of {path} must hold {name} but got nothing")
-    moment = as_array(name, state[name], path)
-    _check_shape(name, path, moment, parameter)
-    if moment.dtype != _CODES[name] and not mx.issubdtype(moment.dtype, mx.floating):
-        raise ValueError(
-            f"[adam_update] {name} of {path} must be floating or {_CODES[name]} with a scale but got "
-            f"{moment.dtype}"
-        )
-    return moment
-
-
-def _decoded(codes: mx.array, scale: mx.array, dtype: mx.Dtype) -> mx.array:
-    decoded: mx.array = _ext.dequantize_moment(codes, scale)
-    if dtype == mx.float64:  # which MLX has on the CPU alone
-        return mx.astype(decoded, dtype, stream=mx.cpu)
-    return decoded.astype(dtype)
+def is_quantized(state: dict) -> bool:
+    """Whether a state has 8-bit moments, which MLX's operations cannot read."""
+    return any(state[name].dtype == _QUANTIZED[name] for name in MOMENTS)
 
 
 def stock_state(optimizer: Any) -> dict[str, Any]:
     """The state tree that ``mlx.optimizers.Adam`` or ``AdamW`` would hold in this optimizer's place.
 
-    ``m`` and ``v`` are in their parameter's dtype, lazily; remainders of master weights are left out, since stock has none:
-    only what the parameters themselves hold goes on. The optimizer keeps its own state.
+    ``m`` and ``v`` are in their parameter's dtype, lazily. The low bits of master weights (``remainder``) are left out, since
+    mlx.optimizers has no place for them: training continues from the 16-bit parameters. The optimizer keeps its own state.
 
     Args:
-        optimizer: A :class:`mlx_fused_adam.Adam` or ``AdamW`` whose state belongs to parameters that it has seen, by an
-            update or by ``init``.
+        optimizer: A :class:`mlx_fused_adam.Adam` or ``AdamW`` that has seen the parameters of its state, in an update or in
+            ``init``.
 
     Returns:
-        A new tree, to be given to ``mlx.optimizers.Adam(...).state`` or to ``mx.save_safetensors``.
+        A new tree, for ``mlx.optimizers.Adam(...).state`` or ``mx.save_safetensors``.
 
     Raises:
         ValueError: If the dtype of a parameter is not known: call ``optimizer.init(parameters)`` first.
-        TypeError: If it is no optimizer of this package.
+        TypeError: If it is not an optimizer of this package.
     """
     dtypes = getattr(optimizer, "_parameter_dtypes", None)
     if dtypes is None:
@@ -126,16 +105,25 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
             f"[stock_state] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}"
         )
 
-    def stocks(path: str, state: dict) -> dict[str, Any]:
+    def without_options(path: str, state: dict) -> dict[str, Any]:
         if path not in dtypes:
             raise ValueError(
                 f"[stock_state] optimizer must know the parameter of {path or 'the state'} but got "
                 "none: call optimizer.init(parameters) first"
             )
-        return _stock_moments(path, state, dtypes[path])
+        dtype = getattr(mx, dtypes[path])
+        new = {name: x for name, x in state.items() if name not in AUXILIARY}
+        for name in MOMENTS:
+            moment = state[name]
+            if moment.dtype == _QUANTIZED[name]:
+                scale = _checked_scale(name, path, moment, state)
+                new[name] = _dequantized(moment, scale, dtype)
+            else:
+                new[name] = moment.astype(dtype)
+        return new
 
-    state = map_states(stocks, optimizer.state)
-    return {k: x for k, x in state.items() if not (k in GUARD_STATE and isinstance(x, mx.array))}
+    state = map_states(without_options, optimizer.state)
+    return {k: x for k, x in state.items() if not (k in RECORDED and isinstance(x, mx.array))}
 
 
 def map_states(change: Callable[[str, dict], Any], tree: Any, path: str = "") -> Any:
@@ -151,28 +139,35 @@ def map_states(change: Callable[[str, dict], Any], tree: Any, path: str = "") ->
     return tree
 
 
-def _stock_moments(path: str, state: dict, dtype: str) -> dict[str, Any]:
-    new = {name: x for name, x in state.items() if name not in EXTRAS}
-    for name in MOMENTS:
-        moment = state[name]
-        if moment.dtype == _CODES[name]:
-            new[name] = _decoded(moment, _scale_of(name, path, moment, state), getattr(mx, dtype))
-        else:
-            new[name] = moment.astype(getattr(mx, dtype))
-    return new
+def dtypes_by_path(parameters: Any) -> dict[str, str]:
+    """The name of every parameter's dtype, by its path."""
+    return {path: str(x.dtype).rpartition(".")[2] for path, x in flattened(parameters)}
 
 
-def _scale_of(name: str, path: str, codes: mx.array, state: dict) -> mx.array:
-    what = f"{name}_scale of {path}"
-    if f"{name}_scale" not in state:
+def _checked_moment(name: str, path: str, state: dict, parameter: mx.array) -> mx.array:
+    if name not in state:
+        raise ValueError(f"[adam_update] state of {path} must hold {name} but got nothing")
+    moment = as_array(name, state[name], path)
+    _check_shape(name, path, moment, parameter)
+    if moment.dtype != _QUANTIZED[name] and not mx.issubdtype(moment.dtype, mx.floating):
         raise ValueError(
-            f"[adam_update] {what} must be there, since {name} is {_CODES[name]}, but got nothing"
+            f"[adam_update] {name} of {path} must be floating or {_QUANTIZED[name]} with a scale but got "
+            f"{moment.dtype}"
         )
-    scale = as_array(f"{name}_scale", state[f"{name}_scale"], path)
-    shape = _scale_shape(codes.shape)
+    return moment
+
+
+def _checked_scale(name: str, path: str, quantized: mx.array, state: dict) -> mx.array:
+    key = f"{name}_scale"
+    if key not in state:
+        raise ValueError(
+            f"[adam_update] {key} of {path} must be there, since {name} is {_QUANTIZED[name]}, but got nothing"
+        )
+    scale = as_array(key, state[key], path)
+    shape = _scale_shape(quantized.shape)
     if scale.dtype != mx.bfloat16 or scale.shape != shape:
         raise ValueError(
-            f"[adam_update] {what} must be bfloat16 of shape {shape} but got {scale.dtype} of shape "
+            f"[adam_update] {key} of {path} must be bfloat16 of shape {shape} but got {scale.dtype} of shape "
             f"{scale.shape}"
         )
     return scale
@@ -186,10 +181,11 @@ def _check_shape(name: str, path: str, x: mx.array, parameter: mx.array) -> None
         )
 
 
+def _dequantized(quantized: mx.array, scale: mx.array, dtype: mx.Dtype) -> mx.array:
+    moment: mx.array = _ext.dequantize_moment(quantized, scale)
+    # MLX has float64 on the CPU alone.
+    return mx.astype(moment, dtype, stream=mx.cpu if dtype == mx.float64 else None)
+
+
 def _scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-1], -(-shape[-1] // _BLOCK)) if shape else shape
-
-
-def dtypes_by_path(parameters: Any) -> dict[str, str]:
-    """The name of every parameter's dtype, by its path."""
-    return {path: str(x.dtype).rpartition(".")[2] for path, x in flattened(parameters)}
+    return (*shape[:-1], -(-shape[-1] // _ELEMENTS_PER_SCALE)) if shape else shape

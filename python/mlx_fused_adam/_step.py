@@ -1,4 +1,4 @@
-"""One step over all leaves: the fused operation takes those that it can store together, mlx.optimizers the others one by one."""
+"""One step over all leaves: the fused operation takes all those that it can store, mlx.optimizers each of the others."""
 
 from __future__ import annotations
 

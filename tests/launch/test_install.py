@@ -193,7 +193,7 @@ def test_who_wraps_the_classes_too_is_left_in_place(monkeypatch):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"max_gradnorm": 1.0}, TypeError, "max_grad_norm"),
+        ({"max_gradnorm": 1.0}, TypeError, "max_gradnorm"),
         ({"learning_rate": 1e-3}, TypeError, "learning_rate"),
         ({"state_dtype": "int4"}, ValueError, "int4"),
         ({"bias_correction": "false"}, TypeError, "must be True or False"),

@@ -339,7 +339,7 @@ def test_options_come_from_the_command_or_the_environment(script):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ('{"max_grad_nrom": 1}', "did you mean 'max_grad_norm'?"),
+        ('{"max_grad_nrom": 1}', "unexpected keyword argument 'max_grad_nrom'"),
         ('{"state_dtype": "int4"}', "int4"),
         ('{"learning_rate": 1}', "learning_rate"),
         ("[1]", "must be a JSON object"),
