@@ -70,7 +70,7 @@ template <typename G>
   for (; at < count; at += kNormThreads * length) {
     if (args.vectors[which] != 0 && at + length <= count) {
       float values[length];
-      load_run<length>(from + at, values);
+      load_vectors<length>(from + at, values);
       for (uint k = 0; k < length; ++k) {
         sum = add_square(sum, values[k]);
       }

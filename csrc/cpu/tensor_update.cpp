@@ -45,13 +45,6 @@ int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
   return offset;
 }
 
-// Elements after which blocks of quantized state begin anew: a row, unless its blocks are all whole or it is the only one.
-size_t row_of(const mx::array& parameter, const TensorFormats& formats) {
-  if (!formats.is_quantized()) return parameter.size();
-  size_t length = parameter.shape(-1);
-  return length % kBlockElements == 0 ? parameter.size() : length;
-}
-
 // A thread's own room for a transposed tile of the widest gradients, kept for its next ones: too much for the stacks that
 // macOS gives to threads.
 char* tile_buffer() {
@@ -68,7 +61,7 @@ char* tile_buffer() {
 
 TensorUpdate::TensorUpdate(const NodeTensor& tensor, const TensorFormats& formats)
     : size_(tensor.in[Role::parameter]->size()),
-      row_(row_of(*tensor.in[Role::parameter], formats)),
+      row_(formats.is_quantized() ? block_row(*tensor.in[Role::parameter]) : size_),
       formats_(formats) {
   auto &parameter = *tensor.in[Role::parameter], &gradient = *tensor.in[Role::gradient];
   auto &m = *tensor.in[Role::m], &v = *tensor.in[Role::v];
@@ -179,10 +172,7 @@ RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) cons
   int64_t parameter = state_offset * int64_t(parameter_bytes_);
   int64_t state = state_offset * int64_t(state_bytes_);
   int64_t correction = state_offset * int64_t(sizeof(int16_t)), scale = 0;
-  if (formats_.is_quantized()) {
-    size_t row = state_offset / row_, column = state_offset % row_;
-    scale = (row * divide_up(row_, kBlockElements) + column / kBlockElements) * sizeof(uint16_t);
-  }
+  if (formats_.is_quantized()) scale = scale_index(state_offset, row_) * sizeof(uint16_t);
   move(run.parameter, parameter, correction);
   run.gradient.values += gradient_offset * int64_t(gradient_bytes_);
   move(run.m, state, scale);

@@ -6,8 +6,6 @@
 #include <functional>
 #include <numeric>
 
-#include "math/encodings.h"
-
 namespace fused_adam {
 
 namespace mx = mlx::core;
@@ -44,6 +42,11 @@ void merge_axes(Layout& layout, bool may_merge_rows) {
 mx::Shape scale_shape(mx::Shape shape) {
   if (!shape.empty()) shape.back() = divide_up(shape.back(), kBlockElements);
   return shape;
+}
+
+size_t block_row(const mx::array& x) {
+  size_t length = x.shape(-1);
+  return length % kBlockElements == 0 ? x.size() : length;
 }
 
 int64_t Layout::batches() const {

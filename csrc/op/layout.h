@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "math/encodings.h"
 #include "mlx/array.h"
 
 namespace fused_adam {
@@ -14,6 +15,15 @@ constexpr size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
 
 // The shape of a quantized moment's scales, one for each block of a row: [..., ceil(last / kBlockElements)].
 mlx::core::Shape scale_shape(mlx::core::Shape shape);
+
+// Elements of a quantized tensor after which blocks begin anew: a row, unless the blocks of every row are full.
+size_t block_row(const mlx::core::array& x);
+
+// Where the scale of a row-major element's block is.
+constexpr size_t scale_index(size_t element, size_t block_row) {
+  return element / block_row * divide_up(block_row, kBlockElements) +
+         element % block_row / kBlockElements;
+}
 
 enum class LayoutKind {
   linear,  // all four arrays are row-major

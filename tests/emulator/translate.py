@@ -192,8 +192,8 @@ def add_copies_between_address_spaces(shader: Shader) -> None:
             continue
         end = shader.matching(i + 2)
         body = tokens[i + 3 : end]
-        if not body or set(body) & {"(", "[", "{", "="}:
-            continue  # has functions, arrays or initialisers: left as it is
+        if not body or set(body) & {"(", "[", "{", "=", "typedef"}:
+            continue  # has functions, arrays, initialisers or types: left as it is
         name, fields, start = tokens[i + 1], [], i + 3
         for j in range(i + 3, end):
             if tokens[j] == ";":

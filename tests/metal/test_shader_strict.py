@@ -78,7 +78,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_rejected(name, tmp_path):
     text, replacement, reason = FAULTS[name]
-    source = project_shader.full_source(("float",), ("AdamRule",))
+    source = project_shader.full_source(("float",))
     include = '#include "vector_io.h"\n'
     assert include in source
     runs = (project_shader.ROOT / "metal" / "vector_io.h").read_text().replace("#pragma once\n", "")

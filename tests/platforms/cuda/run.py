@@ -32,7 +32,7 @@ FLAGS += ["-Xcompiler", "-fPIC,-w", "-diag-suppress", "2506"]
 def compile_shader(folder: Path, architecture: str, types: tuple[str, ...]) -> Path:
     """Builds the shader and runtime.cuh into a shared library."""
     folder.mkdir(parents=True, exist_ok=True)
-    source = project_shader.full_source(types, ("AdamRule",))
+    source = project_shader.full_source(types)
     text = translate.for_cuda(source, project_shader.INCLUDE_DIRS) + '#include "runtime.cuh"\n'
     file = folder / "adam.cu"
     file.write_text(text)
