@@ -1,7 +1,8 @@
 """Sphinx's settings: `pip install '.[cpu,docs]'`, then `sphinx-build -W --keep-going -b html docs build/docs`.
 
-Pages are Markdown (myst-parser); the API page comes from docstrings (autodoc, napoleon), the first page from README. Links
-out of docs/ are relative, as GitHub wants them; on the site they download the file, or lead to the first page for README.
+Pages are Markdown (myst-parser); the API page comes from docstrings (autodoc, napoleon), the first page from README.
+Links out of docs/ are relative, as GitHub wants them; on the site they download the file, or lead to the first page for
+README.
 """
 
 import os
@@ -44,6 +45,4 @@ def resolve_links_out_of_docs(app: Sphinx, tree: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    app.connect(
-        "doctree-read", resolve_links_out_of_docs, priority=0
-    )  # before Sphinx collects downloads
+    app.connect("doctree-read", resolve_links_out_of_docs, priority=0)  # before Sphinx collects downloads

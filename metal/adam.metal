@@ -2,8 +2,8 @@
 // Compiled on the user's machine from the string that the build embeds; csrc/metal/adam.cpp adds the instantiations
 // for the formats it meets (P: parameter, G: gradient, S: m and v) and chooses kernel, buffers and grid.
 //
-// An element costs 4 loads and 3 stores, 28 bytes in float32 and 14 in 16 bits, and 8 products, 4 sums, a division and a
-// root: far less than a GPU computes while it moves them. docs/metal.md has the bandwidth to expect of each kernel.
+// An element costs 4 loads and 3 stores, 28 bytes in float32 and 14 in 16 bits, and 8 products, 4 sums, a division and
+// a root: far less than a GPU computes while it moves them. docs/metal.md has the bandwidth to expect of each kernel.
 #include <metal_stdlib>
 
 #include "adam_args.h"
@@ -125,7 +125,8 @@ inline Run run_at(uint column, uint columns, bool vectors, uint element) {
   return {element, count, vectors && count == N, count > 0u && column % kBlockElements == 0u};
 }
 
-// The elements of a run of N as they are stored, zeros beyond `count`. A step that is not applied stores what it loaded.
+// The elements of a run of N as they are stored, zeros beyond `count`. A step that is not applied stores what it
+// loaded.
 template <typename P, typename S, uint N>
 struct StoredRun {
   typename Format<P>::parameter parameter[N];
@@ -241,9 +242,9 @@ inline void update_stored(
   }
 }
 
-// The four threads of a block share its scales by shuffles, in which all must take part: those beyond the end of a row with
-// zeros, so none of them may leave early. Only the first reads and writes the scales: in place, another's read could come
-// after the write.
+// The four threads of a block share its scales by shuffles, in which all must take part: those beyond the end of a row
+// with zeros, so none of them may leave early. Only the first reads and writes the scales: in place, another's read
+// could come after the write.
 inline uint any_in_block(uint x) {
   x |= simd_shuffle_xor(x, 1);
   x |= simd_shuffle_xor(x, 2);
@@ -366,7 +367,8 @@ template <typename P, typename G, typename S>
       load_step(args.step, args.number, scalars, step, Format<S>::is_quantized));
 }
 
-// Several small row-major tensors without auxiliary arrays in one dispatch: the grid holds the threads of one after the other.
+// Several small row-major tensors without auxiliary arrays in one dispatch: the grid holds the threads of one after the
+// other.
 template <typename P, typename G, typename S>
 [[kernel]] void adam_group(
     constant GroupArgs& args [[buffer(kArgs)]],
@@ -425,8 +427,8 @@ template <typename P, typename G, typename S>
       load_step(args.step, args.numbers[which], scalars, step, false));
 }
 
-// A matrix (or a batch of them, along the grid's z) whose gradient is column-major: a tile of it goes through threadgroup
-// memory, so that gradient and state are both walked along their unit strides, a run a thread.
+// A matrix (or a batch of them, along the grid's z) whose gradient is column-major: a tile of it goes through
+// threadgroup memory, so that gradient and state are both walked along their unit strides, a run a thread.
 template <typename P, typename G, typename S>
 [[kernel]] void adam_tiled(
     constant TiledArgs& args [[buffer(kArgs)]],
@@ -515,8 +517,9 @@ template <typename P, typename G, typename S>
   }
 }
 
-// Any strides of any array but quantized state and auxiliary arrays; the outputs are row-major. The grid's x is the last axis
-// (its runs, where the state is quantized), y the one before, z all others. Index is 64 bits wide where 32 are too few.
+// Any strides of any array but quantized state and auxiliary arrays; the outputs are row-major. The grid's x is the
+// last axis (its runs, where the state is quantized), y the one before, z all others. Index is 64 bits wide where 32
+// are too few.
 template <typename P, typename G, typename S, typename Index>
 [[kernel]] void adam_general(
     constant GeneralArgs& args [[buffer(kArgs)]],

@@ -7,7 +7,8 @@
 
 namespace fused_adam {
 
-// Buffers of every kernel. Tensor t of adam_group has kBuffersPerTensor of them from kFirstTensor + t * kBuffersPerTensor on.
+// Buffers of every kernel. Tensor t of adam_group has kBuffersPerTensor of them from kFirstTensor + t *
+// kBuffersPerTensor on.
 enum AdamBuffer {
   kArgs = 0,
   kScalars = 1,
@@ -42,8 +43,8 @@ enum AdamLimits {
   kGroupTensors = 4,  // 2 + 4 * 7 buffers and kStep: Metal's 31
   kThreads = 256,     // of a threadgroup, in every kernel
   // A thread updates a run of elements: kShortRun where all of the tensor's arrays are float32, else kLongRun; in
-  // adam_general one element, unless the state is quantized. Where alignment allows, kRunBytes are loaded and stored at a
-  // time, half as many of quantized state.
+  // adam_general one element, unless the state is quantized. Where alignment allows, kRunBytes are loaded and stored at
+  // a time, half as many of quantized state.
   kRunBytes = 16,
   kShortRun = 4,
   kLongRun = 8,
@@ -62,8 +63,9 @@ struct LinearArgs {
   StepArgs step;
   unsigned int number;         // of the tensor, in the random bits
   unsigned int first_element;  // of the tensor that the dispatch updates, in row-major order
-  unsigned int row_length;     // all of the dispatch's elements, but of quantized state those after which blocks begin anew
-  unsigned int vectors;        // whether every run begins at a multiple of kRunBytes in every buffer
+  unsigned int
+      row_length;        // all of the dispatch's elements, but of quantized state those after which blocks begin anew
+  unsigned int vectors;  // whether every run begins at a multiple of kRunBytes in every buffer
 };
 
 struct GroupArgs {

@@ -1,6 +1,7 @@
-// The Metal kernels that sum the squares of gradients (G), for their global norm: one read of each gradient, float32 sums.
-// A threadgroup sums kNormSpan elements to a partial sum, and norm_total sums those: in an order that depends on sizes alone.
-// Compiled on the user's machine from the string that the build embeds; csrc/metal/grad_norm.cpp adds the instantiations.
+// The Metal kernels that sum the squares of gradients (G), for their global norm: one read of each gradient, float32
+// sums. A threadgroup sums kNormSpan elements to a partial sum, and norm_total sums those: in an order that depends on
+// sizes alone. Compiled on the user's machine from the string that the build embeds; csrc/metal/grad_norm.cpp adds the
+// instantiations.
 #include <metal_stdlib>
 
 #include "adam_args.h"

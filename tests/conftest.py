@@ -1,8 +1,9 @@
 """Chooses what the tests exercise, by the environment variable DEVICE: cpu, gpu, or emulated (the Metal path on Linux).
 
-Unset, tests that ask for the fixture `device` run on everything this machine has, in one process. Set, the whole run obeys,
-the processes that tests start too: for `emulated` the package that they import is the emulated one (emulator/build.py).
-With FUSED_ADAM_EMULATED_GPU=1 as well, DEVICE=gpu means the emulated one, and the suite behaves as it would on a Mac.
+Unset, tests that ask for the fixture `device` run on everything this machine has, in one process. Set, the whole run
+obeys, the processes that tests start too: for `emulated` the package that they import is the emulated one
+(emulator/build.py). With FUSED_ADAM_EMULATED_GPU=1 as well, DEVICE=gpu means the emulated one, and the suite behaves as
+it would on a Mac.
 """
 
 from __future__ import annotations
@@ -198,14 +199,12 @@ def process_backend(process_device: str) -> str:
 def assert_equal(device: str, is_hostile: bool):
     """assert_equal(actual, expected, what, slack=0): every element, bit for bit up to the sign of NaN.
 
-    `expected` is rounded to the dtype of `actual`. A GPU may flush float32's subnormal numbers, and be off by `slack` before
-    it rounds: oracle.slack_on_gpu for a parameter, nothing for m and v.
+    `expected` is rounded to the dtype of `actual`. A GPU may flush float32's subnormal numbers, and be off by `slack`
+    before it rounds: oracle.slack_on_gpu for a parameter, nothing for m and v.
     """
     is_exact = device != "gpu" and not is_hostile
 
-    def check(
-        actual: mx.array, expected: np.ndarray, what: str, slack: np.ndarray | float = 0.0
-    ) -> None:
+    def check(actual: mx.array, expected: np.ndarray, what: str, slack: np.ndarray | float = 0.0) -> None:
         actual_values = oracle.to_numpy(actual)
         unrounded = np.asarray(expected, np.float64)
         expected = oracle.store(unrounded, actual.dtype)
@@ -214,9 +213,7 @@ def assert_equal(device: str, is_hostile: bool):
         if not is_exact:
             allowed = np.asarray(slack) + oracle.FLUSHED
             low = oracle.store(unrounded - allowed, actual.dtype)
-            right |= (low <= actual_values) & (
-                actual_values <= oracle.store(unrounded + allowed, actual.dtype)
-            )
+            right |= (low <= actual_values) & (actual_values <= oracle.store(unrounded + allowed, actual.dtype))
         wrong = ~right
         if wrong.any():
             at = tuple(int(i) for i in np.argwhere(wrong)[0])

@@ -24,7 +24,8 @@ namespace mx = mlx::core;
 
 namespace {
 
-// Elements of one dispatch of adam_linear or adam_general, so that what counts them fits 32 bits and pieces stay aligned.
+// Elements of one dispatch of adam_linear or adam_general, so that what counts them fits 32 bits and pieces stay
+// aligned.
 constexpr int64_t kLargestDispatch = int64_t{1} << 30;
 
 // Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
@@ -43,8 +44,7 @@ static_assert(std::size(kShaderKernels) == kKernels);
 
 // The buffers of each Role.
 constexpr int kInputBuffers[] = {kParameter, kGradient, kM, kV, kCorrection, kMScale, kVScale};
-constexpr int kOutputBuffers[] = {kNewParameter, -1,           kNewM,       kNewV,
-                                  kNewCorrection, kNewMScale, kNewVScale};
+constexpr int kOutputBuffers[] = {kNewParameter, -1, kNewM, kNewV, kNewCorrection, kNewMScale, kNewVScale};
 
 // Where a dispatch begins in the arrays of each Role, in elements.
 struct Starts {
@@ -66,8 +66,8 @@ struct BoundTensor {
 
   // Elements that a thread updates.
   int64_t run() const {
-    bool is_short = formats.parameter == Format::float32 && formats.gradient == Format::float32 &&
-                    formats.m == Format::float32;
+    bool is_short =
+        formats.parameter == Format::float32 && formats.gradient == Format::float32 && formats.m == Format::float32;
     return is_short ? kShortRun : kLongRun;
   }
 
@@ -114,17 +114,16 @@ struct BoundTensor {
       }
       return sum;
     };
-    return std::any_of(std::begin(layout.strides), std::end(layout.strides), [&](auto& strides) {
-      return span(strides) > std::numeric_limits<int32_t>::max();
-    });
+    return std::any_of(std::begin(layout.strides), std::end(layout.strides),
+                       [&](auto& strides) { return span(strides) > std::numeric_limits<int32_t>::max(); });
   }
 };
 
 // As layout_of has it; but rows of a single quantized element, whose axis it would drop, keep all axes.
 Layout layout_of_rows(const BoundTensor& t) {
   auto& in = t.arrays.in;
-  auto layout = layout_of(*in[Role::parameter], *in[Role::gradient], *in[Role::m], *in[Role::v],
-                          kSmallestTile, t.row() == t.size());
+  auto layout = layout_of(*in[Role::parameter], *in[Role::gradient], *in[Role::m], *in[Role::v], kSmallestTile,
+                          t.row() == t.size());
   if (layout.kind == LayoutKind::linear || t.row() > 1) return layout;
   layout = {LayoutKind::general};
   layout.shape.assign(t.parameter().shape().begin(), t.parameter().shape().end());
@@ -138,8 +137,8 @@ Layout layout_of_rows(const BoundTensor& t) {
 class AdamEncoder {
  public:
   // Without a step, nothing is rounded stochastically, and the kernels do not read it.
-  AdamEncoder(mx::Stream stream, ShaderLibrary& library, const AdamNode& node,
-              const mx::array& scalars, const mx::array* step)
+  AdamEncoder(mx::Stream stream, ShaderLibrary& library, const AdamNode& node, const mx::array& scalars,
+              const mx::array* step)
       : encoder_(mx::metal::get_command_encoder(stream)),
         library_(library),
         step_args_{node.constants, node.rounding, unsigned(scalars.size())},
@@ -155,8 +154,7 @@ class AdamEncoder {
       int64_t columns = std::min(row - start % row, kLargestDispatch);
       piece = rows > 0 ? std::min(rows * row, left) : columns;
       use(kLinear);
-      encoder_.set_bytes(LinearArgs{step_args_, t.number, unsigned(start),
-                                    unsigned(std::min(row, piece)), t.vectors()},
+      encoder_.set_bytes(LinearArgs{step_args_, t.number, unsigned(start), unsigned(std::min(row, piece)), t.vectors()},
                          kArgs);
       bind(t, t.at(start));
       bind_unused(t);
@@ -198,10 +196,9 @@ class AdamEncoder {
       }
     }
     use(kTiled);
-    encoder_.set_bytes(
-        TiledArgs{step_args_, t.number, unsigned(layout.rows), unsigned(layout.columns),
-                  unsigned(layout.shape.size()), t.vectors()},
-        kArgs);
+    encoder_.set_bytes(TiledArgs{step_args_, t.number, unsigned(layout.rows), unsigned(layout.columns),
+                                 unsigned(layout.shape.size()), t.vectors()},
+                       kArgs);
     bind(t, t.at(0));
     bind_unused(t);
     encoder_.set_vector_bytes(layout.shape, kShape);
@@ -226,9 +223,7 @@ class AdamEncoder {
       row_major[axis] = row_major[axis + 1] * shape[axis + 1];
     }
     // The grid along the last axis.
-    auto threads = [&](int64_t columns) {
-      return t.formats.is_quantized() ? t.threads(1, columns) : columns;
-    };
+    auto threads = [&](int64_t columns) { return t.formats.is_quantized() ? t.threads(1, columns) : columns; };
     auto fits = [&](const Axes& shape) {
       int64_t columns = shape.back();
       return size_of(shape) / columns * std::max(threads(columns), columns) <= kLargestDispatch;
@@ -238,8 +233,7 @@ class AdamEncoder {
       int64_t first = offset_of(piece.start, row_major);
       auto starts = t.at(first);
       use(kernel);
-      encoder_.set_bytes(
-          GeneralArgs{step_args_, t.number, unsigned(first), unsigned(shape.size())}, kArgs);
+      encoder_.set_bytes(GeneralArgs{step_args_, t.number, unsigned(first), unsigned(shape.size())}, kArgs);
       encoder_.set_vector_bytes(piece.shape, kShape);
       for (size_t role = 0; role < std::size(strides); ++role) {
         starts.in[role] = offset_of(piece.start, strides[role]);
@@ -267,12 +261,10 @@ class AdamEncoder {
   void bind(const BoundTensor& t, const Starts& starts, int shift = 0) {
     for (size_t role = 0; role < Role::kCount; ++role) {
       if (auto in = t.arrays.in[role]) {
-        encoder_.set_input_array(*in, kInputBuffers[role] + shift,
-                                 starts.in[role] * int64_t(in->itemsize()));
+        encoder_.set_input_array(*in, kInputBuffers[role] + shift, starts.in[role] * int64_t(in->itemsize()));
       }
       if (auto out = t.arrays.out[role]) {
-        encoder_.set_output_array(*out, kOutputBuffers[role] + shift,
-                                  starts.out[role] * int64_t(out->itemsize()));
+        encoder_.set_output_array(*out, kOutputBuffers[role] + shift, starts.out[role] * int64_t(out->itemsize()));
       }
     }
   }
@@ -287,8 +279,7 @@ class AdamEncoder {
   }
 
   void dispatch_threads(int64_t count) {
-    encoder_.dispatch_threads(MTL::Size(count, 1, 1),
-                              MTL::Size(std::min<int64_t>(count, kThreads), 1, 1));
+    encoder_.dispatch_threads(MTL::Size(count, 1, 1), MTL::Size(std::min<int64_t>(count, kThreads), 1, 1));
   }
 
   mx::metal::CommandEncoder& encoder_;
@@ -310,9 +301,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
     if (t.size() == 0) continue;
     t.layout = layout_of_rows(t);
     auto kind = t.layout.kind;
-    auto& list = kind == LayoutKind::linear  ? row_major
-                 : kind == LayoutKind::tiled ? tiled
-                                             : general;
+    auto& list = kind == LayoutKind::linear ? row_major : kind == LayoutKind::tiled ? tiled : general;
     list.push_back(std::move(t));
   }
   auto general_kernel = [&](const BoundTensor& t) {
@@ -324,8 +313,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   std::string types = metal_type(formats.parameter);
   for (auto format : {formats.gradient, formats.m}) types += std::string(", ") + metal_type(format);
   ShaderLibrary library(stream(), "AdamUpdate", "fused_adam", kAdamShader,
-                        std::span(kShaderKernels).first(kKernels - formats.has_auxiliaries()),
-                        types, kThreads);
+                        std::span(kShaderKernels).first(kKernels - formats.has_auxiliaries()), types, kThreads);
   if (!row_major.empty()) library.kernel(is_group ? kGroup : kLinear);
   if (!tiled.empty()) library.kernel(kTiled);
   for (auto& t : general) library.kernel(general_kernel(t));

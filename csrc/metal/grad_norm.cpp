@@ -57,8 +57,7 @@ struct Gradients {
       auto& strides = layout.strides[0];
       auto fits = [](const Axes& shape) { return size_of(shape) <= kLargestPiece; };
       for (auto& piece : pieces_of(layout.shape, 1, fits)) {
-        general.push_back({&gradient, offset_of(piece.start, strides), size_of(piece.shape),
-                           piece.shape, strides});
+        general.push_back({&gradient, offset_of(piece.start, strides), size_of(piece.shape), piece.shape, strides});
       }
     }
     library.kernel(layout.kind == LayoutKind::linear ? kDense : kGeneral);
@@ -77,8 +76,7 @@ using GradientsByDtype = std::map<mx::Dtype::Val, Gradients>;
 
 class NormEncoder {
  public:
-  NormEncoder(mx::metal::CommandEncoder& encoder, mx::array& partials)
-      : encoder_(encoder), partials_(partials) {}
+  NormEncoder(mx::metal::CommandEncoder& encoder, mx::array& partials) : encoder_(encoder), partials_(partials) {}
 
   // Each dispatch writes partial sums of its own, so none waits for another.
   void partials(GradientsByDtype& by_dtype) {
@@ -121,8 +119,7 @@ class NormEncoder {
 
   void general(const GradientPiece& piece, ShaderLibrary& library) {
     encoder_.set_compute_pipeline_state(library.kernel(kGeneral));
-    encoder_.set_bytes(NormGeneralArgs{unsigned(piece.size), unsigned(piece.shape.size())},
-                       kNormArgs);
+    encoder_.set_bytes(NormGeneralArgs{unsigned(piece.size), unsigned(piece.shape.size())}, kNormArgs);
     encoder_.set_input_array(*piece.gradient, kNormGradient, piece.start_bytes());
     encoder_.set_vector_bytes(piece.shape, kNormShape);
     encoder_.set_vector_bytes(piece.strides, kNormStrides);
@@ -150,8 +147,8 @@ void SumOfSquares::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx
   auto gradients_of = [&](mx::Dtype dtype) -> Gradients& {
     auto entry = by_dtype.find(dtype.val());
     if (entry == by_dtype.end()) {
-      ShaderLibrary library(stream(), "SumOfSquares", "fused_adam_norm", kGradNormShader,
-                            kShaderKernels, metal_type(format_of(dtype)), kNormThreads);
+      ShaderLibrary library(stream(), "SumOfSquares", "fused_adam_norm", kGradNormShader, kShaderKernels,
+                            metal_type(format_of(dtype)), kNormThreads);
       entry = by_dtype.try_emplace(dtype.val(), Gradients{std::move(library)}).first;
     }
     return entry->second;

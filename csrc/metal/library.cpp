@@ -24,9 +24,9 @@ const char* metal_type(Format format) {
   throw std::logic_error("format has no name in the shaders");
 }
 
-ShaderLibrary::ShaderLibrary(mx::Stream stream, const char* op, const char* name,
-                             const char* shader, std::span<const ShaderKernel> kernels,
-                             const std::string& types, unsigned long threads_per_threadgroup)
+ShaderLibrary::ShaderLibrary(mx::Stream stream, const char* op, const char* name, const char* shader,
+                             std::span<const ShaderKernel> kernels, const std::string& types,
+                             unsigned long threads_per_threadgroup)
     : device_(mx::metal::device(stream.device)),
       op_(op),
       shader_(shader),
@@ -41,8 +41,8 @@ std::string ShaderLibrary::source() const {
   for (auto& kernel : kernels_) {
     if (!kernel.of_template) continue;
     auto instance = std::string(kernel.of_template) + "<" + types_ + kernel.more_types + ">";
-    text += std::string("template [[host_name(\"") + kernel.name + "\")]] [[kernel]] decltype(" +
-            instance + ") " + instance + ";\n";
+    text += std::string("template [[host_name(\"") + kernel.name + "\")]] [[kernel]] decltype(" + instance + ") " +
+            instance + ";\n";
   }
   return text;
 }
@@ -51,17 +51,16 @@ MTL::ComputePipelineState* ShaderLibrary::kernel(size_t index) {
   if (loaded_[index]) return loaded_[index];
   std::string name = kernels_[index].name;
   try {
-    auto kernel =
-        device_.get_kernel(name, device_.get_library(name_, [this] { return source(); }));
+    auto kernel = device_.get_kernel(name, device_.get_library(name_, [this] { return source(); }));
     auto most = kernel->maxTotalThreadsPerThreadgroup();
     if (most < threads_) {
-      throw std::runtime_error("this GPU supports only " + std::to_string(most) +
-                               " threads per threadgroup, " + std::to_string(threads_) + " needed");
+      throw std::runtime_error("this GPU supports only " + std::to_string(most) + " threads per threadgroup, " +
+                               std::to_string(threads_) + " needed");
     }
     return loaded_[index] = kernel;
   } catch (const std::exception& error) {
-    throw std::runtime_error("[" + std::string(op_) + "] failed to load Metal kernel " + name +
-                             " of " + name_ + ": " + error.what() +
+    throw std::runtime_error("[" + std::string(op_) + "] failed to load Metal kernel " + name + " of " + name_ + ": " +
+                             error.what() +
                              "\nNothing was updated. Set MLX_FUSED_ADAM_BACKEND=stock to train "
                              "without Metal kernels");
   }

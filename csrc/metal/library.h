@@ -1,5 +1,5 @@
-// Compiles a shader's kernels on the user's machine, from the embedded text, once for each combination of types: command line
-// tools lack an offline Metal compiler.
+// Compiles a shader's kernels on the user's machine, from the embedded text, once for each combination of types:
+// command line tools lack an offline Metal compiler.
 #pragma once
 
 #include <span>
@@ -14,7 +14,8 @@ namespace fused_adam {
 // The type in a shader that is named after a format.
 const char* metal_type(Format format);
 
-// A kernel by its name for the host: an instance of a template for the library's types and `more_types`, or no template.
+// A kernel by its name for the host: an instance of a template for the library's types and `more_types`, or no
+// template.
 struct ShaderKernel {
   const char* name;
   const char* of_template;  // nullptr: `name` itself is a kernel
@@ -25,10 +26,10 @@ class ShaderLibrary {
  public:
   // `types`, separated by commas, tell the libraries of a shader apart. `op` is for errors.
   ShaderLibrary(mlx::core::Stream stream, const char* op, const char* name, const char* shader,
-                std::span<const ShaderKernel> kernels, const std::string& types,
-                unsigned long threads_per_threadgroup);
+                std::span<const ShaderKernel> kernels, const std::string& types, unsigned long threads_per_threadgroup);
 
-  // Compiles the library where no kernel has been asked for yet. Throws where this GPU lacks the kernel or so many threads.
+  // Compiles the library where no kernel has been asked for yet. Throws where this GPU lacks the kernel or so many
+  // threads.
   MTL::ComputePipelineState* kernel(size_t index);
 
  private:

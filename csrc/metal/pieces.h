@@ -34,8 +34,7 @@ void cut(Piece piece, int64_t unit, Fits fits, std::vector<Piece>& pieces) {
     pieces.push_back(std::move(piece));
     return;
   }
-  size_t axis =
-      std::find_if(shape.begin(), shape.end(), [](auto n) { return n > 1; }) - shape.begin();
+  size_t axis = std::find_if(shape.begin(), shape.end(), [](auto n) { return n > 1; }) - shape.begin();
   int64_t length = shape[axis], half = length / 2;
   if (axis + 1 == shape.size()) half -= half % unit;
   shape[axis] = half;

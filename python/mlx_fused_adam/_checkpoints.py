@@ -1,7 +1,8 @@
 """Save an optimizer to one safetensors file, atomically, and load it.
 
-Atomic: the file is written to a temporary name, flushed to the disk and renamed over the old one. Its metadata describes the
-optimizer: format, class, hyper-parameters, options, step. Loading reads and compares everything before it changes anything.
+Atomic: the file is written to a temporary name, flushed to the disk and renamed over the old one. Its metadata
+describes the optimizer: format, class, hyper-parameters, options, step. Loading reads and compares everything before it
+changes anything.
 """
 
 from __future__ import annotations
@@ -60,21 +61,21 @@ def save_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW) -> Non
     _flush(path.parent)
 
 
-def load_optimizer(
-    path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyperparameters: str = "error"
-) -> None:
+def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyperparameters: str = "error") -> None:
     """Load a saved optimizer; training continues bit for bit as if it had not stopped.
 
     Args:
         path: A file that :func:`save_optimizer` wrote.
-        optimizer: An optimizer of the saved class. If it has a state already (from ``init``, say), the file's must have the
+        optimizer: An optimizer of the saved class. If it has a state already (from ``init``, say), the file's must have
+        the
             same paths and shapes.
         hyperparameters: What to do where hyper-parameters or options differ: ``"error"``: raise; ``"file"``: take the
             file's; ``"optimizer"``: keep the optimizer's, and convert the state to its options at its next use.
             A learning rate that follows a schedule is always the optimizer's. Default: ``"error"``.
 
     Raises:
-        ValueError: If the file is damaged, foreign, of a newer format, or does not fit, naming the mismatch; nothing has
+        ValueError: If the file is damaged, foreign, of a newer format, or does not fit, naming the mismatch; nothing
+        has
             changed then.
         FileNotFoundError: If there is no such file.
         TypeError: If it is not an optimizer of this package.
@@ -118,9 +119,7 @@ def load_optimizer(
 
 def _check_kind(op: str, optimizer: Any) -> None:
     if not isinstance(optimizer, (Adam, AdamW)):
-        raise TypeError(
-            f"[{op}] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}"
-        )
+        raise TypeError(f"[{op}] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}")
 
 
 def _description(optimizer: Adam | AdamW) -> dict[str, Any]:
@@ -177,9 +176,7 @@ def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return saved
 
 
-def _fitting_state(
-    path: Path, arrays: dict[str, mx.array], optimizer: Adam | AdamW
-) -> dict[str, Any]:
+def _fitting_state(path: Path, arrays: dict[str, mx.array], optimizer: Adam | AdamW) -> dict[str, Any]:
     """The state tree of the file, in the containers of the optimizer's own state if it has one."""
     for name in ("step", "learning_rate"):
         if name not in arrays:

@@ -80,9 +80,7 @@ def test_training_goes_on_in_a_new_process(name, tmp_path, process_device):
     paths = {k: str(tmp_path / f"{k}.safetensors") for k in ("file", "weights", "out")}
     fused.save_optimizer(paths["file"], whole)
     mx.save_safetensors(paths["weights"], dict(tree_flatten(parameters)))
-    program = IN_A_NEW_PROCESS.format(
-        tests=str(Path(__file__).parents[1]), name=name, device=process_device, **paths
-    )
+    program = IN_A_NEW_PROCESS.format(tests=str(Path(__file__).parents[1]), name=name, device=process_device, **paths)
     output_of_python("-c", program)
     expected = [train(whole, parameters, [4, 5]), whole.state]
     assert_same_bits(mx.load(paths["out"]), dict(tree_flatten(expected)))
@@ -203,13 +201,9 @@ def test_a_file_of_another_class_is_rejected(tmp_path):
     saved(tmp_path / "o")
     rejected(tmp_path / "o", "must hold the state of Adam but got that of AdamW", fused.Adam(1e-2))
     for wrong in (optim.AdamW(1e-2), None):
-        with pytest.raises(
-            TypeError, match=r"\[load_optimizer\] optimizer must be an Adam or AdamW"
-        ):
+        with pytest.raises(TypeError, match=r"\[load_optimizer\] optimizer must be an Adam or AdamW"):
             fused.load_optimizer(tmp_path / "o", wrong)
-        with pytest.raises(
-            TypeError, match=r"\[save_optimizer\] optimizer must be an Adam or AdamW"
-        ):
+        with pytest.raises(TypeError, match=r"\[save_optimizer\] optimizer must be an Adam or AdamW"):
             fused.save_optimizer(tmp_path / "o", wrong)
 
 
@@ -260,9 +254,7 @@ def test_hyperparameters_that_differ_are_an_error_unless_told(name, value, told,
 
 def test_a_side_that_there_is_not(tmp_path):
     saved(tmp_path / "o")
-    with pytest.raises(
-        ValueError, match="hyperparameters must be one of error, file, optimizer but got 'x'"
-    ):
+    with pytest.raises(ValueError, match="hyperparameters must be one of error, file, optimizer but got 'x'"):
         fused.load_optimizer(tmp_path / "o", fused.AdamW(**SETTINGS), hyperparameters="x")
 
 

@@ -1,7 +1,8 @@
-"""One of several processes that train replicas of a model, with each option: writes the parameters and states it ends with.
+"""One of several processes that train replicas of a model, with each option: writes the parameters and states it ends
+with.
 
-Run by test_data_parallel.py: mlx.launch -n 2 --backend ring -- python data_parallel_steps.py FOLDER [eager] [compiled]. Each
-rank takes its part of every batch, and nn.average_gradients joins the gradients.
+Run by test_data_parallel.py: mlx.launch -n 2 --backend ring -- python data_parallel_steps.py FOLDER [eager] [compiled].
+Each rank takes its part of every batch, and nn.average_gradients joins the gradients.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ SETUPS = {
     "max_grad_norm": Setup(fused.AdamW, {"max_grad_norm": 0.5}),
     "skip_nonfinite": Setup(fused.AdamW, {"skip_nonfinite": True}, has_bad_gradient=True),
     "bfloat16": Setup(fused.AdamW, dtype=mx.bfloat16),
-    "stochastic_rounding": Setup(
-        fused.AdamW, {"stochastic_rounding": True, "seed": 3}, dtype=mx.bfloat16
-    ),
+    "stochastic_rounding": Setup(fused.AdamW, {"stochastic_rounding": True, "seed": 3}, dtype=mx.bfloat16),
     "master_weights": Setup(fused.AdamW, {"master_weights": True}, dtype=mx.bfloat16),
     "all": Setup(
         fused.AdamW,
@@ -76,7 +75,9 @@ def runs_of(ways: Iterable[str]) -> list[tuple[str, str]]:
 
 
 class Model(nn.Module):
-    """A matrix large enough for 8-bit codes, and tensors too small for them. Nothing that mx.compile would compile for long."""
+    """A matrix large enough for 8-bit codes, and tensors too small for them. Nothing that mx.compile would compile for
+    long.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,10 +129,7 @@ def main() -> None:
     folder, ways = Path(sys.argv[1]), sys.argv[2:]
     group = join_ring(folder)
     runs = [(name, SETUPS[name], how) for name, how in runs_of(ways)]
-    runs += [
-        (f"mlx.optimizers, {name}", SETUPS[name]._replace(kind=kind), "eager")
-        for name, kind in BOTH.items()
-    ]
+    runs += [(f"mlx.optimizers, {name}", SETUPS[name]._replace(kind=kind), "eager") for name, kind in BOTH.items()]
     ends = {
         f"{name}/{how}/{path}": x
         for name, setup, how in runs

@@ -2,8 +2,8 @@
 
 Run by test_sharded.py: mlx.launch -n 2 --backend ring -- python fully_sharded_steps.py FOLDER eager,compiled
 [FOLDER OF OTHER RANKS].
-MLX's ring has no sum_scatter, which nn.fully_shard needs: all_sum and a slice stand in for it. The result is the same, and
-twice as much is sent.
+MLX's ring has no sum_scatter, which nn.fully_shard needs: all_sum and a slice stand in for it. The result is the same,
+and twice as much is sent.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def mean_loss(model: Model, x: mx.array, y: mx.array) -> mx.array:
 
 
 def batches(dtype: mx.Dtype, has_bad_gradient: bool) -> list[tuple[mx.array, mx.array]]:
-    """The batches of all ranks together. The bad gradient is that of the last row: it is in the last rank's shard alone."""
+    """The batches of all ranks together. The bad gradient is that of the last row: it is in the last rank's shard
+    alone.
+    """
     rng = np.random.default_rng(0)
     found = []
     for i in range(STEPS):
@@ -119,9 +121,7 @@ def fused_adamw(group: Group | None, options: dict[str, Any]) -> Callable[[], fu
     return lambda: fused.AdamW(LEARNING_RATE, shard_group=group, **options)
 
 
-def resumed(
-    path: Path, group: Group, options: dict[str, Any], dtype: mx.Dtype
-) -> tuple[Tree, Tree]:
+def resumed(path: Path, group: Group, options: dict[str, Any], dtype: mx.Dtype) -> tuple[Tree, Tree]:
     """The ends of a run that went through, and of one that was saved on its way and went on in new objects."""
     through = Training(group, fused_adamw(group, options), dtype)
     through.run(last=SAVED_STEP)

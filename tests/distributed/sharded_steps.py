@@ -1,6 +1,7 @@
 """One of several processes that each hold a shard of every gradient: trains, and writes what it ends with.
 
-Run by test_sharded.py: mlx.launch -n 2 --backend ring -- python sharded_steps.py FOLDER. A gradient of the last rank is bad.
+Run by test_sharded.py: mlx.launch -n 2 --backend ring -- python sharded_steps.py FOLDER. A gradient of the last rank is
+bad.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ OPTIONS = dict(weight_decay=0.1, bias_correction=True, max_grad_norm=2.0, skip_n
 
 
 def tree(rng: np.random.Generator) -> dict[str, mx.array]:
-    return {
-        name: mx.array(rng.normal(size=shape).astype(np.float32)) for name, shape in SHAPES.items()
-    }
+    return {name: mx.array(rng.normal(size=shape).astype(np.float32)) for name, shape in SHAPES.items()}
 
 
 def shard(tree: dict[str, mx.array], rank: int, size: int) -> dict[str, mx.array]:

@@ -60,9 +60,7 @@ def test_shards_end_as_the_whole(size, tmp_path):
     for name in SHAPES:
         for part, x in ({"p": parameters[name]} | optimizer.state[name]).items():
             found = np.concatenate([np.array(s[f"{name}.{part}"]) for s in shards])
-            np.testing.assert_allclose(
-                found, np.array(x), rtol=1e-5, atol=1e-7, err_msg=f"{name}.{part}"
-            )
+            np.testing.assert_allclose(found, np.array(x), rtol=1e-5, atol=1e-7, err_msg=f"{name}.{part}")
 
 
 # ---- nn.fully_shard ----
@@ -129,9 +127,7 @@ def test_fully_sharded_norm_and_decision_are_the_group_s(ends, how):
     first, *others = (of_run(end, f"clipping/{how}") for end in ends)
     for rank, end in enumerate([first, *others]):
         for name in ("state.grad_norm", "state.skipped", "state.step"):
-            np.testing.assert_array_equal(
-                np.array(end[name]), np.array(first[name]), f"rank {rank}"
-            )
+            np.testing.assert_array_equal(np.array(end[name]), np.array(first[name]), f"rank {rank}")
         norms = np.array(end["norms"])
         np.testing.assert_allclose(end["state.grad_norm"].item(), norms[-1], rtol=1e-5)
         assert norms[-1] > fsdp.MAX_NORM  # or nothing would be clipped

@@ -1,4 +1,6 @@
-"""The documents: Sphinx builds docs/ without a warning, Python snippets run, shell snippets and links name what is there."""
+"""The documents: Sphinx builds docs/ without a warning, Python snippets run, shell snippets and links name what is
+there.
+"""
 
 import importlib.util
 import itertools
@@ -183,9 +185,7 @@ def test_shell_snippets_name_what_is_there(document: str) -> None:
 
 def test_the_options_that_commands_and_yaml_give_are_taken() -> None:
     page = "docs/mlx-lm.md"
-    given = [
-        json.loads(x) for x in re.findall(r"'(\{.*?\})'", text_of(page) + text_of("README.md"))
-    ]
+    given = [json.loads(x) for x in re.findall(r"'(\{.*?\})'", text_of(page) + text_of("README.md"))]
     given += [yaml.safe_load(x)["optimizer_config"]["adamw"] for x in snippets(page, "yaml")]
     assert len(given) >= 8
     for options in given:

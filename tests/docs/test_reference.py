@@ -70,9 +70,7 @@ def test_environment_variables_are_in_one_table() -> None:
     # Not of the environment: an option of CMake, and a macro.
     assert variables(page) == read - {"FUSED_ADAM_GPU", "FUSED_ADAM_X"}
     for document in DOCUMENTS:
-        rows = re.findall(
-            r"^\| `(?:MLX_)?FUSED_ADAM_[A-Z_]+` \|", (ROOT / document).read_text(), re.M
-        )
+        rows = re.findall(r"^\| `(?:MLX_)?FUSED_ADAM_[A-Z_]+` \|", (ROOT / document).read_text(), re.M)
         assert not rows or document == "docs/environment.md", document
 
 

@@ -13,10 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHADERS = [ROOT / "metal" / "adam.metal", ROOT / "metal" / "grad_norm.metal"]
 # The files that the shaders consist of.
 SOURCES = [
-    *(
-        ROOT / "csrc/math" / name
-        for name in ("device_math.h", "adam_rule.h", "random_bits.h", "encodings.h")
-    ),
+    *(ROOT / "csrc/math" / name for name in ("device_math.h", "adam_rule.h", "random_bits.h", "encodings.h")),
     *(ROOT / "metal" / name for name in ("adam_args.h", "grad_norm_args.h", "vector_io.h")),
     *SHADERS,
 ]
@@ -44,9 +41,7 @@ def instantiations(source: str, types: tuple[str, ...] = TYPES) -> str:
         choices = {"P": of_parameter, "G": types, "S": of_state, "Index": INDICES}
         for arguments in itertools.product(*(choices[p] for p in parameters)):
             kernel = f"{name}<{', '.join(arguments)}>"
-            lines.append(
-                f'template [[host_name("{kernel}")]] [[kernel]] decltype({kernel}) {kernel};\n'
-            )
+            lines.append(f'template [[host_name("{kernel}")]] [[kernel]] decltype({kernel}) {kernel};\n')
     return "".join(lines)
 
 

@@ -1,5 +1,5 @@
-// LD_PRELOAD library for test_threads.py: pthread_create fails as at a container's limit, once allow_threads(n) has been
-// called and n more threads have been made. Build: cc -shared -fPIC -o failing_threads.so failing_threads.c
+// LD_PRELOAD library for test_threads.py: pthread_create fails as at a container's limit, once allow_threads(n) has
+// been called and n more threads have been made. Build: cc -shared -fPIC -o failing_threads.so failing_threads.c
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,8 +15,7 @@ static atomic_int rejected;
 void allow_threads(int count) { allowed = count; }
 int threads_rejected(void) { return rejected; }
 
-int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
-                   void* argument) {
+int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*), void* argument) {
   int left = allowed;
   while (left > 0 && left < INT_MAX && !atomic_compare_exchange_weak(&allowed, &left, left - 1)) {
   }

@@ -1,4 +1,6 @@
-"""The default number of threads: the CPUs of the affinity mask, the quota of the control group, the environment's word."""
+"""The default number of threads: the CPUs of the affinity mask, the quota of the control group, the environment's
+word.
+"""
 
 import os
 
@@ -10,9 +12,7 @@ from support.processes import output_of_python
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks"
-)
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
 def test_the_affinity_mask_is_respected(monkeypatch):
     one = min(os.sched_getaffinity(0))
     code = f"import os; os.sched_setaffinity(0, {{{one}}}); import mlx_fused_adam as f; print(f.num_threads())"

@@ -55,8 +55,8 @@ def row_major(rng, shape, dtype, positive):
     return values(rng, shape, dtype, positive)
 
 
-# Around the tiles of the CPU back end, wherever in a cache line buffers begin: rows of one tile and of several, whole and with
-# others beside them, and rows so short that many lie in a tile.
+# Around the tiles of the CPU back end, wherever in a cache line buffers begin: rows of one tile and of several, whole
+# and with others beside them, and rows so short that many lie in a tile.
 EDGES = [
     *((rows, columns) for rows in (64, 260) for columns in (254, 509, *range(1010, 1030, 3))),
     *((rows, columns) for rows in (64, 260) for columns in (1023, 1024, 1027, 2047, 2050)),

@@ -1,4 +1,6 @@
-"""The numbers: every step and every element against the float64 oracle, and float32 against mlx.optimizers, bit for bit."""
+"""The numbers: every step and every element against the float64 oracle, and float32 against mlx.optimizers, bit for
+bit.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -152,15 +154,15 @@ def train(make_optimizer, steps, dtype=mx.float32):
 
 @pytest.mark.parametrize("bias_correction", [False, True], ids=["plain", "corrected"])
 def test_moments_are_those_of_mlx_on_the_same_device(device, is_hostile, bias_correction):
-    """Given the same gradients, m and v of many steps are bit-identical to eager mlx.optimizers', on a GPU as on the CPU.
+    """Given the same gradients, m and v of many steps are bit-identical to eager mlx.optimizers', on a GPU as on the
+    CPU.
 
     Parameters too, except where a GPU makes the step's scalars for the two in different ways.
     """
     rng = np.random.default_rng(0)
     start = mx.array(rng.normal(size=(40, 30)).astype(np.float32))
     optimizer, reference = (
-        module.AdamW(1e-2, weight_decay=0.1, bias_correction=bias_correction)
-        for module in (fused, optim)
+        module.AdamW(1e-2, weight_decay=0.1, bias_correction=bias_correction) for module in (fused, optim)
     )
     w = expected = {"w": start}
     for step in range(1, 51):
@@ -187,7 +189,8 @@ def test_1000_steps_are_bit_identical_to_mlx_optimizers(
     """Parameters and state of a small transformer, after every step; the first 200 where every access is checked."""
     if device == "gpu" or is_hostile:
         pytest.skip(
-            "on a GPU m and v of one step are bit-identical, but a parameter may be a rounding off, and all that follows"
+            "on a GPU m and v of one step are bit-identical, but a parameter may be a rounding off, "
+            "and all that follows"
         )
 
     def make(module):
@@ -204,9 +207,7 @@ def test_1000_steps_are_bit_identical_to_mlx_optimizers(
         same = mx.stack([mx.array_equal(expected[k], actual[k]) for k in expected])
         if not mx.all(same).item():
             wrong = [k for k in expected if not mx.array_equal(expected[k], actual[k])]
-            raise AssertionError(
-                f"step {step}: {len(wrong)} differ from mlx.optimizers: {wrong[:5]}"
-            )
+            raise AssertionError(f"step {step}: {len(wrong)} differ from mlx.optimizers: {wrong[:5]}")
 
 
 def test_16_bit_is_closer_to_float32_than_mlx_optimizers(device):

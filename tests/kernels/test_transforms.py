@@ -1,4 +1,6 @@
-"""The operation under MLX's transformations, on streams and from threads, as a composition of MLX's operations behaves."""
+"""The operation under MLX's transformations, on streams and from threads, as a composition of MLX's operations
+behaves.
+"""
 
 import threading
 
@@ -43,9 +45,7 @@ TOLERANCE = 2e-5 + scalar_error(0.9, 0.99, 4)
 
 
 def assert_close(actual, expected, what):
-    np.testing.assert_allclose(
-        np.array(actual), np.array(expected), rtol=TOLERANCE, atol=1e-6, err_msg=what
-    )
+    np.testing.assert_allclose(np.array(actual), np.array(expected), rtol=TOLERANCE, atol=1e-6, err_msg=what)
 
 
 def loss(update):
@@ -87,9 +87,7 @@ def test_second_derivative():
         return lambda g: mx.grad(lambda g: loss(update)(*inputs[:1], g, *inputs[2:]))(g).sum()
 
     inputs = arguments()
-    assert_close(
-        mx.grad(first(fused_update))(inputs[1]), mx.grad(first(by_operations))(inputs[1]), "second"
-    )
+    assert_close(mx.grad(first(fused_update))(inputs[1]), mx.grad(first(by_operations))(inputs[1]), "second")
 
 
 @pytest.mark.parametrize("axes", [(0, 0, 0, 0), (1, 1, 1, 1), (0, None, 0, 0), (None, 0, 0, 1)])
@@ -122,9 +120,7 @@ def test_gradient_inside_vmap_inside_compile():
 def test_derivatives_keep_16_bit_dtypes(dtype):
     w, g, m, v, lr, step = arguments()
     inputs = [x.astype(dtype) for x in (w, g, m, v)]
-    gradient = mx.grad(lambda g: fused_update(inputs[0], g, *inputs[2:], lr, step)[0].sum())(
-        inputs[1]
-    )
+    gradient = mx.grad(lambda g: fused_update(inputs[0], g, *inputs[2:], lr, step)[0].sum())(inputs[1])
     assert gradient.dtype == dtype
     assert not mx.any(mx.isnan(gradient)).item()
 
@@ -197,7 +193,9 @@ def test_updates_of_one_compiled_graph_stay_apart(uses, second):
 
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_tracing_is_no_step(bias_correction, device, is_hostile):
-    """Step, schedule and bias correction of a compiled loop, traced again for a second shape, are those of an eager one."""
+    """Step, schedule and bias correction of a compiled loop, traced again for a second shape, are those of an eager
+    one.
+    """
     w = {"w": mx.random.normal((3, 5))}
 
     def loop(compiled):
@@ -216,13 +214,12 @@ def test_tracing_is_no_step(bias_correction, device, is_hostile):
             mx.eval(state)
             yield optimizer.state, parameters
 
-    # On a GPU the compiled loop's power is another kernel than the eager one's; near 1 - beta2 its error is a thousandth.
+    # On a GPU the compiled loop's power is another kernel than the eager one's; near 1 - beta2 its error is a
+    # thousandth.
     rtol = 5e-3 if bias_correction and (device == "gpu" or is_hostile) else 2e-5
 
     def assert_close(actual, expected, what):
-        np.testing.assert_allclose(
-            np.array(actual), np.array(expected), rtol=rtol, atol=rtol / 20, err_msg=what
-        )
+        np.testing.assert_allclose(np.array(actual), np.array(expected), rtol=rtol, atol=rtol / 20, err_msg=what)
 
     loops = zip(loop(True), loop(False), strict=True)
     for count, ((state, parameters), (expected_state, expected)) in enumerate(loops, 1):

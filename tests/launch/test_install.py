@@ -1,4 +1,6 @@
-"""install(): every mlx.optimizers.Adam and AdamW that is built afterwards is fused, wherever its name came from; undoable."""
+"""install(): every mlx.optimizers.Adam and AdamW that is built afterwards is fused, wherever its name came from;
+undoable.
+"""
 
 import copy
 import enum
@@ -51,9 +53,7 @@ BUILDERS = {
 def train(optimizer, steps=3):
     """The bits of parameters and state after some steps."""
     rng = np.random.default_rng(0)
-    parameters, *gradients = (
-        {name: random(rng, (5, 7)) for name in "ab"} for _ in range(steps + 1)
-    )
+    parameters, *gradients = ({name: random(rng, (5, 7)) for name in "ab"} for _ in range(steps + 1))
     parameters = training.train(optimizer, parameters, gradients)
     return all_bits([parameters, optimizer.state])
 
@@ -75,9 +75,7 @@ def test_results_are_those_of_the_fused_optimizer(device):
     with fused.install():
         installed = optim.AdamW(1e-2, weight_decay=0.1, bias_correction=True)
     assert installed.backend == fused.AdamW(1e-2).backend
-    assert_same_bits(
-        train(installed), train(fused.AdamW(1e-2, weight_decay=0.1, bias_correction=True))
-    )
+    assert_same_bits(train(installed), train(fused.AdamW(1e-2, weight_decay=0.1, bias_correction=True)))
 
 
 def test_relatives_stay_what_they_are():
@@ -101,9 +99,7 @@ def test_options_are_defaults():
         assert optimizer.bias_correction is True
         assert (optimizer._options.max_grad_norm, optimizer._options.state_dtype) == (1, "bfloat16")
         assert (optimizer.betas, optimizer.eps) == ([0.9, 0.999], 1e-5)
-    assert adamw.weight_decay == 0.5 and adamw.decayed({"a": mx.zeros(1), "b": mx.zeros(1)}) == [
-        "a"
-    ]
+    assert adamw.weight_decay == 0.5 and adamw.decayed({"a": mx.zeros(1), "b": mx.zeros(1)}) == ["a"]
     assert (named.weight_decay, named._options.max_grad_norm) == (0.1, 2.0)
     assert (by_place.betas, by_place.eps, by_place.weight_decay) == ([0.8, 0.9], 1e-6, 0.5)
     assert "grad_norm" not in optim.Adam(1e-3).state

@@ -1,4 +1,6 @@
-"""python -m mlx_fused_adam run: a script runs as without it, but for its optimizers; so do the processes that it starts."""
+"""python -m mlx_fused_adam run: a script runs as without it, but for its optimizers; so do the processes that it
+starts.
+"""
 
 import json
 import os
@@ -105,9 +107,7 @@ def test_what_was_not_replaced_is_counted_and_what_ran_is_said_anyway(script):
     """
     done = run(script(f"{code}\n---\n{TRAIN}"))
     assert done.returncode == 0, done.stderr
-    assert said(done)[-1].startswith(
-        f"{SAYS}: built no Adam or AdamW; 2 Mine, 1 Adamax stayed as it was; "
-    )
+    assert said(done)[-1].startswith(f"{SAYS}: built no Adam or AdamW; 2 Mine, 1 Adamax stayed as it was; ")
     assert said(done)[-1].endswith("ran 8 updates of tensors")
 
 
@@ -132,9 +132,7 @@ def test_without_a_stderr_nothing_goes_to_stdout(script):
 
 
 def test_it_starts_once_whatever_is_loaded_again(script):
-    done = run(
-        script(f"{BUILD}\n---\nimport importlib, mlx_fused_adam\nimportlib.reload(mlx_fused_adam)")
-    )
+    done = run(script(f"{BUILD}\n---\nimport importlib, mlx_fused_adam\nimportlib.reload(mlx_fused_adam)"))
     assert done.returncode == 0, done.stderr
     assert len(said(done)) == 2
 
@@ -169,10 +167,10 @@ ABOUT = """
     from importlib.util import find_spec
     print(json.dumps({
         "argv": sys.argv, "name": __name__, "file": __file__, "path": sys.path, "flags": list(sys.flags),
-        "spec": __spec__ and __spec__.name, "main": sys.modules["__main__"].__dict__ is globals(), "xoptions": sys._xoptions,
-        "loader": type(o.__loader__).__name__, "spec_loader": type(o.__spec__.loader).__name__, "input": sys.stdin.read(),
-        "cwd": os.getcwd(), "sitecustomize": "_tools/startup" in str(getattr(sys.modules.get("sitecustomize"), "__file__", "")),
-        "origin": find_spec("mlx.optimizers").origin,
+        "spec": __spec__ and __spec__.name, "main": sys.modules["__main__"].__dict__ is globals(), "xoptions":
+        sys._xoptions, "loader": type(o.__loader__).__name__, "spec_loader": type(o.__spec__.loader).__name__, "input":
+        sys.stdin.read(), "cwd": os.getcwd(), "sitecustomize": "_tools/startup" in
+        str(getattr(sys.modules.get("sitecustomize"), "__file__", "")), "origin": find_spec("mlx.optimizers").origin,
     }))
     sys.stdout.flush()
     sys.exit(int(sys.argv[-1]))
@@ -201,9 +199,7 @@ def test_a_script_sees_what_it_sees_without(script, tmp_path, as_module, flags):
     assert found == expected
 
 
-@pytest.mark.parametrize(
-    "code", ["raise ValueError('of the script')", "x = [", "import sys; sys.exit('said')"]
-)
+@pytest.mark.parametrize("code", ["raise ValueError('of the script')", "x = [", "import sys; sys.exit('said')"])
 def test_failures_look_as_without(script, code):
     path = script(code)
     plain, launched = run(path, command=[sys.executable]), run(path)
@@ -284,10 +280,7 @@ def test_a_user_s_sitecustomize_is_run_too(script, tmp_path):
     )
     done = run(path, environment=with_folder(tmp_path / "site"))
     assert done.returncode == 0, done.stderr
-    assert (
-        "mlx_fused_adam False" in done.stdout
-        and f"{tmp_path / 'site/sitecustomize.py'}\n" in done.stdout
-    )
+    assert "mlx_fused_adam False" in done.stdout and f"{tmp_path / 'site/sitecustomize.py'}\n" in done.stdout
     assert "Error in sitecustomize" not in done.stderr
 
 
@@ -296,10 +289,7 @@ def test_a_user_s_broken_sitecustomize_is_reported_as_without(script, tmp_path):
     path, environment = script(BUILD), with_folder(tmp_path / "site")
     plain = run(path, command=[sys.executable], environment=environment)
     done = run(path, environment=environment)
-    assert (
-        "No module named 'not_there'" in plain.stderr
-        and "No module named 'not_there'" in done.stderr
-    )
+    assert "No module named 'not_there'" in plain.stderr and "No module named 'not_there'" in done.stderr
     assert done.returncode == 0 and done.stdout == "mlx_fused_adam False\n"
 
 
@@ -320,9 +310,7 @@ sys.exit(subprocess.run([sys.executable, {str(child)!r}], env=environment).retur
     assert done.returncode == 0, done.stderr
     assert done.stdout == "mlx\n"
     (told,) = said(done)
-    start = (
-        f"{SAYS}: this process keeps mlx.optimizers: mlx-fused-adam was built for mlx"
-    )
+    start = f"{SAYS}: this process keeps mlx.optimizers: mlx-fused-adam was built for mlx"
     assert told.startswith(start) and "mlx 0.0.1 is installed" in told
 
 
@@ -396,9 +384,7 @@ def test_an_installed_command_is_found_by_name(script, tmp_path):
 
 @needs_launch
 def test_the_ranks_of_mlx_launch_inherit_it(script):
-    path = script(
-        f"{BUILD}\n---\nimport sys\nmx.distributed.init(backend='ring', strict=True)\n---\n{TRAIN}"
-    )
+    path = script(f"{BUILD}\n---\nimport sys\nmx.distributed.init(backend='ring', strict=True)\n---\n{TRAIN}")
     done = run("mlx.launch", *of_ring(2), path)
     assert done.returncode == 0, done.stdout + done.stderr
     text = done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """mlx-lm's own command under `python -m mlx_fused_adam run`: it is executed, and float32 has MLX's bits.
 
-Needs pip install '.[test,integration]'. Model, tokenizer and text are made here (bench/llama_files.py); nothing is downloaded.
+Needs pip install '.[test,integration]'. Model, tokenizer and text are made here (bench/llama_files.py); nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -53,9 +54,7 @@ def models(tmp_path_factory):
 
 class Run:
     def __init__(self, command: list[str], out: Path) -> None:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, **OFFLINE}
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **OFFLINE})
         self.output = done.stdout + done.stderr
         assert done.returncode == 0, self.output
         # As mlx-lm prints them, to three places, without its colours: iteration, "val" or nothing, loss.
@@ -93,9 +92,7 @@ WAYS = {
 
 
 # Adapters are float32 on a bfloat16 model too.
-@pytest.mark.parametrize(
-    ("dtype", "way"), [("bfloat16", "LoRA"), *(("float32", way) for way in WAYS)]
-)
+@pytest.mark.parametrize(("dtype", "way"), [("bfloat16", "LoRA"), *(("float32", way) for way in WAYS)])
 def test_float32_has_the_bits_of_mlx_optimizers(models, tmp_path, dtype, way):
     plain = fine_tune(models[dtype], tmp_path / "plain", *WAYS[way])
     fused = fine_tune(models[dtype], tmp_path / "fused", *WAYS[way], launcher=LAUNCHER)
@@ -119,17 +116,15 @@ def test_full_bfloat16_learns_as_float32_does(models, tmp_path, options):
 
 
 def test_options_reach_the_optimizer_each_way(models, tmp_path):
-    """In mlx-lm's optimizer_config, and by the launcher; both cut the step, so that weights differ from those without."""
+    """In mlx-lm's optimizer_config, and by the launcher; both cut the step, so that weights differ from those
+    without.
+    """
     options = {"max_grad_norm": 1e-3, "weight_decay": 0.1}
     config = {"optimizer_config": {"adamw": options}}
     plain = fine_tune(models["float32"], tmp_path / "plain", *WAYS["full"], launcher=LAUNCHER)
-    by_config = fine_tune(
-        models["float32"], tmp_path / "config", *WAYS["full"], launcher=LAUNCHER, config=config
-    )
+    by_config = fine_tune(models["float32"], tmp_path / "config", *WAYS["full"], launcher=LAUNCHER, config=config)
     launcher = [*LAUNCHER, "--adam-options", json.dumps(options)]
-    by_launcher = fine_tune(
-        models["float32"], tmp_path / "launcher", *WAYS["full"], launcher=launcher
-    )
+    by_launcher = fine_tune(models["float32"], tmp_path / "launcher", *WAYS["full"], launcher=launcher)
     assert_same_bits(by_config.weights, by_launcher.weights)
     same = [mx.array_equal(x, plain.weights[path]).item() for path, x in by_config.weights.items()]
     assert not all(same)
@@ -138,9 +133,7 @@ def test_options_reach_the_optimizer_each_way(models, tmp_path):
 def test_an_unknown_option_ends_the_run_with_our_words(models, tmp_path):
     config = {"optimizer_config": {"adamw": {"max_gradnorm": 1.0}}}
     with pytest.raises(AssertionError, match="unexpected keyword argument 'max_gradnorm'"):
-        fine_tune(
-            models["float32"], tmp_path / "fused", *WAYS["full"], launcher=LAUNCHER, config=config
-        )
+        fine_tune(models["float32"], tmp_path / "fused", *WAYS["full"], launcher=LAUNCHER, config=config)
 
 
 @pytest.mark.parametrize("way", ["lora", "full"])
@@ -154,7 +147,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, way):
     def train(folder: str, iterations: int, *more: str) -> Run:
         command = [sys.executable, str(ROOT / "examples/mlx_lm_resume.py"), "--model", str(models["float32"]),
             "--data", str(data), "--folder", str(tmp_path / folder), "--fine-tune-type", way,
-            "--save-every", "5", "--batch-size", "4", "--learning-rate", "1e-3", "--iters", str(iterations)]  # fmt: skip
+            "--save-every", "5", "--batch-size", "4", "--learning-rate", "1e-3",
+            "--iters", str(iterations)]  # fmt: skip
         return Run([*command, *more], tmp_path / folder)
 
     whole = train("whole", 15)
@@ -171,22 +165,15 @@ def test_the_ranks_of_mlx_launch_train_as_one(models, tmp_path, monkeypatch):
     """mlx-lm's data parallel: two processes, each with half of every batch."""
     # On one Linux machine the ranks would write MLX's compiled kernels over each other.
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
-    plain = fine_tune(
-        models["float32"], tmp_path / "plain", *WAYS["LoRA"], launcher=[LAUNCH, *of_ring(2)]
-    )
+    plain = fine_tune(models["float32"], tmp_path / "plain", *WAYS["LoRA"], launcher=[LAUNCH, *of_ring(2)])
     launch = ["mlx.launch", *of_ring(2)]
-    fused = fine_tune(
-        models["float32"], tmp_path / "fused", *WAYS["LoRA"], launcher=[*LAUNCHER, *launch]
-    )
+    fused = fine_tune(models["float32"], tmp_path / "fused", *WAYS["LoRA"], launcher=[*LAUNCHER, *launch])
     assert "(rank 1)" in fused.output, fused.output
     assert_same_bits(fused.weights, plain.weights)
 
 
 def test_the_benchmark_of_memory_runs_what_it_says(models):
-    peaks = {
-        name: finetuning.peak_bytes(models["bfloat16"], 2, name)
-        for name in (finetuning.MLX, finetuning.FUSED)
-    }
+    peaks = {name: finetuning.peak_bytes(models["bfloat16"], 2, name) for name in (finetuning.MLX, finetuning.FUSED)}
     # The self-check takes more than so small a model.
     assert all(peak > 0 for peak in peaks.values())
 

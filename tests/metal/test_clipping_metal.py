@@ -1,6 +1,7 @@
 """Norms, clipped gradients and steps that are not applied on Metal: against the CPU's kernels, and with faults planted.
 
-The shaders are run by the emulator (emulator/README.md); with FUSED_ADAM_EMULATOR_HOSTILE=1, as a GPU may run them otherwise.
+The shaders are run by the emulator (emulator/README.md); with FUSED_ADAM_EMULATOR_HOSTILE=1, as a GPU may run them
+otherwise.
 """
 
 from __future__ import annotations
@@ -42,10 +43,7 @@ def laid_out(extension, formats, layout, of="gradient"):
 
 def copied(tensor):
     """With buffers of its own, which an update may reuse; strides stay."""
-    copy = {
-        name: x if name == "gradient" or not x.size else x + mx.zeros_like(x)
-        for name, x in tensor.items()
-    }
+    copy = {name: x if name == "gradient" or not x.size else x + mx.zeros_like(x) for name, x in tensor.items()}
     mx.eval(copy)
     return copy
 
@@ -57,9 +55,7 @@ def test_clipped_gradients(cpu_extension, emulated_extension, formats, layout):
     scale = {"gradient_scale": mx.array(0.37)}
     expected = update(cpu_extension, tensors, **scale)
     unclipped = update(cpu_extension, tensors)
-    for got, want, other in zip(
-        update(emulated_extension, tensors, **scale), expected, unclipped, strict=True
-    ):
+    for got, want, other in zip(update(emulated_extension, tensors, **scale), expected, unclipped, strict=True):
         assert_same_bits(got, want)
         assert not mx.array_equal(got["m"], other["m"])
 
@@ -86,9 +82,7 @@ def test_a_step_that_is_not_applied(cpu_extension, emulated_extension, which, fo
 @pytest.mark.parametrize("which", ["cpu", "emulated"])
 @pytest.mark.parametrize("layout", ["column-major", "strided"])
 @pytest.mark.parametrize("formats", [f for f in FORMATS if f[2] != "float32"], ids=named)
-def test_parameters_that_are_not_row_major_stay(
-    cpu_extension, emulated_extension, which, formats, layout
-):
+def test_parameters_that_are_not_row_major_stay(cpu_extension, emulated_extension, which, formats, layout):
     extension = {"cpu": cpu_extension, "emulated": emulated_extension}[which]
     tensors = laid_out(cpu_extension, formats, layout, of="parameter")
     results = update(extension, tensors, is_applied=mx.array(False))
@@ -182,9 +176,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_planted_in_clipping_or_skipping_is_seen(
-    cpu_extension, emulated_extension, plant, name
-):
+def test_a_fault_planted_in_clipping_or_skipping_is_seen(cpu_extension, emulated_extension, plant, name):
     formats, (part, layout), settings, text, replacement = FAULTS[name]
     assert formats[1] in DTYPES
     tensor = make(cpu_extension, (64, 96), formats)

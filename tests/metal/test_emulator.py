@@ -196,9 +196,7 @@ def test_the_message_names_the_line(emulator):
 
 
 def test_reading_an_output_that_is_also_an_input_is_right(emulator):
-    np.testing.assert_array_equal(
-        run_fault(emulator, "reads_an_output", "both"), np.arange(COUNT, dtype=np.float32)
-    )
+    np.testing.assert_array_equal(run_fault(emulator, "reads_an_output", "both"), np.arange(COUNT, dtype=np.float32))
 
 
 def test_the_order_of_execution_must_not_matter(emulator):
@@ -223,9 +221,7 @@ def test_threadgroup_memory_that_the_host_sizes(emulator):
     arguments = (FAULTS, "sized_by_the_host", [(0, out, "output")], (32, 1, 1), (32, 1, 1))
     emulator.run(*arguments, [(0, 128)])
     np.testing.assert_array_equal(out, np.arange(32))
-    with pytest.raises(
-        RuntimeError, match="byte 124 of threadgroup memory argument 0, which ends at 124"
-    ):
+    with pytest.raises(RuntimeError, match="byte 124 of threadgroup memory argument 0, which ends at 124"):
         emulator.run(*arguments, [(0, 124)])
     with pytest.raises(ValueError, match="threadgroup memory 0 has no length"):
         emulator.run(*arguments)
@@ -289,9 +285,7 @@ def test_too_much_threadgroup_memory_of_a_kernel(emulator):
       threadgroup_barrier(mem_flags::mem_threadgroup);
       x[i] = a[i + 1];
     }"""
-    with pytest.raises(
-        RuntimeError, match="large.* 32772 bytes of threadgroup memory; at most 32768"
-    ):
+    with pytest.raises(RuntimeError, match="large.* 32772 bytes of threadgroup memory; at most 32768"):
         emulator.run(source, "large", [], (1, 1, 1), (1, 1, 1))
 
 

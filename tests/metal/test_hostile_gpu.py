@@ -1,4 +1,5 @@
-"""On a GPU that uses every freedom Metal gives it, float32 updates are still the CPU's, bit for bit; and the freedoms bite.
+"""On a GPU that uses every freedom Metal gives it, float32 updates are still the CPU's, bit for bit; and the freedoms
+bite.
 
 The relaxations are those of emulator/hostile.py; with FUSED_ADAM_EMULATOR_HOSTILE=1 the whole suite runs under them.
 """
@@ -31,10 +32,12 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 KERNELS = """
 #include <metal_stdlib>
 using namespace metal;
-kernel void within(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]]) {
+kernel void within(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]])
+{
   out[i] = a[i] * b[i] + b[i];
 }
-kernel void across(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]]) {
+kernel void across(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]])
+{
   float product = a[i] * b[i];
   out[i] = product + b[i];
 }
@@ -45,10 +48,12 @@ kernel void precise_root(device const float* a, device const float* b, device fl
                          uint i [[thread_position_in_grid]]) {
   out[i] = precise::sqrt(a[i]);
 }
-kernel void quotient(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]]) {
+kernel void quotient(device const float* a, device const float* b, device float* out, uint i
+[[thread_position_in_grid]]) {
   out[i] = a[i] / b[i];
 }
-kernel void doubled(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]]) {
+kernel void doubled(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]])
+{
   out[i] = a[i] + a[i];
 }
 """
@@ -165,13 +170,11 @@ DTYPES = [
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x)[9:] for x in d))
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("wide_indices", [False, True], ids=["32", "64"])
-def test_every_kernel_gives_the_bits_of_the_cpu(
-    cpu_extension, emulated_extension, dtypes, decay, wide_indices
-):
+def test_every_kernel_gives_the_bits_of_the_cpu(cpu_extension, emulated_extension, dtypes, decay, wide_indices):
     lists = tensors(dtypes=dtypes)
     expected = update(cpu_extension, lists, weight_decay=decay)
     with hostile.relaxed(*NOT_SCALARS):
-        actual = update(emulated_extension, lists, wide_indices, weight_decay=decay)
+        actual = update(emulated_extension, lists, wide_indices=wide_indices, weight_decay=decay)
         mx.eval(actual)
     assert differences(actual, expected) == []
 

@@ -34,12 +34,8 @@ def update(emulated_extension):
     return functools.partial(run_update, emulated_extension)
 
 
-def run_updates(
-    extension, *lists: list[mx.array], numbers: Sequence[int] = (), **rounding
-) -> list[list[mx.array]]:
-    step = extension.AdamStep(
-        mx.array(0.1), mx.array(STEP) if rounding else None, betas=(0.9, 0.99), **rounding
-    )
+def run_updates(extension, *lists: list[mx.array], numbers: Sequence[int] = (), **rounding) -> list[list[mx.array]]:
+    step = extension.AdamStep(mx.array(0.1), mx.array(STEP) if rounding else None, betas=(0.9, 0.99), **rounding)
     return stored_tensors.update_lists(extension, lists, step, numbers)
 
 
@@ -123,7 +119,8 @@ def test_a_fault_planted_in_the_shader_is_seen(update, plant, name, dtype):
     assert re.search(problem, seen), f"{name}: {seen or 'not seen'}"
 
 
-# For each kernel, the shapes and layouts of tensors that it updates with stochastic rounding, whole runs and single elements.
+# For each kernel, the shapes and layouts of tensors that it updates with stochastic rounding, whole runs and single
+# elements.
 ROUNDED = {
     "linear": [((1003,), "linear")],
     "linear, unaligned": [((1003,), "between vectors")],
@@ -332,9 +329,7 @@ def test_one_call_with_gradients_of_two_dtypes(emulated_extension):
 
 
 @pytest.mark.parametrize("missing", ["adam_group", "adam_tiled", "adam_general_32"])
-def test_a_kernel_that_is_missing_leaves_everything_as_it_was(
-    emulated_extension, emulator, missing
-):
+def test_a_kernel_that_is_missing_leaves_everything_as_it_was(emulated_extension, emulator, missing):
     """Also where other tensors of the node could be updated in place: the failed evaluation can be tried again."""
 
     def lists() -> list[list[mx.array]]:
@@ -394,9 +389,9 @@ def large_tensors(emulator, layout: str) -> list[mx.array]:
     return arrays
 
 
-# The threadgroups that update the last elements, by what csrc/metal/adam.cpp chooses: of each dispatch of 2^30 elements the
-# first 32, which hold all of the last dispatch; the last tile of 64 x 64; the end of the last of eight equal pieces; of
-# pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
+# The threadgroups that update the last elements, by what csrc/metal/adam.cpp chooses: of each dispatch of 2^30 elements
+# the first 32, which hold all of the last dispatch; the last tile of 64 x 64; the end of the last of eight equal
+# pieces; of pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
 LAST_THREADGROUPS = {
     "linear": (0, 32),
     "three pieces": (0, 32),
@@ -478,8 +473,9 @@ def test_rounding_of_tensors_of_more_than_2_32_elements(emulator, update, plant,
         assert not np.array_equal(wrong.astype(np.float64), expected)
 
 
-# Shapes of codes, the gradient's stride, how many of the last elements the last dispatch has in these of its threadgroups: a
-# dispatch takes 16386 such rows, so two and one row for a third, or the last of four that halving makes; or a part of a row.
+# Shapes of codes, the gradient's stride, how many of the last elements the last dispatch has in these of its
+# threadgroups: a dispatch takes 16386 such rows, so two and one row for a third, or the last of four that halving
+# makes; or a part of a row.
 LARGE_ROWS = {
     "rows": ((2 * 16386 + 1, 2**16 - 8), 1, 2**16 - 8, (0, 32)),
     "one row": ((2**30 + 70,), 1, 70, (0, 1)),
@@ -491,9 +487,7 @@ LARGE_ROWS = {
 
 @pytest.mark.usefixtures("no_memory_limit")
 @pytest.mark.parametrize("name", LARGE_ROWS)
-def test_quantized_state_of_more_than_one_dispatch(
-    cpu_extension, emulated_extension, emulator, name
-):
+def test_quantized_state_of_more_than_one_dispatch(cpu_extension, emulated_extension, emulator, name):
     """Their last elements, from zeros: values, and the scales that the last dispatch writes at its place."""
     shape, stride, end, threadgroups = LARGE_ROWS[name]
     dtypes = {"parameter": mx.float16, "gradient": mx.float16, "m": mx.int8, "v": mx.uint8}
@@ -509,9 +503,7 @@ def test_quantized_state_of_more_than_one_dispatch(
     tensor["gradient"] = tensor["gradient"][..., ::stride]
     small = {part: mx.zeros(end, dtype) for part, dtype in dtypes.items()}
     small |= {f"{x}_scale": mx.zeros(-(-end // 32), mx.bfloat16) for x in "mv"}
-    expected = stored_tensors.update(
-        cpu_extension, [small | {"gradient": mx.array(values)}], rounding="nearest"
-    )[0]
+    expected = stored_tensors.update(cpu_extension, [small | {"gradient": mx.array(values)}], rounding="nearest")[0]
     emulator.run_only_threadgroups(*threadgroups)
     try:
         found = stored_tensors.update(emulated_extension, [tensor], rounding="nearest")[0]

@@ -1,7 +1,7 @@
 """The shader against a compiler that knows address spaces: clang, as C++14, with none of the host's headers in reach.
 
-The emulator's compiler sees no address spaces, so a qualifier that Metal would miss must be missed here. Each fault planted
-below must be rejected, for the reason that it is a fault.
+The emulator's compiler sees no address spaces, so a qualifier that Metal would miss must be missed here. Each fault
+planted below must be rejected, for the reason that it is a fault.
 """
 
 from __future__ import annotations

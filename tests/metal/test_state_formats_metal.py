@@ -1,6 +1,7 @@
 """Codes of 8 bits and master weights on Metal: every bit of parameters, state and extras is that of the CPU's kernel.
 
-The shader is run by the emulator (emulator/README.md); with FUSED_ADAM_EMULATOR_HOSTILE=1, as a GPU may run it otherwise.
+The shader is run by the emulator (emulator/README.md); with FUSED_ADAM_EMULATOR_HOSTILE=1, as a GPU may run it
+otherwise.
 """
 
 from __future__ import annotations
@@ -36,13 +37,9 @@ def check(extensions, shapes, formats, layout: str, **settings) -> None:
     cpu, emulated = extensions
     tensors = [make(cpu, shape, formats, i) for i, shape in enumerate(shapes)]
     expected = steps(cpu, tensors, layout, **settings)
-    for shape, got, want in zip(
-        shapes, steps(emulated, tensors, layout, **settings), expected, strict=True
-    ):
+    for shape, got, want in zip(shapes, steps(emulated, tensors, layout, **settings), expected, strict=True):
         assert_same_bits(got, want, f"{shape}: ")
-        assert not np.array_equal(
-            bits(got["parameter"]), bits(tensors[shapes.index(shape)]["parameter"])
-        )
+        assert not np.array_equal(bits(got["parameter"]), bits(tensors[shapes.index(shape)]["parameter"]))
 
 
 @pytest.fixture
@@ -83,11 +80,7 @@ WITH_EXTRAS += [("master", "bfloat16", "int8")]
     ],
 )
 def test_other_layouts_of_gradients(extensions, formats, layout):
-    shapes = (
-        [(2, 3, 33, 40), (2, 2, 32, 64)]
-        if layout == "column-major, other batches"
-        else [(64, 96), (33, 45)]
-    )
+    shapes = [(2, 3, 33, 40), (2, 2, 32, 64)] if layout == "column-major, other batches" else [(64, 96), (33, 45)]
     check(extensions, shapes, formats, layout)
 
 
@@ -173,9 +166,7 @@ def test_optimizer(extensions, monkeypatch, stochastic):
     for extension, name in ((cpu, "cpu"), (emulated, "metal (emulated)")):
         use_extension(monkeypatch, extension)
         monkeypatch.setattr(_backends, "_known", {})
-        optimizer = fused.AdamW(
-            1e-2, state_dtype="int8", stochastic_rounding=stochastic, master_weights=True, seed=7
-        )
+        optimizer = fused.AdamW(1e-2, state_dtype="int8", stochastic_rounding=stochastic, master_weights=True, seed=7)
         new = train(optimizer, parameters, [gradients] * 3)
         assert optimizer.backend == name
         results.append({path: {"parameter": new[path]} | optimizer.state[path] for path in start})

@@ -38,15 +38,11 @@ RECORDS = ("grad_norm", "skipped")
 
 def assert_same_training(actual, optimizer, expected, reference):
     """Parameters and states, but for what the options record."""
-    assert_same_bits(
-        all_bits([actual, optimizer.state], RECORDS), all_bits([expected, reference.state], RECORDS)
-    )
+    assert_same_bits(all_bits([actual, optimizer.state], RECORDS), all_bits([expected, reference.state], RECORDS))
 
 
 def exact_norm(gradients) -> float:
-    return math.sqrt(
-        sum(float((to_numpy(g).astype(np.float64) ** 2).sum()) for _, g in tree_flatten(gradients))
-    )
+    return math.sqrt(sum(float((to_numpy(g).astype(np.float64) ** 2).sum()) for _, g in tree_flatten(gradients)))
 
 
 # ---- The norm ----
@@ -81,9 +77,7 @@ def test_norm_of_many_gradients(extension):
     total = sum_of_squares(extension, gradients).item()
     np.testing.assert_allclose(total, exact_norm(gradients) ** 2, rtol=2e-6)
     assert sum_of_squares(extension, []).item() == 0
-    assert (
-        sum_of_squares(extension, [mx.ones(3)] * 300).item() == 900
-    )  # partial sums, each in its place
+    assert sum_of_squares(extension, [mx.ones(3)] * 300).item() == 900  # partial sums, each in its place
     assert sum_of_squares(extension, [mx.zeros((0, 4))]).item() == 0
 
 
@@ -208,9 +202,7 @@ def test_the_norm_is_of_all_gradients_before_clipping():
     assert optimizer.state["grad_norm"].item() == 0
     assert optimizer.state["grad_norm"].dtype == mx.float32
     run(optimizer, start, [gradients])
-    np.testing.assert_allclose(
-        optimizer.state["grad_norm"].item(), exact_norm(gradients), rtol=1e-6
-    )
+    np.testing.assert_allclose(optimizer.state["grad_norm"].item(), exact_norm(gradients), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -103,9 +103,7 @@ def test_an_expression_that_matches_nothing_is_an_error():
         optimizer = fused.AdamW(**SETTINGS, decay_filter=["weight", "lienar"])
         before = dict(optimizer.state)
         with pytest.raises(ValueError, match=message):
-            optimizer.init(parameters) if by_init else optimizer.apply_gradients(
-                parameters, parameters
-            )
+            optimizer.init(parameters) if by_init else optimizer.apply_gradients(parameters, parameters)
         assert dict(optimizer.state) == before
     # Later parameters may be those that one expression is for.
     optimizer = fused.AdamW(**SETTINGS, decay_filter=["embed", "large"])

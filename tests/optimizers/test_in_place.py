@@ -33,9 +33,7 @@ def make_parameters(side, dtype=mx.float32):
 
 
 def column_major_gradients(parameters):
-    return {
-        name: mx.random.normal(p.shape[::-1]).astype(p.dtype).T for name, p in parameters.items()
-    }
+    return {name: mx.random.normal(p.shape[::-1]).astype(p.dtype).T for name, p in parameters.items()}
 
 
 def total_bytes(tree) -> int:
@@ -88,8 +86,8 @@ def test_a_step_allocates_nothing_that_grows(parameters_of, compiled, dtype, opt
 
 
 def moved(*arguments: str) -> str:
-    """The output of ordinary_loop.py in a process of its own: with streams of other tests about, waiting for readers would
-    not be safe, and is not done."""
+    """The output of ordinary_loop.py in a process of its own: with streams of other tests about, waiting for readers
+    would not be safe, and is not done."""
     return output_of_python(Path(__file__).with_name("ordinary_loop.py"), *arguments)
 
 
@@ -129,9 +127,7 @@ def test_what_is_needed_again_is_kept(device, retained):
         return
     w, z = mx.ones((8, 8)), mx.zeros((8, 8))
     mx.eval(w, z)
-    pending = [
-        w * 1
-    ]  # a reader of the parameter, so that the update would wait for the failing task
+    pending = [w * 1]  # a reader of the parameter, so that the update would wait for the failing task
     with mx.stream(mx.cpu):
         gradient = w + mx.linalg.inv(z)
     results = fused.adam_update(w, gradient, z * 1, z * 1, 0.1)
@@ -192,7 +188,9 @@ def test_a_buffer_in_another_order_is_not_donated(device):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5], ids=["one scalar", "three scalars"])
 def test_what_a_queued_update_reads_stays_alive(device, weight_decay):
-    """Gradient, learning rate and what is made of it are dropped, and their memory used again, before the update runs."""
+    """Gradient, learning rate and what is made of it are dropped, and their memory used again, before the update
+    runs.
+    """
     size = 1 << 14
     slow = mx.ones((700, 700))
     mx.eval(slow)
@@ -201,9 +199,7 @@ def test_what_a_queued_update_reads_stays_alive(device, weight_decay):
         rate = mx.array(0.5)
         mx.eval(w, g, m, v, rate)
         busy = slow @ slow @ slow
-        results = fused.adam_update(
-            w, g, m, v, rate, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay
-        )
+        results = fused.adam_update(w, g, m, v, rate, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay)
         mx.async_eval(busy, *results)
         del g, rate
         junk = [mx.array(np.full(size, 7.0, np.float32)) for _ in range(4)]
@@ -281,9 +277,7 @@ def test_one_buffer_behind_two_parameters(device):
     )
     parameters = optimizer.apply_gradients(gradients, parameters)
     for k in parameters:
-        np.testing.assert_allclose(
-            np.array(parameters[k]), np.array(expected[k]), rtol=1e-6, atol=1e-7, err_msg=k
-        )
+        np.testing.assert_allclose(np.array(parameters[k]), np.array(expected[k]), rtol=1e-6, atol=1e-7, err_msg=k)
 
 
 def test_memory_is_returned(parameters_of):

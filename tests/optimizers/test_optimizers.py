@@ -27,9 +27,7 @@ def assert_same_tree(actual, expected):
     assert list(actual) == list(expected)
     for path, x in expected.items():
         assert actual[path].dtype == x.dtype and actual[path].shape == x.shape, path
-        np.testing.assert_allclose(
-            np.array(actual[path]), np.array(x), rtol=1e-6, atol=1e-7, err_msg=path
-        )
+        np.testing.assert_allclose(np.array(actual[path]), np.array(x), rtol=1e-6, atol=1e-7, err_msg=path)
 
 
 def both(name, *args, **kwargs):
@@ -54,9 +52,7 @@ def test_subclass_with_the_same_signature(name):
 
     def parameters(kind):
         found = inspect.signature(kind).parameters.values()
-        return [
-            (p.name, p.kind, list(p.default) if p.name == "betas" else p.default) for p in found
-        ]
+        return [(p.name, p.kind, list(p.default) if p.name == "betas" else p.default) for p in found]
 
     found = parameters(fused_class)
     assert found[: len(parameters(mlx_class))] == parameters(mlx_class)
@@ -117,9 +113,7 @@ def test_frozen_model_update(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_schedules_and_settable_learning_rate(name):
-    schedule = optim.join_schedules(
-        [optim.linear_schedule(0.0, 0.1, 3), optim.cosine_decay(0.1, 5)], [3]
-    )
+    schedule = optim.join_schedules([optim.linear_schedule(0.0, 0.1, 3), optim.cosine_decay(0.1, 5)], [3])
     parameters, gradients = {"w": mx.ones(5)}, {"w": mx.ones(5)}
     compare(both(name, schedule, bias_correction=True), parameters, gradients, steps=9)
 
@@ -279,9 +273,7 @@ def test_constructor_errors_are_those_of_mlx(arguments, message):
 
 @pytest.mark.parametrize(("arguments", "_", "message"), OUT_OF_RANGE)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_mlx_does_not_check_is_rejected_at_construction(
-    name, arguments, _, message, monkeypatch
-):
+def test_what_mlx_does_not_check_is_rejected_at_construction(name, arguments, _, message, monkeypatch):
     """With an mlx.optimizers that takes any argument, as that of an older mlx does."""
 
     def unchecked(self, learning_rate, betas, eps, *_):
@@ -443,9 +435,7 @@ UNKNOWN += [("AdamW", "max_gradnorm"), ("AdamW", "skip_non_finite"), ("AdamW", "
 
 @pytest.mark.parametrize(("kind", "name"), UNKNOWN)
 def test_an_unknown_option_is_python_s_own_error(kind, name):
-    with pytest.raises(
-        TypeError, match=rf"{kind}.__init__\(\) got an unexpected keyword argument '{name}'"
-    ):
+    with pytest.raises(TypeError, match=rf"{kind}.__init__\(\) got an unexpected keyword argument '{name}'"):
         getattr(fused, kind)(0.1, **{name: 0.1})
 
 
@@ -476,13 +466,15 @@ BAD_USES = {
     "an answer that is no bool": (
         {"decay_filter": _grown_answer}, lambda p: p, "decay_filter must return True or False but got 'yes' for w"),
     "an expression without a match": (
-        {"decay_filter": ["w", "bais"]}, lambda p: p, "decay_filter must match .* but got 'bais', which matches none of w"),
+        {"decay_filter": ["w", "bais"]}, lambda p: p,
+        "decay_filter must match .* but got 'bais', which matches none of w"),
     "a parameter named as a record": (
         {"max_grad_norm": 1.0}, lambda p: {"grad_norm": p["w"]}, "parameters must not be named 'grad_norm'"),
     "a parameter named as the count": (
         {"skip_nonfinite": True}, lambda p: {"skipped": p["w"]}, "parameters must not be named 'skipped'"),
     "a gradient that is no array": (
-        {"max_grad_norm": 1.0, "skip_nonfinite": True}, lambda p: {"w": "no"}, "gradient of w must be an array but got 'no'"),
+        {"max_grad_norm": 1.0, "skip_nonfinite": True}, lambda p: {"w": "no"},
+        "gradient of w must be an array but got 'no'"),
     "a gradient of another shape": (
         {"max_grad_norm": 1.0, "skip_nonfinite": True}, lambda p: {"w": mx.ones(5)}, "gradient of w must have"),
 }  # fmt: skip
@@ -535,9 +527,7 @@ def test_numpy_parameters_and_moments_are_taken(device):
     x = np.linspace(0.1, 0.5, 3, dtype=np.float32)
     for y in (x, x[::-1]):
         actual = fused.adam_update(y, mx.ones(3), y, y, 0.1)
-        expected = fused.adam_update(
-            *map(mx.array, (y.copy(), np.ones(3), y.copy(), y.copy())), 0.1
-        )
+        expected = fused.adam_update(*map(mx.array, (y.copy(), np.ones(3), y.copy(), y.copy())), 0.1)
         for a, e in zip(actual, expected, strict=True):
             np.testing.assert_array_equal(np.array(a), np.array(e))
 
@@ -638,9 +628,7 @@ def test_float16_parameters_learn_from_small_gradients():
         parameters = optimizer.apply_gradients(gradients, parameters)
         exact = reference.apply_gradients({"w": gradients["w"].astype(mx.float32)}, exact)
     assert parameters["w"].dtype == mx.float16
-    np.testing.assert_allclose(
-        np.array(parameters["w"].astype(mx.float32)), np.array(exact["w"]), atol=5e-3
-    )
+    np.testing.assert_allclose(np.array(parameters["w"].astype(mx.float32)), np.array(exact["w"]), atol=5e-3)
 
 
 def test_float16_moments_that_were_loaded_become_bfloat16():
@@ -653,14 +641,10 @@ def test_float16_moments_that_were_loaded_become_bfloat16():
     optimizer.state = reference.state
     optimizer.apply_gradients(gradients, parameters)
     assert optimizer.state["w"]["m"].dtype == optimizer.state["w"]["v"].dtype == mx.bfloat16
-    np.testing.assert_allclose(
-        np.array(optimizer.state["w"]["m"].astype(mx.float32)), 0.05 + 0.9 * 0.05, rtol=1e-2
-    )
+    np.testing.assert_allclose(np.array(optimizer.state["w"]["m"].astype(mx.float32)), 0.05 + 0.9 * 0.05, rtol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "learning_rate", [1, 0.1, np.float32(0.1), np.float64(0.1), mx.array([0.1])]
-)
+@pytest.mark.parametrize("learning_rate", [1, 0.1, np.float32(0.1), np.float64(0.1), mx.array([0.1])])
 def test_kinds_of_learning_rate(learning_rate):
     x = mx.ones(3)
     actual = fused.adam_update(x, x, x, x, learning_rate)[0]

@@ -1,9 +1,10 @@
-"""Random programs of all that a training script may do to an optimizer, each value held against the model of programs.py.
+"""Random programs of all that a training script may do to an optimizer, each value held against the model of
+programs.py.
 
-A program draws options and a tree of parameters, then steps eager and compiled, on streams, evaluated or left lazy, with
-gradients in any layout; holds handles and views, whose bits must never change; replaces parameters; saves, loads, copies; asks
-for what must be rejected. All comparisons are bit for bit. Built on hypothesis.stateful: a failure prints its shortest program.
-Long run: FUSED_ADAM_PROGRAM_OPERATIONS=100000 pytest -n0 tests/optimizers/test_programs.py
+A program draws options and a tree of parameters, then steps eager and compiled, on streams, evaluated or left lazy,
+with gradients in any layout; holds handles and views, whose bits must never change; replaces parameters; saves, loads,
+copies; asks for what must be rejected. All comparisons are bit for bit. Built on hypothesis.stateful: a failure prints
+its shortest program. Long run: FUSED_ADAM_PROGRAM_OPERATIONS=100000 pytest -n0 tests/optimizers/test_programs.py
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ STEPS = 40
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 PATHS = ["embed.weight", "blocks.0.weight", "blocks.0.bias", "blocks.1.weight", "norm", "head.weight"]  # fmt: skip
 SMALL = [
-    (), (1,), (0,), (3, 0), (7,), (31,), (33,), (5, 4), (1, 40), (40, 1), (2, 3, 4), (2, 3, 4, 5), (64, 65), (4, 13, 20),
+    (), (1,), (0,), (3, 0), (7,), (31,), (33,), (5, 4), (1, 40), (40, 1), (2, 3, 4), (2, 3, 4, 5), (64, 65),
+    (4, 13, 20),
 ]  # fmt: skip
 if is_before("0.32.1"):  # which cannot save an empty array
     SMALL = [shape for shape in SMALL if 0 not in shape]
@@ -234,9 +236,7 @@ class Programs(RuleBasedStateMachine):
         self.is_initialized = False
         self.must_update_all = False
         self.saved: Model | None = None
-        self.turned: set[str] = (
-            set()
-        )  # paths whose quantized state or correction may not be row-major
+        self.turned: set[str] = set()  # paths whose quantized state or correction may not be row-major
         if begins_with_init:
             self.init_all()
         self.counts["programs"] += 1
@@ -322,9 +322,7 @@ class Programs(RuleBasedStateMachine):
         if self.must_update_all or not paths:
             paths = known
         if not self.is_initialized and known[0] not in paths:
-            paths.insert(
-                0, known[0]
-            )  # an expression of the filter that matches nothing is rejected
+            paths.insert(0, known[0])  # an expression of the filter that matches nothing is rejected
         values, arrays = self.draw_gradients(paths, layout, scale, dtype)
         if how == "own gradient":
             parameters = self.arrays()
@@ -541,9 +539,7 @@ class Programs(RuleBasedStateMachine):
         layout=st.sampled_from(LAYOUTS),
         is_evaluated=st.booleans(),
     )
-    def replace_a_parameter(
-        self, seed: int, which: int, how: str, layout: str, is_evaluated: bool
-    ) -> None:
+    def replace_a_parameter(self, seed: int, which: int, how: str, layout: str, is_evaluated: bool) -> None:
         self.rng = np.random.default_rng(seed)
         arrays, tensors = self.arrays(), self.model.tensors
         paths = list(tensors)
@@ -728,9 +724,7 @@ class Programs(RuleBasedStateMachine):
         self.count("save")
 
     @precondition(lambda self: self.saved is not None)
-    @rule(
-        to=st.sampled_from(["itself", "new"]), side=st.sampled_from(["error", "file", "optimizer"])
-    )
+    @rule(to=st.sampled_from(["itself", "new"]), side=st.sampled_from(["error", "file", "optimizer"]))
     def load(self, to: str, side: str) -> None:
         model, saved = self.model, self.saved
         file = self.folder / "optimizer"
@@ -746,9 +740,7 @@ class Programs(RuleBasedStateMachine):
         def rate(of: Model) -> Any:
             return None if of.options.schedule else float(f"{of.learning_rate:.7g}")
 
-        fits = not model.paths_with_state or set(model.paths_with_state) == set(
-            saved.paths_with_state
-        )
+        fits = not model.paths_with_state or set(model.paths_with_state) == set(saved.paths_with_state)
         differs = rate(model) != rate(saved)
         if not fits or (differs and side == "error"):
             self.reject(lambda: fused.load_optimizer(file, self.optimizer, hyperparameters=side))
@@ -756,9 +748,7 @@ class Programs(RuleBasedStateMachine):
         fused.load_optimizer(file, self.optimizer, hyperparameters=side)
         for path in saved.paths_with_state:
             old = saved.tensors[path]
-            model.tensors[path] = dataclasses.replace(
-                model.tensors[path], state=old.state, state_dtype=old.state_dtype
-            )
+            model.tensors[path] = dataclasses.replace(model.tensors[path], state=old.state, state_dtype=old.state_dtype)
         model.step = saved.step
         # A file of an optimizer without a state of its own has no record, which then begins anew.
         model.forget_guard()
@@ -823,9 +813,7 @@ class Programs(RuleBasedStateMachine):
 # ---- Tests ----
 
 
-def run_programs(
-    attributes: dict[str, Any], programs: int, operations: int, capsys: pytest.CaptureFixture
-) -> None:
+def run_programs(attributes: dict[str, Any], programs: int, operations: int, capsys: pytest.CaptureFixture) -> None:
     """So many programs of the suite's own seed or, for a long run, random ones until so many operations are done."""
     counts: Counter[str] = Counter()
     machine = type("Programs", (Programs,), {**attributes, "counts": counts})
@@ -876,7 +864,8 @@ def programs(is_emulated: bool) -> int:
     return QUICK_PROGRAMS // 4 if is_emulated else QUICK_PROGRAMS
 
 
-# First, since a stream lasts as long as its process, and with a single one updates wait for readers of what they change.
+# First, since a stream lasts as long as its process, and with a single one updates wait for readers of what they
+# change.
 def test_programs_on_one_stream(attributes, programs, capsys):
     attributes["streams"] = Streams(0)
     run_programs(attributes, programs, OPERATIONS // 2, capsys)

@@ -1,4 +1,6 @@
-"""Stochastic rounding, bit for bit against a reference in NumPy, its statistics, and the dtypes of the optimizers' state."""
+"""Stochastic rounding, bit for bit against a reference in NumPy, its statistics, and the dtypes of the optimizers'
+state.
+"""
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -92,7 +94,9 @@ def test_special_values():
 
 @pytest.mark.cpu_only
 def test_draws_are_uniform_and_uncorrelated():
-    """The bits are the reference's, which the tests above find in the kernels. Five standard deviations of a million draws."""
+    """The bits are the reference's, which the tests above find in the kernels. Five standard deviations of a million
+    draws.
+    """
     count = 10**6
     base = bits_of_step(0, 1, 0, count)
     others = {
@@ -165,9 +169,7 @@ def test_a_compiled_function_of_the_state_repeats_the_bits_of_its_seed(rounding)
     rng = np.random.default_rng(3)
     start = {"a": random(rng, (60, 50), mx.bfloat16), "b": random(rng, (9,), mx.bfloat16)}
     gradients = [{k: random(rng, p.shape, mx.bfloat16) for k, p in start.items()} for _ in range(6)]
-    whole, other, compiled = (
-        fused.AdamW(1e-2, stochastic_rounding=rounding, seed=seed) for seed in (5, 6, 5)
-    )
+    whole, other, compiled = (fused.AdamW(1e-2, stochastic_rounding=rounding, seed=seed) for seed in (5, 6, 5))
     expected = train(whole, start, gradients)
     compiled.init(start)
 

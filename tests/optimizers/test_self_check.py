@@ -1,4 +1,6 @@
-"""The self-check on first use: an optimizer falls back where a kernel fails or computes something else than mlx.optimizers."""
+"""The self-check on first use: an optimizer falls back where a kernel fails or computes something else than
+mlx.optimizers.
+"""
 
 import warnings
 
@@ -50,9 +52,7 @@ class Faulty:
         moments = ([state[name] for state in states] for name in ("m", "v"))
         parameters, *moments = self._fault([parameters, *moments], *self._step)
         spoiled = getattr(self._fault, "of_state", lambda state: state)
-        states = [
-            spoiled(state | {"m": m, "v": v}) for state, m, v in zip(states, *moments, strict=True)
-        ]
+        states = [spoiled(state | {"m": m, "v": v}) for state, m, v in zip(states, *moments, strict=True)]
         return parameters, states
 
 
@@ -107,9 +107,7 @@ def test_a_kernel_that_ignores_clipping_or_skipping_fails(extension, monkeypatch
 
     fault.settings = {lost: None}
     faulty = Faulty(extension, fault)
-    assert "kernel is off by" in _self_check.run(
-        faulty, mx.default_device().type, (mx.float32,) * 3
-    )
+    assert "kernel is off by" in _self_check.run(faulty, mx.default_device().type, (mx.float32,) * 3)
 
 
 NORM_FAULTS = {
@@ -173,9 +171,7 @@ def test_a_broken_kernel_falls_back(broken):
     """One warning with the reason; results, state and derivatives as if nothing had been replaced."""
     parameters, gradients = {"w": mx.ones((3, 4))}, {"w": mx.full((3, 4), 0.2)}
     optimizer, reference = fused.AdamW(0.1), optim.AdamW(0.1)
-    with pytest.warns(
-        RuntimeWarning, match="updates of float32 on the .pu fall back to mlx.optimizers"
-    ):
+    with pytest.warns(RuntimeWarning, match="updates of float32 on the .pu fall back to mlx.optimizers"):
         new = optimizer.apply_gradients(gradients, parameters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -248,14 +244,10 @@ def test_what_mlx_cannot_store_falls_back_to_the_cpu(monkeypatch, options):
     gpu.place = lambda asked: asked
     monkeypatch.setattr(_step, "backend_of", lambda: gpu)
     find = _backends.Backend._find
-    monkeypatch.setattr(
-        _self_check, "run", lambda ext, kind, dtypes: "it is broken" if kind == mx.gpu else None
-    )
+    monkeypatch.setattr(_self_check, "run", lambda ext, kind, dtypes: "it is broken" if kind == mx.gpu else None)
     monkeypatch.setattr(_backends.Backend, "_find", find)
     optimizer = fused.AdamW(0.1, **options)
-    with pytest.warns(
-        RuntimeWarning, match="updates of bfloat16 .* fall back to the CPU: it is broken"
-    ):
+    with pytest.warns(RuntimeWarning, match="updates of bfloat16 .* fall back to the CPU: it is broken"):
         new = optimizer.apply_gradients(gradients, parameters)
     assert mx.array_equal(new["w"], expected["w"])
     gpu.verdicts[(mx.float32,) * 3] = None
@@ -268,9 +260,7 @@ def test_what_mlx_cannot_store_is_an_error_where_the_fallback_is_forced(monkeypa
     monkeypatch.setattr(_step, "backend_of", lambda: forced)
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
     optimizer = fused.AdamW(0.1, **options)
-    with pytest.raises(
-        RuntimeError, match="must have a kernel, since MLX's operations cannot store"
-    ):
+    with pytest.raises(RuntimeError, match="must have a kernel, since MLX's operations cannot store"):
         optimizer.apply_gradients(parameters, parameters)
     assert optimizer.step.item() == 0
     assert fused.AdamW(0.1).apply_gradients(parameters, parameters)["w"].dtype == mx.bfloat16
@@ -383,9 +373,7 @@ def test_the_first_use_may_be_inside_compile():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mx.compile(step, inputs=[state, optimizer.state], outputs=[state, optimizer.state])(
-            mx.ones(3)
-        )
+        mx.compile(step, inputs=[state, optimizer.state], outputs=[state, optimizer.state])(mx.ones(3))
     assert not optimizer.backend.startswith("stock")
     assert mx.all(state["w"] < 1).item()
 

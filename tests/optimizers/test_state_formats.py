@@ -1,4 +1,6 @@
-"""State in 8 bits and exact master weights: bit for bit against a reference in NumPy, and against training in float32."""
+"""State in 8 bits and exact master weights: bit for bit against a reference in NumPy, and against training in
+float32.
+"""
 
 import copy
 import pickle
@@ -41,12 +43,8 @@ def assert_codes_are_right(parameter: mx.array, gradients: list[mx.array], seed:
     optimizer.init({"w": parameter})
     state = optimizer.state["w"]
     for step, g in enumerate(gradients, 1):
-        before = [
-            mx.array(decode(k, np.array(state[k]), to_numpy(state[f"{k}_scale"]))) for k in "mv"
-        ]
-        exact = fused.adam_update(
-            parameter.astype(mx.float32), g.astype(mx.float32), *before, step=step, **SETTINGS
-        )
+        before = [mx.array(decode(k, np.array(state[k]), to_numpy(state[f"{k}_scale"]))) for k in "mv"]
+        exact = fused.adam_update(parameter.astype(mx.float32), g.astype(mx.float32), *before, step=step, **SETTINGS)
         parameter = optimizer.apply_gradients({"w": g}, {"w": parameter})["w"]
         draws = draws_of_step(seed, step, 0, parameter.shape)
         assert mx.array_equal(parameter, exact[0].astype(parameter.dtype)), f"w, step {step}"
@@ -58,9 +56,7 @@ def assert_codes_are_right(parameter: mx.array, gradients: list[mx.array], seed:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "shape", [(128, 40), (64, 64), (4, 33, 40), (4097,), (2, 2050), (33, 150)], ids=str
-)
+@pytest.mark.parametrize("shape", [(128, 40), (64, 64), (4, 33, 40), (4097,), (2, 2050), (33, 150)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantized_state_is_that_of_the_reference(dtype, shape, layout):
     rng = np.random.default_rng(0)
@@ -256,12 +252,8 @@ def test_float32_parameters_need_no_correction_and_float16_ones_are_rejected():
     for by_init in (True, False):
         optimizer = fused.AdamW(1e-2, master_weights=True)
         parameters = {"a": mx.ones(3), "b": [mx.ones(3, mx.float16)]}
-        with pytest.raises(
-            ValueError, match=r"\[AdamW\] parameter of b.0 must be bfloat16 or float32"
-        ):
-            optimizer.init(parameters) if by_init else optimizer.apply_gradients(
-                parameters, parameters
-            )
+        with pytest.raises(ValueError, match=r"\[AdamW\] parameter of b.0 must be bfloat16 or float32"):
+            optimizer.init(parameters) if by_init else optimizer.apply_gradients(parameters, parameters)
         assert optimizer.step.item() == 0
 
 
@@ -348,16 +340,13 @@ def test_any_state_is_adopted(given_by, to, is_saved, tmp_path):
         "a": {"w": random(rng, (64, 70), mx.bfloat16)},
         "b": [random(rng, (9,), mx.bfloat16)],
     }
-    gradients = [
-        {"a": {"w": random(rng, (64, 70), mx.bfloat16)}, "b": [random(rng, (9,), mx.bfloat16)]}
-    ]
+    gradients = [{"a": {"w": random(rng, (64, 70), mx.bfloat16)}, "b": [random(rng, (9,), mx.bfloat16)]}]
     state = state_of(given_by, parameters, gradients * 3)
     if is_saved:
         mx.save_safetensors(str(tmp_path / "s.safetensors"), dict(tree_flatten(state)))
         state = tree_unflatten(list(mx.load(str(tmp_path / "s.safetensors")).items()))
     values = {
-        path: {k: value_of(node, k) for k in "mv"}
-        for path, node in (("a.w", state["a"]["w"]), ("b.0", state["b"][0]))
+        path: {k: value_of(node, k) for k in "mv"} for path, node in (("a.w", state["a"]["w"]), ("b.0", state["b"][0]))
     }
     optimizer = fused.Adam(1e-2, **OPTIONS[to])
     optimizer.state = state
@@ -411,9 +400,7 @@ def test_mlx_optimizers_go_on_with_stock_state(name, dtype):
 def test_stock_state_needs_parameters_that_were_seen():
     optimizer = fused.Adam(1e-2)
     optimizer.state = {"layers": [{"w": {"m": mx.zeros(3), "v": mx.zeros(3)}}]}
-    with pytest.raises(
-        ValueError, match=r"parameter of layers.0.w but got none: call optimizer.init"
-    ):
+    with pytest.raises(ValueError, match=r"parameter of layers.0.w but got none: call optimizer.init"):
         fused.stock_state(optimizer)
     optimizer.init({"layers": [{"w": mx.zeros(3, mx.float16)}]})
     assert fused.stock_state(optimizer)["layers"][0]["w"]["m"].dtype == mx.float16
@@ -511,9 +498,7 @@ def test_quantized_state_of_parameters_that_become_float64_is_dequantized_by_ini
     parameters = train(optimizer, parameters, [{"w": mx.full((128, 32), 1e-3)}] * 20)
     expected = value_of(optimizer.state["w"], "m")
     wide = {"w": parameters["w"].astype(mx.float64)}
-    with pytest.raises(
-        ValueError, match="state of w must not be quantized for a parameter of .*float64"
-    ):
+    with pytest.raises(ValueError, match="state of w must not be quantized for a parameter of .*float64"):
         optimizer.apply_gradients(wide, wide)
     optimizer.init(wide)
     assert optimizer.state["w"]["m"].dtype == mx.float64
@@ -554,9 +539,7 @@ def test_a_change_of_the_parameters_dtype_is_rejected():
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
     optimizer = fused.Adam(1e-2, master_weights=True)
     optimizer.init(parameters)
-    with pytest.raises(
-        ValueError, match="parameter of w must be bfloat16, since it has a remainder"
-    ):
+    with pytest.raises(ValueError, match="parameter of w must be bfloat16, since it has a remainder"):
         optimizer.apply_gradients(parameters, {"w": mx.ones((64, 64))})
 
 
@@ -618,9 +601,7 @@ def test_a_model_is_trained_with_all_options():
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 96))
     model.set_dtype(mx.bfloat16)
-    optimizer = fused.AdamW(
-        1e-3, state_dtype="int8", master_weights=True, stochastic_rounding=True, seed=1
-    )
+    optimizer = fused.AdamW(1e-3, state_dtype="int8", master_weights=True, stochastic_rounding=True, seed=1)
     x = mx.random.normal((16, 96)).astype(mx.bfloat16)
     loss_and_gradients = nn.value_and_grad(model, lambda m, x: (m(x) - x).square().mean())
     losses = []

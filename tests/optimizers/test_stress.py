@@ -217,7 +217,9 @@ def test_an_interrupt_between_any_two_lines_is_no_step(device):
 
 @pytest.mark.cpu_only
 def test_interrupts_by_the_clock(process_device):
-    """Ctrl-C at random instants of a loop, mx.eval included: it arrives, nothing hangs, each step is whole or was not."""
+    """Ctrl-C at random instants of a loop, mx.eval included: it arrives, nothing hangs, each step is whole or was
+    not.
+    """
     assert "right" in run("interrupts", process_device)
 
 

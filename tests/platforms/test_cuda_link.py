@@ -1,7 +1,8 @@
 """Beside MLX's CUDA back end: does the extension find there every symbol of MLX that it needs?
 
-The packages mlx-cpu and mlx-cuda-… both bring mlx/lib/libmlx.so, and the extension loads whichever is installed. Nothing is
-run. Skipped, with the reason, where lief or MLX's CUDA wheels (90 MB each, kept in build/cuda) cannot be had.
+The packages mlx-cpu and mlx-cuda-… both bring mlx/lib/libmlx.so, and the extension loads whichever is installed.
+Nothing is run. Skipped, with the reason, where lief or MLX's CUDA wheels (90 MB each, kept in build/cuda) cannot be
+had.
 """
 
 import subprocess

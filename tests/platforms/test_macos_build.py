@@ -144,9 +144,7 @@ def test_a_macs_own_build_is_for_the_oldest_macos_that_mlx_has_a_wheel_for(
 
 def test_it_uses_metal_through_mlx(module: Module) -> None:
     for function in ("get_library", "get_kernel", "set_input_array", "set_output_array"):
-        assert any("4core5metal" in name and function in name for name in module.needed[LIBMLX]), (
-            function
-        )
+        assert any("4core5metal" in name and function in name for name in module.needed[LIBMLX]), function
 
 
 def test_a_symbol_that_mlx_does_not_export_is_caught(
@@ -166,9 +164,7 @@ def test_load_commands_are_those_of_an_installed_extension(
     assert module.signed, "arm64 macOS rejects unsigned code"
     assert module.rpaths == ["@loader_path/../mlx/lib"]
     assert LIBMLX in module.libraries
-    elsewhere = [
-        name for name in module.libraries if not name.startswith(("/usr/lib/", "/System/Library/"))
-    ]
+    elsewhere = [name for name in module.libraries if not name.startswith(("/usr/lib/", "/System/Library/"))]
     assert elsewhere == [LIBMLX]
     beside_mlx = str(mac_mlx.site_packages / extension.parent.name)
     folder = Path(module.rpaths[0].replace("@loader_path", beside_mlx))

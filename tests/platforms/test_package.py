@@ -78,9 +78,7 @@ def test_mlx_is_pinned_exactly_and_once():
     ]
     assert version("mlx") == pin
     build_files = [ROOT / "pyproject.toml", *(ROOT / "build_tools").iterdir()]
-    places = [
-        path.name for path in build_files if path.is_file() and f'"{pin}"' in path.read_text()
-    ]
+    places = [path.name for path in build_files if path.is_file() and f'"{pin}"' in path.read_text()]
     assert places == ["mlx_releases.py"]
 
 
@@ -119,9 +117,7 @@ def test_an_isolated_build_gets_the_newest_mlx_or_the_one_asked_for(hook, build_
         found = [r for r in getattr(build_backend, hook)() if r.startswith(("mlx", "nanobind"))]
         assert found == [f"mlx[cpu]=={mlx}", f"nanobind=={NANOBIND[mlx]}"]
     monkeypatch.setenv(VARIABLE, "0.0.1")
-    with pytest.raises(
-        SystemExit, match=rf"{VARIABLE} must be one of .*{newest}.* but got '0.0.1'"
-    ):
+    with pytest.raises(SystemExit, match=rf"{VARIABLE} must be one of .*{newest}.* but got '0.0.1'"):
         getattr(build_backend, hook)()
 
 
@@ -130,9 +126,7 @@ def test_an_old_python_is_rejected_in_one_line(build_tools, monkeypatch):
     source = (ROOT / "build_tools/build_backend.py").read_text()
     ast.parse(source, feature_version=(3, 8))
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
-    with pytest.raises(
-        SystemExit, match=r"needs Python 3\.10 or newer, but this is 3\.9 \("
-    ) as error:
+    with pytest.raises(SystemExit, match=r"needs Python 3\.10 or newer, but this is 3\.9 \(") as error:
         exec(compile(source, "build_backend.py", "exec"), {})
     assert "\n" not in str(error.value)
 
@@ -199,9 +193,7 @@ def test_the_build_rejects_what_has_no_tag_to_compare(tmp_path):
     assert rejected.returncode != 0 and "ABI [] instead of []" in rejected.stderr
 
 
-@pytest.mark.skipif(
-    sys.platform == "darwin", reason="macOS loads no module that was changed since it was signed"
-)
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS loads no module that was changed since it was signed")
 def test_an_extension_of_another_abi_is_rejected_at_import(of_another_abi):
     """One that was built elsewhere, beside this very release of mlx but with another nanobind."""
     code = (
@@ -218,9 +210,7 @@ def test_an_extension_of_another_abi_is_rejected_at_import(of_another_abi):
     rejected = load(of_another_abi[0])
     assert rejected.returncode != 0
     last = rejected.stderr.strip().splitlines()[-1]
-    assert re.match(
-        r"ImportError: mlx-fused-adam was built with nanobind \d+\.\d+\.\d+ and", last
-    ), last
+    assert re.match(r"ImportError: mlx-fused-adam was built with nanobind \d+\.\d+\.\d+ and", last), last
     assert "docs/mlx-releases.md" in last
 
 
@@ -251,9 +241,7 @@ def test_the_hook_s_pins_are_those_of_the_package(build_tools):
 
 
 @tools.needs("mypy")
-@pytest.mark.skipif(
-    MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone"
-)
+@pytest.mark.skipif(MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone")
 def test_types_are_right_with_the_extension_s_stub(tmp_path):
     """The installed package, where mypy knows what the build has made; settings are pyproject.toml's."""
     check = ["-m", "mypy", "-p", "mlx_fused_adam", "--cache-dir", tmp_path]
@@ -262,9 +250,7 @@ def test_types_are_right_with_the_extension_s_stub(tmp_path):
 
 
 @tools.needs("mypy")
-@pytest.mark.skipif(
-    MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone"
-)
+@pytest.mark.skipif(MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone")
 def test_a_misspelt_option_is_a_type_error(tmp_path):
     for call, name in (("Adam(1e-3, state_dtyp='int8')", "state_dtyp"), ("AdamW(1, lr=1)", "lr")):
         code = f"import mlx_fused_adam as fused; fused.{call}"

@@ -11,9 +11,7 @@ from mlx.utils import tree_flatten
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 
-def random(
-    rng: np.random.Generator, shape: Any, dtype: mx.Dtype = mx.float32, scale: float = 1.0
-) -> mx.array:
+def random(rng: np.random.Generator, shape: Any, dtype: mx.Dtype = mx.float32, scale: float = 1.0) -> mx.array:
     return mx.array((scale * rng.normal(size=shape)).astype(np.float32)).astype(dtype)
 
 
@@ -77,10 +75,11 @@ def all_bits(tree: Any, without: tuple[str, ...] = ()) -> dict[tuple[str, mx.Dty
 
 
 def assert_same_bits(actual: Any, expected: Any, what: str = "") -> None:
-    """Compares two trees, each an array, a tree of arrays or what all_bits() made of one: paths, dtypes, shapes, bits."""
+    """Compares two trees, each an array, a tree of arrays or what all_bits() made of one: paths, dtypes, shapes,
+    bits.
+    """
     found, wanted = (
-        x if isinstance(x, dict) and x and isinstance(next(iter(x)), tuple) else all_bits(x)
-        for x in (actual, expected)
+        x if isinstance(x, dict) and x and isinstance(next(iter(x)), tuple) else all_bits(x) for x in (actual, expected)
     )
     assert found.keys() == wanted.keys(), what
     for (path, _), x in wanted.items():

@@ -21,7 +21,9 @@ def use_extension(monkeypatch: pytest.MonkeyPatch, extension: Any) -> None:
 
 
 def extension_of_the_cpu(emulated: ModuleType) -> ModuleType:
-    """The extension whose kernels are the CPU's: the installed one, also where the package imported is the emulated one."""
+    """The extension whose kernels are the CPU's: the installed one, also where the package imported is the emulated
+    one.
+    """
     if _ext is not emulated:
         return _ext
     files = importlib.metadata.files("mlx-fused-adam") or []

@@ -1,4 +1,5 @@
-"""Starts a program as several processes on this machine that talk over MLX's ring of sockets, as `mlx.launch` does for users.
+"""Starts a program as several processes on this machine that talk over MLX's ring of sockets, as `mlx.launch` does for
+users.
 
 And what such a program begins with: `join_ring`.
 """
@@ -71,8 +72,8 @@ def failed_ranks(output: str, size: int) -> list[int]:
 def join_ring(folder: Path) -> mx.distributed.Group:
     """All processes of the launch, in each of them; on the CPU.
 
-    MLX writes the kernels of mx.compile into the folder of temporary files, under the same names: processes that compile the
-    same step at the same time would load each other's unfinished ones. So each has a folder of its own.
+    MLX writes the kernels of mx.compile into the folder of temporary files, under the same names: processes that
+    compile the same step at the same time would load each other's unfinished ones. So each has a folder of its own.
     """
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init(backend="ring", strict=True)

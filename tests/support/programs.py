@@ -1,7 +1,7 @@
 """A model in NumPy of all that an optimizer and its parameters must hold, step by step: for test_programs.py.
 
-Arithmetic is the oracle's, rounding and storage those of rounding_reference.py and storage_reference.py; nothing is evaluated
-by MLX here but schedules. Values are float32 arrays that hold exactly what a tensor of its dtype stores.
+Arithmetic is the oracle's, rounding and storage those of rounding_reference.py and storage_reference.py; nothing is
+evaluated by MLX here but schedules. Values are float32 arrays that hold exactly what a tensor of its dtype stores.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def at_random(x: np.ndarray, draws: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A parameter and its state as stored: ``m`` and ``v``, scales of codes, remainder. Nothing of it is ever changed."""
+    """A parameter and its state as stored: ``m`` and ``v``, scales of codes, remainder. Nothing of it is ever
+    changed.
+    """
 
     dtype: mx.Dtype
     value: np.ndarray
@@ -143,9 +145,7 @@ class Model:
         self.tensors = tensors
         self.step = 0
         self.forget_guard()
-        self.learning_rate = (
-            self._scheduled() if options.schedule else float(np.float32(options.learning_rate))
-        )
+        self.learning_rate = self._scheduled() if options.schedule else float(np.float32(options.learning_rate))
 
     def copy(self) -> Model:
         new = object.__new__(Model)
@@ -205,12 +205,11 @@ class Model:
             found["skipped"] = (np.uint64(self.skipped), mx.uint64)
         return found
 
-    def take_norm(
-        self, gradients: dict[str, np.ndarray], state: Mapping[str, Any]
-    ) -> tuple[np.float32, bool]:
+    def take_norm(self, gradients: dict[str, np.ndarray], state: Mapping[str, Any]) -> tuple[np.float32, bool]:
         """The factor of the gradients, and whether the step is applied.
 
-        The order in which squares are summed is not the model's to know: the norm is held against float64, and then believed.
+        The order in which squares are summed is not the model's to know: the norm is held against float64, and then
+        believed.
         """
         options = self.options
         with np.errstate(over="ignore", invalid="ignore"):
@@ -233,9 +232,7 @@ class Model:
             is_finite = state["skipped"].item() == self.skipped
         return scale, is_finite or not options.skip_nonfinite
 
-    def update(
-        self, gradients: dict[str, np.ndarray], scale: np.float32 = ONE, is_applied: bool = True
-    ) -> None:
+    def update(self, gradients: dict[str, np.ndarray], scale: np.float32 = ONE, is_applied: bool = True) -> None:
         """One step; gradients in the order of their tree, which numbers the tensors."""
         options = self.options
         if not is_applied:
@@ -253,9 +250,7 @@ class Model:
             )  # fmt: skip
             self.tensors[path] = self._stored(tensor, number, *map(float32, new))
 
-    def _stored(
-        self, tensor: Tensor, number: int, w: np.ndarray, m: np.ndarray, v: np.ndarray
-    ) -> Tensor:
+    def _stored(self, tensor: Tensor, number: int, w: np.ndarray, m: np.ndarray, v: np.ndarray) -> Tensor:
         options, shape = self.options, tensor.value.shape
         bits = bits_of_step(options.seed, self.step, number, w.size)
         state: dict[str, np.ndarray] = {}
@@ -271,9 +266,7 @@ class Model:
             ):
                 assert tensor.state_dtype is not None
                 state[name] = (
-                    at_random(x, bits[name], tensor.state_dtype)
-                    if is_random
-                    else to_dtype(x, tensor.state_dtype)
+                    at_random(x, bits[name], tensor.state_dtype) if is_random else to_dtype(x, tensor.state_dtype)
                 )
         assert tensor.state is not None
         if "remainder" in tensor.state:
@@ -298,9 +291,7 @@ class Model:
             self.tensors[path] = dataclasses.replace(tensor, state=state, state_dtype=tensor.dtype)
 
 
-def by_mlx(
-    model: Model, path: str, gradient: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_mlx(model: Model, path: str, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The parameter, m and v after a step of mlx.optimizers on the CPU, from what the model holds; all float32."""
     tensor, options = model.tensors[path], model.options
     settings = options.settings(path, model.learning_rate)
@@ -337,9 +328,7 @@ def values_of(x: mx.array) -> np.ndarray:
 
 def assert_same(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
     """Bit for bit, up to the bits of NaN."""
-    assert actual.shape == expected.shape, (
-        f"{what}: shape {actual.shape} instead of {expected.shape}"
-    )
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} instead of {expected.shape}"
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
     if actual.dtype == np.float32:
         a, e = np.atleast_1d(actual), np.atleast_1d(expected)
@@ -352,8 +341,7 @@ def assert_same(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
         wrong = np.argwhere(~same)
         at = tuple(int(i) for i in wrong[0])
         raise AssertionError(
-            f"{what}: {len(wrong)} of {same.size} elements differ, first at {at}: {a[at]!r} instead of "
-            f"{e[at]!r}"
+            f"{what}: {len(wrong)} of {same.size} elements differ, first at {at}: {a[at]!r} instead of {e[at]!r}"
         )
 
 
@@ -379,9 +367,7 @@ def state_dtypes(tensor: Tensor) -> dict[str, mx.Dtype]:
 # ---- Drawing ----
 
 
-def random_values(
-    rng: np.random.Generator, shape: tuple[int, ...], scale: float, dtype: mx.Dtype
-) -> np.ndarray:
+def random_values(rng: np.random.Generator, shape: tuple[int, ...], scale: float, dtype: mx.Dtype) -> np.ndarray:
     """Values of many sizes, some of them 0."""
     x = rng.normal(size=shape) * np.exp(rng.normal(size=shape)) * scale
     x = np.where(rng.random(shape) < 0.1, 0.0, x)

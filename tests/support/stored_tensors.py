@@ -29,9 +29,7 @@ def named(formats: tuple[str, str, str]) -> str:
     return "-".join(formats)
 
 
-def make(
-    extension: ModuleType, shape: tuple[int, ...], formats: tuple[str, str, str], seed: int = 4
-) -> Tensor:
+def make(extension: ModuleType, shape: tuple[int, ...], formats: tuple[str, str, str], seed: int = 4) -> Tensor:
     """Values of many sizes within a block, among them 0."""
     rng = np.random.default_rng(seed)
 

@@ -30,7 +30,9 @@ def compiled(optimizer: Any, parameters: Any) -> Callable[[Any], None]:
 
 
 def train(optimizer: Any, parameters: Any, steps: Iterable[Any], is_compiled: bool = False) -> Any:
-    """The parameters after a step with each of these gradients, evaluated one by one; `parameters` stay as they were."""
+    """The parameters after a step with each of these gradients, evaluated one by one; `parameters` stay as they
+    were.
+    """
     if is_compiled:
         parameters = copied(parameters)
         optimizer.init(parameters)

@@ -1,8 +1,8 @@
 """`install`: every mlx.optimizers.Adam and AdamW becomes the fused one when it is built, for third-party code.
 
 No name is replaced: an object changes its class at the start of `__init__`. So it does not matter where the class was
-imported, or whether a dict or an Enum holds it. Objects that `__init__` does not build (unpickled, copied), subclasses, and
-classes whose methods someone has patched stay MLX's.
+imported, or whether a dict or an Enum holds it. Objects that `__init__` does not build (unpickled, copied), subclasses,
+and classes whose methods someone has patched stay MLX's.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Installation:
 def install(**options: Any) -> Installation:
     """Build the fused optimizer wherever code builds ``mlx.optimizers.Adam`` or ``AdamW``, from now on.
 
-    It does not matter where or when a module imported the class. Existing optimizers, pickles of them, and subclasses of
-    MLX's classes stay as they are. Use it for third-party training code::
+    It does not matter where or when a module imported the class. Existing optimizers, pickles of them, and subclasses
+    of MLX's classes stay as they are. Use it for third-party training code::
 
         with fused.install(max_grad_norm=1.0):
             train()

@@ -1,7 +1,7 @@
 """python -m mlx_fused_adam run: run any training script or module after `install`, in its child processes too.
 
-This process becomes the script's (exec), so that exit status, tracebacks, arguments, signals and `__main__` are those of a
-plain run. startup/sitecustomize.py calls `start` in it, and in every Python that inherits its environment.
+This process becomes the script's (exec), so that exit status, tracebacks, arguments, signals and `__main__` are those
+of a plain run. startup/sitecustomize.py calls `start` in it, and in every Python that inherits its environment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adam-options",
         metavar="JSON",
         type=_checked,
-        help=f"options of Adam and AdamW for code that cannot pass them, as '{{\"max_grad_norm\": 1.0}}'; default: ${OPTIONS}",
+        help="options of Adam and AdamW for code that cannot pass them, "
+        f"as '{{\"max_grad_norm\": 1.0}}'; default: ${OPTIONS}",
     )
     parser.add_argument("-m", action="store_true", dest="is_module", help="run a module")
     # One argument takes all: with two, argparse would drop a "--" between them.
@@ -41,18 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoReturn:
     """Become the Python that runs the script, in an environment that installs the fused optimizers."""
     if sys.flags.ignore_environment or sys.flags.no_site:
-        parser.error(
-            "Python must be started without -E, -I and -S, which disable PYTHONPATH or sitecustomize"
-        )
+        parser.error("Python must be started without -E, -I and -S, which disable PYTHONPATH or sitecustomize")
     # Some Pythons' argparse removes a leading "--", others keep it.
     given = arguments.command_line
     target, *rest = given[given[:1] == ["--"] :] or [None]
     if target is None:
         parser.error("SCRIPT or -m MODULE is required")
     if os.pathsep in _STARTUP:
-        parser.error(
-            f"{_STARTUP} must not contain {os.pathsep!r}, which separates folders of PYTHONPATH"
-        )
+        parser.error(f"{_STARTUP} must not contain {os.pathsep!r}, which separates folders of PYTHONPATH")
     environment = dict(os.environ)
     if arguments.adam_options is not None:
         environment[OPTIONS] = json.dumps(arguments.adam_options)
@@ -125,9 +122,7 @@ def _parsed(text: str) -> dict[str, Any]:
         options = json.loads(text)
     except json.JSONDecodeError as error:
         example = '{"max_grad_norm": 1.0}'
-        raise ValueError(
-            f"options must be JSON in single quotes, as {example!r}, but got {text}: {error}"
-        ) from None
+        raise ValueError(f"options must be JSON in single quotes, as {example!r}, but got {text}: {error}") from None
     if not isinstance(options, dict):
         raise ValueError(f"options must be a JSON object but got {text}")
     return options

@@ -1,7 +1,8 @@
 """Updates of every kernel, layout and dtype, and what must come out, for any runner of the project's shader.
 
-A runner takes (kernel, buffers, grid, threads_per_threadgroup); a buffer is (index, array, "input" | "output" | "both" |
-"bytes"). The dispatches are those of csrc/metal/adam.cpp; the expected values come from NumPy, in float32, rounded once.
+A runner takes (kernel, buffers, grid, threads_per_threadgroup); a buffer is (index, array, "input" | "output" | "both"
+| "bytes"). The dispatches are those of csrc/metal/adam.cpp; the expected values come from NumPy, in float32, rounded
+once.
 """
 
 from __future__ import annotations
@@ -56,9 +57,7 @@ def to_float(x: np.ndarray, dtype: str) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def expected(
-    tensor: list[np.ndarray], types: tuple[str, str, str], scalars: np.ndarray
-) -> list[np.ndarray]:
+def expected(tensor: list[np.ndarray], types: tuple[str, str, str], scalars: np.ndarray) -> list[np.ndarray]:
     """The update operation by operation, each rounded to float32."""
     p, g, s = types
     w, g, m, v = (to_float(x, t) for x, t in zip(tensor, (p, g, s, s), strict=True))
@@ -122,9 +121,7 @@ class Update:
         """`tensor` as the kernel sees it: parameter, gradient, m, v; the memory order of each is its own."""
         want = expected(tensor, self.types, self.scalars)
         memory = [x.base if x.base is not None else x for x in tensor]
-        outputs = [
-            memory[i] if in_place else np.empty(want[0].shape, memory[i].dtype) for i in (0, 2, 3)
-        ]
+        outputs = [memory[i] if in_place else np.empty(want[0].shape, memory[i].dtype) for i in (0, 2, 3)]
         uses = ["both", "input", "both", "both"] if in_place else ["input"] * 4
         for i, (array, use) in enumerate(zip(memory, uses, strict=True)):
             self.buffers.append((first + i, array, use))
@@ -154,9 +151,7 @@ def linear(
     types: tuple[str, str, str], size: int, in_place: bool, scalars: int = len(SCALARS)
 ) -> tuple[Update, tuple, tuple]:
     update = Update("adam_linear", types, scalars=SCALARS[:scalars].copy())
-    update.buffers.append(
-        arguments("LinearArgs", row_length=size, vectors=size > 3, scalar_count=scalars)
-    )
+    update.buffers.append(arguments("LinearArgs", row_length=size, vectors=size > 3, scalar_count=scalars))
     update.bind(random_tensor((size,), types), SHARED["kFirstTensor"], in_place)
     threads = threads_for(size, types)
     return update, (threads, 1, 1), (min(threads, SHARED["kThreads"]), 1, 1)
@@ -173,9 +168,7 @@ def group(types: tuple[str, str, str], sizes: list[int]) -> tuple[Update, tuple,
     return update, (ends[-1], 1, 1), (min(ends[-1], SHARED["kThreads"]), 1, 1)
 
 
-def tiled(
-    types: tuple[str, str, str], batch: int | None, rows: int, columns: int
-) -> tuple[Update, tuple, tuple]:
+def tiled(types: tuple[str, str, str], batch: int | None, rows: int, columns: int) -> tuple[Update, tuple, tuple]:
     """A batch of matrices, or one with no axis around it."""
     update = Update("adam_tiled", types)
     run = run_length(types)
@@ -192,9 +185,7 @@ def tiled(
     return update, (-(-columns // side) * threads, -(-rows // side), batch or 1), (threads, 1, 1)
 
 
-def general(
-    types: tuple[str, str, str], index: str, shape: tuple[int, ...]
-) -> tuple[Update, tuple, tuple]:
+def general(types: tuple[str, str, str], index: str, shape: tuple[int, ...]) -> tuple[Update, tuple, tuple]:
     """A gradient with gaps along its last axis."""
     update = Update("adam_general", types, f", {index}")
     update.buffers.append(arguments("GeneralArgs", axes=len(shape)))

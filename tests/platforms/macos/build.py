@@ -146,8 +146,7 @@ def build(source: Path = ROOT, cache: Path = CACHE) -> Path:
         "SETUPTOOLS_EXT_SUFFIX": EXT_SUFFIX,
     }
     program = (
-        "import json, sys, scikit_build_core.build as b; "
-        "print(b.build_wheel(sys.argv[1], json.loads(sys.argv[2])))"
+        "import json, sys, scikit_build_core.build as b; print(b.build_wheel(sys.argv[1], json.loads(sys.argv[2])))"
     )
     shutil.rmtree(cache / "cmake", ignore_errors=True)
     command = [sys.executable, "-c", program, cache / "dist", json.dumps(settings)]

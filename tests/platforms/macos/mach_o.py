@@ -41,9 +41,7 @@ def inspect(path: Path) -> Module:
         minimum_macos=tuple(binary.build_version.minos),
         rpaths=[rpath.path for rpath in binary.rpaths],
         libraries=[
-            library.name
-            for library in binary.libraries
-            if library.command == lief.MachO.LoadCommand.TYPE.LOAD_DYLIB
+            library.name for library in binary.libraries if library.command == lief.MachO.LoadCommand.TYPE.LOAD_DYLIB
         ],
         signed=binary.has_code_signature,
         exported={symbol.name for symbol in binary.exported_symbols},

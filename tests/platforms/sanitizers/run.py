@@ -1,11 +1,13 @@
-"""Runs the suite, or any tests, on an extension built with GCC's sanitizers; fails if a test fails or a process reports.
+"""Runs the suite, or any tests, on an extension built with GCC's sanitizers; fails if a test fails or a process
+reports.
 
     python tests/platforms/sanitizers/run.py address                  # AddressSanitizer and UndefinedBehaviorSanitizer
     python tests/platforms/sanitizers/run.py address tests/kernels/test_layouts.py -n0
-    DEVICE=emulated python tests/platforms/sanitizers/run.py address  # the host code of the Metal path, its GPU emulated
-    python tests/platforms/sanitizers/run.py thread                   # ThreadSanitizer: tests of threads, then streams.py
-    python tests/platforms/sanitizers/run.py leaks                    # LeakSanitizer, by leaks.py
-    python tests/platforms/sanitizers/run.py faults                   # faults planted in the extension are reported: faults.py
+    DEVICE=emulated python tests/platforms/sanitizers/run.py address  # the host code of the Metal path, its GPU
+    emulated python tests/platforms/sanitizers/run.py thread                   # ThreadSanitizer: tests of threads, then
+    streams.py python tests/platforms/sanitizers/run.py leaks                    # LeakSanitizer, by leaks.py
+    python tests/platforms/sanitizers/run.py faults                   # faults planted in the extension are reported:
+    faults.py
 
 NOT_RUN lists the tests that are not run, and why. Needs GCC and the extra test. Builds are kept in
 build/sanitizers-….
