@@ -56,8 +56,7 @@ class Storage:
     """A way to store m or v: its table, or "bfloat16" or "float32", and the rounding of values and scales.
 
     rounding  "nearest"; "random": up with the probability that makes the mean right; "even": the same with multiples of
-    the
-              golden ratio, from a random start per element, in place of random numbers
+              the golden ratio, from a random start per element, in place of random numbers
     scale     "power of 2": the least one not below the block's maximum; "bf16": the maximum, rounded up; "maximum":
     itself
     """

@@ -44,8 +44,7 @@ class Backend:
 
         Raises:
             RuntimeError: If the check fails and the environment forces this back end; or if it fails, on the CPU too,
-            for a
-                state that MLX's operations cannot store.
+                for a state that MLX's operations cannot store.
         """
         dtypes: Dtypes = (parameter, gradient, state)
         if remainder is not None:

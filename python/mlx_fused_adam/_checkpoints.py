@@ -67,16 +67,14 @@ def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyp
     Args:
         path: A file that :func:`save_optimizer` wrote.
         optimizer: An optimizer of the saved class. If it has a state already (from ``init``, say), the file's must have
-        the
-            same paths and shapes.
+            the same paths and shapes.
         hyperparameters: What to do where hyper-parameters or options differ: ``"error"``: raise; ``"file"``: take the
             file's; ``"optimizer"``: keep the optimizer's, and convert the state to its options at its next use.
             A learning rate that follows a schedule is always the optimizer's. Default: ``"error"``.
 
     Raises:
         ValueError: If the file is damaged, foreign, of a newer format, or does not fit, naming the mismatch; nothing
-        has
-            changed then.
+            has changed then.
         FileNotFoundError: If there is no such file.
         TypeError: If it is not an optimizer of this package.
     """

@@ -235,39 +235,34 @@ class Adam(_Fused, _MLXAdam):
         betas (list[float]): Decay rates of ``m`` and ``v``. Default: ``[0.9, 0.999]``.
         eps (float): Added to the denominator. Default: ``1e-8``.
         bias_correction (bool): Whether to correct ``m`` and ``v`` for their start from zero (Kingma & Ba 2015, section
-        3).
-            Default: ``False``.
+            3). Default: ``False``.
         state_dtype (str or Dtype, optional): The dtype of ``m`` and ``v``: ``"float32"``, ``"bfloat16"``, or
-        ``"int8"``:
-            quantized to 8 bits, with one scale for 32 neighbours along the last axis. Parameters with fewer than 4096
-            elements, or a last axis shorter than 32, use bfloat16 in place of int8. Default: float32 for float32
-            parameters, bfloat16 for 16-bit ones.
+            ``"int8"``: quantized to 8 bits, with one scale for 32 neighbours along the last axis. Parameters with fewer
+            than 4096 elements, or a last axis shorter than 32, use bfloat16 in place of int8. Default: float32 for
+            float32 parameters, bfloat16 for 16-bit ones.
         stochastic_rounding (bool, optional): The 16-bit results that are rounded stochastically, which is right on
-        average:
-            ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as
-            well; ``False``: none, an error with ``"int8"``, which is always rounded stochastically. Default: ``None``.
+            average: ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and
+            ``m`` as well; ``False``: none, an error with ``"int8"``, which is always rounded stochastically. Default:
+            ``None``.
         seed (int): Seed of that rounding. Equal seeds give equal results, on any device and after a resume. Default:
-        ``0``. master_weights (bool): Whether the state holds the low 16 bits of each bfloat16 parameter's float32 value
+            ``0``.
+        master_weights (bool): Whether the state holds the low 16 bits of each bfloat16 parameter's float32 value
             (``remainder``, int16), so that training equals that of float32 parameters. The parameter is that value
             rounded to nearest, ties away from zero. Has no effect on float32 parameters; float16 ones are an error.
             Default: ``False``.
         max_grad_norm (float, optional): The largest global norm of the gradients, greater than 0. Larger gradients are
-        scaled
-            down inside the update, as by ``mlx.optimizers.clip_grad_norm``, with the norm summed in float32. The norm
-            before clipping is ``state["grad_norm"]``, a float32 array. Default: no clipping.
+            scaled down inside the update, as by ``mlx.optimizers.clip_grad_norm``, with the norm summed in float32. The
+            norm before clipping is ``state["grad_norm"]``, a float32 array. Default: no clipping.
         skip_nonfinite (bool): Whether to skip a step whose gradients hold NaN or infinity, or whose sum of squares
-        exceeds
-            float32's range (3.4e38): parameters, moments, step and schedules keep their bits, and ``state["skipped"]``,
-            a uint64 array, counts it. Default: ``False``.
+            exceeds float32's range (3.4e38): parameters, moments, step and schedules keep their bits, and
+            ``state["skipped"]``, a uint64 array, counts it. Default: ``False``.
         shard_group (mlx.core.distributed.Group, optional): The processes that parameters and gradients are sharded
-        over, as
-            with ``mlx.nn.fully_shard``. Norm and skipping consider all shards, and a file of :func:`save_optimizer` is
-            loaded by the same rank of as many processes. Default: not sharded.
+            over, as with ``mlx.nn.fully_shard``. Norm and skipping consider all shards, and a file of
+            :func:`save_optimizer` is loaded by the same rank of as many processes. Default: not sharded.
 
     Raises:
         ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an
-        option's
-            value that is not among its choices or conflicts with another.
+            option's value that is not among its choices or conflicts with another.
         TypeError: At construction, for a value that is not a number, or an unknown option.
     """
 
@@ -301,9 +296,8 @@ class AdamW(_Fused, _MLXAdamW):
     Args:
         weight_decay (float): Decoupled weight decay (Loshchilov & Hutter 2019). Default: ``0.01``.
         decay_filter (callable, str or list[str], optional): The parameters that weight decay applies to: a callable of
-        path
-            and parameter that returns a bool, called once for each path; or regular expressions, searched for in the
-            path (``"layers.0.mlp.weight"``). Default: all.
+            path and parameter that returns a bool, called once for each path; or regular expressions, searched for in
+            the path (``"layers.0.mlp.weight"``). Default: all.
     """
 
     def __init__(

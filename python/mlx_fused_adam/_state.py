@@ -89,8 +89,7 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
 
     Args:
         optimizer: A :class:`mlx_fused_adam.Adam` or ``AdamW`` that has seen the parameters of its state, in an update
-        or in
-            ``init``.
+            or in ``init``.
 
     Returns:
         A new tree, for ``mlx.optimizers.Adam(...).state`` or ``mx.save_safetensors``.
