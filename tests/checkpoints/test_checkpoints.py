@@ -124,7 +124,7 @@ TREES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["with containers", "of release 0.1", "of mlx.optimizers"])
+@pytest.mark.parametrize("form", ["with containers", "of paths alone", "of mlx.optimizers"])
 @pytest.mark.parametrize("name", TREES)
 def test_a_state_meets_its_parameters_whatever_the_containers(name, form, tmp_path):
     parameters = TREES[name]
@@ -134,7 +134,7 @@ def test_a_state_meets_its_parameters_whatever_the_containers(name, form, tmp_pa
         mx.save_safetensors(str(tmp_path / "o.safetensors"), dict(tree_flatten(whole.state)))
     else:
         fused.save_optimizer(tmp_path / "o.safetensors", whole)
-    if form == "of release 0.1":
+    if form == "of paths alone":
         with_metadata(tmp_path / "o.safetensors", tree=None)
     resumed = fused.AdamW(1e-2)
     fused.load_optimizer(tmp_path / "o.safetensors", resumed)
