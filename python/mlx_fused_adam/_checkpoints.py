@@ -264,7 +264,7 @@ def _fitting_state(
                 state: dict[str, Any] = _rebuilt(json.loads(metadata["tree"]), arrays)
                 return dict(state)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                _reject(path, "the containers of its state", f"metadata that cannot be read ({error!r})")
+                _reject(path, "a whole safetensors file", f"metadata that cannot be read ({error!r})")
         return _nested(arrays)
 
     def without_options(names: dict[str, Any]) -> set[str]:

@@ -333,6 +333,8 @@ def with_metadata(path: Path, **changes: str | None) -> None:
     ({"format": None}, "must hold what save_optimizer wrote, or a state with step .* but got a safetensors file"),
     ({"format_version": "2"}, "must hold format version 1 or older but got 2"),
     ({"format_version": "one"}, "must hold format version 1 or older but got one"),
+    ({"tree": "{"}, "must hold a whole safetensors file but got metadata that cannot be read"),
+    ({"tree": '{"dict": [["a", "b"]]}'}, "must hold a whole safetensors file but got metadata that cannot be read"),
     ({"optimizer": "{"}, "must hold the optimizer's hyper-parameters but got metadata that cannot be read"),
     ({"optimizer": "[]"}, "must hold the optimizer's hyper-parameters but got metadata that cannot be read"),
 ], ids=str)  # fmt: skip
