@@ -1,6 +1,7 @@
 """Convert users' arguments (numbers, NumPy arrays, YAML's strings) to what the extension takes, or raise.
 
-Errors read ``[op] what must be X but got Y``. The extension checks arrays (shapes, dtypes, ranges) when it builds the graph.
+Errors read ``[op] what must be X but got Y``. The extension checks arrays (shapes, dtypes, ranges) when it builds the
+graph.
 """
 
 from __future__ import annotations
@@ -70,9 +71,7 @@ def as_scalar(what: str, x: Any) -> mx.array:
     if not isinstance(x, Complex):
         raise TypeError(f"[adam_update] step must be a number but got {_described(x)}")
     if not (isinstance(x, Real) and 1 <= x <= _LARGEST_STEP):  # type: ignore[operator]  # Real has no int beside it
-        raise ValueError(
-            f"[adam_update] step must be from 1 to 2**63 - 1 but got {reprlib.repr(x)}"
-        )
+        raise ValueError(f"[adam_update] step must be from 1 to 2**63 - 1 but got {reprlib.repr(x)}")
     return mx.array(float(x), mx.float32)
 
 

@@ -1,7 +1,7 @@
 """Clip factor and skip flag of one step, as lazy scalars: from the global norm of all gradients.
 
-One reduction over all gradients (csrc/op/grad_norm.h); the rest is scalar arithmetic on the device, without a host sync.
-Clipping: Pascanu et al. 2013, with the constants of mlx.optimizers.clip_grad_norm.
+One reduction over all gradients (csrc/op/grad_norm.h); the rest is scalar arithmetic on the device, without a host
+sync. Clipping: Pascanu et al. 2013, with the constants of mlx.optimizers.clip_grad_norm.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ class Clipping(NamedTuple):
                     state[name] = self.kept(state[name], before[name])
 
 
-def clipping_of(
-    gradients: Sequence[mx.array], options: Options, paths: Callable[[], list[str]]
-) -> Clipping | None:
+def clipping_of(gradients: Sequence[mx.array], options: Options, paths: Callable[[], list[str]]) -> Clipping | None:
     """The clipping that the options ask for, or None.
 
     Raises:

@@ -1,4 +1,6 @@
-"""The option ``decay_filter``: which parameters weight decay applies to, by a callable or regular expressions on paths."""
+"""The option ``decay_filter``: which parameters weight decay applies to, by a callable or regular expressions on
+paths.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,7 @@ class DecayFilter:
             return
         texts = [wanted] if isinstance(wanted, str) else wanted
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(
-                f"[{op}] decay_filter must be a callable or regular expressions but got {wanted!r}"
-            )
+            raise TypeError(f"[{op}] decay_filter must be a callable or regular expressions but got {wanted!r}")
         if not texts:
             raise ValueError(
                 f"[{op}] decay_filter must have a regular expression but got none; for no decay at all "
@@ -40,9 +40,7 @@ class DecayFilter:
             try:
                 self._expressions.append(re.compile(text))
             except re.error as error:
-                raise ValueError(
-                    f"[{op}] decay_filter must be regular expressions but got {text!r}: {error}"
-                ) from None
+                raise ValueError(f"[{op}] decay_filter must be regular expressions but got {text!r}: {error}") from None
 
     @property
     def described(self) -> list[str] | str:
@@ -57,9 +55,7 @@ class DecayFilter:
             else:
                 answer = self._asked(path, parameter)
             if not isinstance(answer, bool):
-                raise TypeError(
-                    f"[{self._op}] decay_filter must return True or False but got {answer!r} for {path}"
-                )
+                raise TypeError(f"[{self._op}] decay_filter must return True or False but got {answer!r} for {path}")
             self._known[path] = answer
         return self._known[path]
 

@@ -22,7 +22,7 @@ from ._backends import backend_of
 from ._clipping import Clipping, check_names, clipping_of, fit_recorded
 from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
-from ._state import converted, dtypes_by_path, fresh
+from ._state import converted, dtypes_by_path, fresh, placed
 from ._step import Leaves, Step
 from ._tree import Walk, flattened
 
@@ -37,6 +37,7 @@ class _Fused(_MLXOptimizer):
     _options: Options
     _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
     _decay_filter: DecayFilter | None = None
+    _loaded_file: str | None = None  # whose state has not met its parameters yet
 
     def _set_options(self, options: Options) -> None:
         check_ranges(options.op, self.betas, self.eps)
@@ -75,6 +76,10 @@ class _Fused(_MLXOptimizer):
             if self._decay_filter:
                 self._decay_filter.check(dtypes)
             fit_recorded(self._state, self._options)
+            if self._loaded_file and not isinstance(parameters, mx.array):
+                loaded = placed(self._options.op, self._loaded_file, parameters, self._state)
+                self._state.clear()
+                self._state.update(loaded)
             super().init(parameters)
             tree_map_with_path(convert, parameters, self._state)
         except BaseException:
@@ -84,6 +89,7 @@ class _Fused(_MLXOptimizer):
             state.clear()
             state.update(new)
         self._parameter_dtypes = dtypes
+        self._loaded_file = None
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Give one parameter's state zeros: ``m``, ``v``, and the auxiliary arrays of the options."""
@@ -198,9 +204,7 @@ class _Fused(_MLXOptimizer):
         self._state.update(state)
         self._initialized = is_initialized
 
-    def _fall_back(
-        self, gradient: mx.array, parameter: mx.array, state: dict, is_decayed: bool
-    ) -> mx.array:
+    def _fall_back(self, gradient: mx.array, parameter: mx.array, state: dict, is_decayed: bool) -> mx.array:
         """Update one parameter as mlx.optimizers does; its Adam is its AdamW without decay."""
         result: mx.array
         if is_decayed:
@@ -228,7 +232,9 @@ class _Fused(_MLXOptimizer):
         return found
 
     def _take_description(self, found: dict[str, Any]) -> None:
-        """Take hyper-parameters and options from another optimizer's description; the learning rate belongs to the state."""
+        """Take hyper-parameters and options from another optimizer's description; the learning rate belongs to the
+        state.
+        """
         options = self._options.replaced(found)
         decay_filter = self._decay_filter
         if "decay_filter" in found:
@@ -244,41 +250,43 @@ class Adam(_Fused, _MLXAdam):
     """``mlx.optimizers.Adam`` in one pass over memory.
 
     Arguments, defaults, state tree and methods are those of :class:`mlx.optimizers.Adam`; float32 results on the CPU
-    are bit-identical to it. 16-bit parameters are updated in float32 arithmetic with one rounding at each store, and their
-    ``m`` and ``v`` are bfloat16. The options' auxiliary arrays (scales, ``remainder``) are beside ``m`` and ``v`` in the state;
-    grad and ``vmap`` of an update are not supported with them.
+    are bit-identical to it. 16-bit parameters are updated in float32 arithmetic with one rounding at each store, and
+    their ``m`` and ``v`` are bfloat16. The options' auxiliary arrays (scales, ``remainder``) are beside ``m`` and ``v``
+    in the state; grad and ``vmap`` of an update are not supported with them.
 
     Args:
         learning_rate (float or callable): The learning rate, or a schedule of the step.
         betas (list[float]): Decay rates of ``m`` and ``v``. Default: ``[0.9, 0.999]``.
         eps (float): Added to the denominator. Default: ``1e-8``.
-        bias_correction (bool): Whether to correct ``m`` and ``v`` for their start from zero (Kingma & Ba 2015, section 3).
-            Default: ``False``.
-        state_dtype (str or Dtype, optional): The dtype of ``m`` and ``v``: ``"float32"``, ``"bfloat16"``, or ``"int8"``:
-            quantized to 8 bits, with one scale for 32 neighbours along the last axis. Parameters with fewer than 4096
-            elements, or a last axis shorter than 32, use bfloat16 in place of int8. Default: float32 for float32
-            parameters, bfloat16 for 16-bit ones.
-        stochastic_rounding (bool, optional): The 16-bit results that are rounded stochastically, which is right on average:
-            ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as well;
-            ``False``: none, an error with ``"int8"``, which is always rounded stochastically. Default: ``None``.
-        seed (int): Seed of that rounding. Equal seeds give equal results, on any device and after a resume. Default: ``0``.
+        bias_correction (bool): Whether to correct ``m`` and ``v`` for their start from zero (Kingma & Ba 2015, section
+            3). Default: ``False``.
+        state_dtype (str or Dtype, optional): The dtype of ``m`` and ``v``: ``"float32"``, ``"bfloat16"``, or
+            ``"int8"``: quantized to 8 bits, with one scale for 32 neighbours along the last axis. Parameters with fewer
+            than 4096 elements, or a last axis shorter than 32, use bfloat16 in place of int8. Default: float32 for
+            float32 parameters, bfloat16 for 16-bit ones.
+        stochastic_rounding (bool, optional): The 16-bit results that are rounded stochastically, which is right on
+            average: ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and
+            ``m`` as well; ``False``: none, an error with ``"int8"``, which is always rounded stochastically. Default:
+            ``None``.
+        seed (int): Seed of that rounding. Equal seeds give equal results, on any device and after a resume. Default:
+            ``0``.
         master_weights (bool): Whether the state holds the low 16 bits of each bfloat16 parameter's float32 value
-            (``remainder``, int16), so that training equals that of float32 parameters. The parameter is that value rounded
-            to nearest, ties away from zero. Has no effect on float32 parameters; float16 ones are an error.
+            (``remainder``, int16), so that training equals that of float32 parameters. The parameter is that value
+            rounded to nearest, ties away from zero. Has no effect on float32 parameters; float16 ones are an error.
             Default: ``False``.
-        max_grad_norm (float, optional): The largest global norm of the gradients, greater than 0. Larger gradients are scaled
-            down inside the update, as by ``mlx.optimizers.clip_grad_norm``, with the norm summed in float32. The norm
-            before clipping is ``state["grad_norm"]``, a float32 array. Default: no clipping.
-        skip_nonfinite (bool): Whether to skip a step whose gradients hold NaN or infinity, or whose sum of squares exceeds
-            float32's range (3.4e38): parameters, moments, step and schedules keep their bits, and ``state["skipped"]``,
-            a uint64 array, counts it. Default: ``False``.
-        shard_group (mlx.core.distributed.Group, optional): The processes that parameters and gradients are sharded over, as
-            with ``mlx.nn.fully_shard``. Norm and skipping consider all shards, and a file of :func:`save_optimizer` is
-            loaded by the same rank of as many processes. Default: not sharded.
+        max_grad_norm (float, optional): The largest global norm of the gradients, greater than 0. Larger gradients are
+            scaled down inside the update, as by ``mlx.optimizers.clip_grad_norm``, with the norm summed in float32. The
+            norm before clipping is ``state["grad_norm"]``, a float32 array. Default: no clipping.
+        skip_nonfinite (bool): Whether to skip a step whose gradients hold NaN or infinity, or whose sum of squares
+            exceeds float32's range (3.4e38): parameters, moments, step and schedules keep their bits, and
+            ``state["skipped"]``, a uint64 array, counts it. Default: ``False``.
+        shard_group (mlx.core.distributed.Group, optional): The processes that parameters and gradients are sharded
+            over, as with ``mlx.nn.fully_shard``. Norm and skipping consider all shards, and a file of
+            :func:`save_optimizer` is loaded by the same rank of as many processes. Default: not sharded.
 
     Raises:
-        ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's
-            value that is not among its choices or conflicts with another.
+        ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an
+            option's value that is not among its choices or conflicts with another.
         TypeError: At construction, for a value that is not a number, or an unknown option.
     """
 
@@ -300,7 +308,8 @@ class Adam(_Fused, _MLXAdam):
         super().__init__(*_checked("Adam", learning_rate, betas, eps), bias_correction)
         self._set_options(
             Options(
-                "Adam", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite, shard_group
+                "Adam", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
+                shard_group,
             )
         )  # fmt: skip
 
@@ -310,9 +319,9 @@ class AdamW(_Fused, _MLXAdamW):
 
     Args:
         weight_decay (float): Decoupled weight decay (Loshchilov & Hutter 2019). Default: ``0.01``.
-        decay_filter (callable, str or list[str], optional): The parameters that weight decay applies to: a callable of path
-            and parameter that returns a bool, called once for each path; or regular expressions, searched for in the path
-            (``"layers.0.mlp.weight"``). Default: all.
+        decay_filter (callable, str or list[str], optional): The parameters that weight decay applies to: a callable of
+            path and parameter that returns a bool, called once for each path; or regular expressions, searched for in
+            the path (``"layers.0.mlp.weight"``). Default: all.
     """
 
     def __init__(
@@ -333,12 +342,11 @@ class AdamW(_Fused, _MLXAdamW):
         decay_filter: Callable[[str, mx.array], bool] | Sequence[str] | str | None = None,
     ) -> None:
         weight_decay = as_number("AdamW", "weight_decay", weight_decay)
-        super().__init__(
-            *_checked("AdamW", learning_rate, betas, eps), weight_decay, bias_correction
-        )
+        super().__init__(*_checked("AdamW", learning_rate, betas, eps), weight_decay, bias_correction)
         self._set_options(
             Options(
-                "AdamW", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite, shard_group
+                "AdamW", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
+                shard_group,
             )
         )  # fmt: skip
         if decay_filter is not None:

@@ -17,7 +17,8 @@ FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
 _STATE_DTYPES = ("float32", "bfloat16", "int8")
 _LARGEST_SEED = 2**64 - 1
 
-# Smaller parameters keep bfloat16 moments where int8 is asked for: they save next to nothing, and short rows little more.
+# Smaller parameters keep bfloat16 moments where int8 is asked for: they save next to nothing, and short rows little
+# more.
 _SMALLEST_QUANTIZED = 4096
 _SHORTEST_QUANTIZED_ROW = 32
 
@@ -134,7 +135,9 @@ class Options:
 
     @property
     def rounding_request(self) -> str:
-        """The results that are rounded stochastically: "nearest" for none, "v" or "all"; quantized ``m`` goes with ``v``."""
+        """The results that are rounded stochastically: "nearest" for none, "v" or "all"; quantized ``m`` goes with
+        ``v``.
+        """
         return {None: "v", True: "all", False: "nearest"}[self.stochastic_rounding]
 
 
@@ -183,6 +186,4 @@ def _as_state_dtype(op: str, x: Any) -> str | None:
     if name in _STATE_DTYPES:
         return name
     reason = ", since float16 cannot hold v: below 6e-8 it is 0" if name == "float16" else ""
-    raise ValueError(
-        f"[{op}] state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got {name!r}{reason}"
-    )
+    raise ValueError(f"[{op}] state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got {name!r}{reason}")

@@ -1,15 +1,16 @@
 """The state of one parameter, converted from any form to the one that the options ask for, and back to MLX's.
 
-Beside mlx.optimizers' ``m`` and ``v`` it may hold auxiliary arrays: the scales of quantized moments, and a master weight's low
-bits. csrc/math/encodings.h defines their formats; the extension converts moments.
+Beside mlx.optimizers' ``m`` and ``v`` it may hold auxiliary arrays: the scales of quantized moments, and a master
+weight's low bits. csrc/math/encodings.h defines their formats; the extension converts moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map_with_path
 
 from . import _ext
 from ._arguments import as_array
@@ -68,9 +69,7 @@ def converted(path: str, parameter: mx.array, state: dict, options: Options) -> 
             correction = as_array("remainder", state["remainder"], path)
             _check_shape("remainder", path, correction, parameter)
             if correction.dtype != mx.int16:
-                raise ValueError(
-                    f"[adam_update] remainder of {path} must be int16 but got {correction.dtype}"
-                )
+                raise ValueError(f"[adam_update] remainder of {path} must be int16 but got {correction.dtype}")
         else:
             correction = mx.zeros(parameter.shape, mx.int16)
         new["remainder"] = correction
@@ -85,12 +84,13 @@ def is_quantized(state: dict) -> bool:
 def stock_state(optimizer: Any) -> dict[str, Any]:
     """The state tree that ``mlx.optimizers.Adam`` or ``AdamW`` would hold in this optimizer's place.
 
-    ``m`` and ``v`` are in their parameter's dtype, lazily. The low bits of master weights (``remainder``) are left out, since
-    mlx.optimizers has no place for them: training continues from the 16-bit parameters. The optimizer keeps its own state.
+    ``m`` and ``v`` are in their parameter's dtype, lazily. The low bits of master weights (``remainder``) are left out,
+    since mlx.optimizers has no place for them: training continues from the 16-bit parameters. The optimizer keeps its
+    own state.
 
     Args:
-        optimizer: A :class:`mlx_fused_adam.Adam` or ``AdamW`` that has seen the parameters of its state, in an update or in
-            ``init``.
+        optimizer: A :class:`mlx_fused_adam.Adam` or ``AdamW`` that has seen the parameters of its state, in an update
+            or in ``init``.
 
     Returns:
         A new tree, for ``mlx.optimizers.Adam(...).state`` or ``mx.save_safetensors``.
@@ -101,9 +101,7 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
     """
     dtypes = getattr(optimizer, "_parameter_dtypes", None)
     if dtypes is None:
-        raise TypeError(
-            f"[stock_state] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}"
-        )
+        raise TypeError(f"[stock_state] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}")
 
     def without_options(path: str, state: dict) -> dict[str, Any]:
         if path not in dtypes:
@@ -139,6 +137,40 @@ def map_states(change: Callable[[str, dict], Any], tree: Any, path: str = "") ->
     return tree
 
 
+def placed(op: str, file: str, parameters: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """The state tree that a file was loaded into, with each state at its parameter's place.
+
+    Args:
+        file: Its name, for errors.
+
+    Raises:
+        ValueError: If a parameter has no state there, or a state no parameter, naming its path.
+    """
+    states: dict[str, dict[str, Any]] = {}
+    map_states(lambda path, state: states.setdefault(path, state), tree)
+    paths = {path for path, _ in flattened(parameters)}
+    if missing := paths - states.keys():
+        raise ValueError(
+            f"[{op}] parameters must be those of {file} but got {_named(missing)}, which has no state there; to start "
+            "from zero, call init with the file's parameters first, and then with all"
+        )
+    if unused := states.keys() - paths:
+        raise ValueError(
+            f"[{op}] parameters must be those of {file} but got nothing at {_named(unused)}, which has a state there; "
+            "if it is frozen now, call init with all parameters of the file first"
+        )
+    if isinstance(parameters, mx.array):
+        return tree
+    shared = {key: x for key, x in tree.items() if isinstance(x, mx.array)}
+    found: dict[str, Any] = tree_map_with_path(lambda path, _: states[path], parameters)
+    return shared | found
+
+
+def _named(paths: Iterable[str]) -> str:
+    first, *others = sorted(paths)
+    return (first or "the root") + (f" and {len(others)} more" if others else "")
+
+
 def dtypes_by_path(parameters: Any) -> dict[str, str]:
     """The name of every parameter's dtype, by its path."""
     return {path: str(x.dtype).rpartition(".")[2] for path, x in flattened(parameters)}
@@ -151,8 +183,7 @@ def _checked_moment(name: str, path: str, state: dict, parameter: mx.array) -> m
     _check_shape(name, path, moment, parameter)
     if moment.dtype != _QUANTIZED[name] and not mx.issubdtype(moment.dtype, mx.floating):
         raise ValueError(
-            f"[adam_update] {name} of {path} must be floating or {_QUANTIZED[name]} with a scale but got "
-            f"{moment.dtype}"
+            f"[adam_update] {name} of {path} must be floating or {_QUANTIZED[name]} with a scale but got {moment.dtype}"
         )
     return moment
 
@@ -176,8 +207,7 @@ def _checked_scale(name: str, path: str, quantized: mx.array, state: dict) -> mx
 def _check_shape(name: str, path: str, x: mx.array, parameter: mx.array) -> None:
     if x.shape != parameter.shape:
         raise ValueError(
-            f"[adam_update] {name} of {path} must have the parameter's shape {parameter.shape} but got "
-            f"{x.shape}"
+            f"[adam_update] {name} of {path} must have the parameter's shape {parameter.shape} but got {x.shape}"
         )
 
 

@@ -1,7 +1,7 @@
 """The default number of threads of a CPU update: MLX_FUSED_ADAM_NUM_THREADS, or the CPUs that the process may use.
 
-Those are the CPUs of its affinity mask (taskset, batch systems) or the quota of its control group (containers), rounded up,
-whichever is less.
+Those are the CPUs of its affinity mask (taskset, batch systems) or the quota of its control group (containers), rounded
+up, whichever is less.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ def default_num_threads(environment: Mapping[str, str] = os.environ) -> int:
         return min(available_cpus(), MOST_THREADS)
     if not (setting.isascii() and setting.isdigit() and 1 <= int(setting) <= MOST_THREADS):
         raise ValueError(
-            f"[num_threads] MLX_FUSED_ADAM_NUM_THREADS must be from 1 to {MOST_THREADS} "
-            f"but got {setting!r}"
+            f"[num_threads] MLX_FUSED_ADAM_NUM_THREADS must be from 1 to {MOST_THREADS} but got {setting!r}"
         )
     return int(setting)
 
