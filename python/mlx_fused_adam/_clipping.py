@@ -51,9 +51,7 @@ class Clipping(NamedTuple):
             skipped = state.get("skipped", 0)
             state["skipped"] = self.kept(skipped, skipped + 1)
 
-    def keep_counters(
-        self, state: dict[str, Any], before: dict[str, Any], counters: Iterable[str]
-    ) -> None:
+    def keep_counters(self, state: dict[str, Any], before: dict[str, Any], counters: Iterable[str]) -> None:
         """Return a state's ``counters``, which have advanced already, to those before if the step is skipped."""
         if self.is_applied is not None:
             for name in counters:
