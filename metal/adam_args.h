@@ -63,9 +63,8 @@ struct LinearArgs {
   StepArgs step;
   unsigned int number;         // of the tensor, in the random bits
   unsigned int first_element;  // of the tensor that the dispatch updates, in row-major order
-  unsigned int
-      row_length;        // all of the dispatch's elements, but of quantized state those after which blocks begin anew
-  unsigned int vectors;  // whether every run begins at a multiple of kRunBytes in every buffer
+  unsigned int row_length;     // of all its elements, or of quantized state of those until blocks begin anew
+  unsigned int vectors;        // whether every run begins at a multiple of kRunBytes in every buffer
 };
 
 struct GroupArgs {
