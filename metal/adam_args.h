@@ -63,8 +63,9 @@ struct LinearArgs {
   StepArgs step;
   unsigned int number;         // of the tensor, in the random bits
   unsigned int first_element;  // of the tensor that the dispatch updates, in row-major order
-  unsigned int row_length;     // of all its elements, or of quantized state of those until blocks begin anew
-  unsigned int vectors;        // whether every run begins at a multiple of kRunBytes in every buffer
+  // All of the dispatch's elements; with quantized state, those of a row, after which blocks begin anew.
+  unsigned int row_length;
+  unsigned int vectors;  // whether every run begins at a multiple of kRunBytes in every buffer
 };
 
 struct GroupArgs {

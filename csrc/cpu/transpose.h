@@ -67,7 +67,7 @@ struct Block {
   }
 };
 
-// See Transpose in cpu_kernels.h.
+// See Transpose in cpu/kernels.h.
 template <typename Element>
 void transpose(const char* from_bytes, std::ptrdiff_t from_stride, std::size_t rows, std::size_t columns,
                char* to_bytes) {

@@ -1,4 +1,4 @@
-// The random bits of stochastic rounding, by value: C++14, MSL and CUDA.
+// The random bits of stochastic rounding. Arguments are passed by value: valid C++14, MSL and CUDA.
 // A hash of (seed, step, tensor number, element number), so they depend on no thread, layout, device or history.
 #pragma once
 

@@ -1,5 +1,5 @@
 // The memory layout of the four arrays of one update, reduced to the three cases that the back ends have kernels for.
-// Stock layers hand over every nn.Linear weight gradient column-major, so that case has a kernel of its own.
+// MLX's layers give every nn.Linear weight a column-major gradient, so that case has a kernel of its own.
 #pragma once
 
 #include <cstddef>

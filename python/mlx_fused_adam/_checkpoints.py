@@ -8,9 +8,11 @@ changes anything.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import tempfile
+import secrets
+import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,53 +26,70 @@ from ._state import AUXILIARY, map_states
 _FORMAT = "mlx_fused_adam.optimizer"
 _VERSION = 1
 _CHOICES = ("error", "file", "optimizer")
+_CHOOSE = "pass hyperparameters='file' or 'optimizer' to choose"
 
 
 def save_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW) -> None:
     """Write the optimizer's state, hyper-parameters and options to one safetensors file, atomically.
 
     Args:
-        path: The file; an existing one is replaced once the new one is complete.
-        optimizer: Its state is evaluated and saved.
+        path: The file, with any suffix; an existing one is replaced once the new one is complete, and keeps its mode. A
+            symbolic link is followed.
+        optimizer: Its state is evaluated and saved, with the containers of the state tree.
 
     Raises:
         TypeError: If it is not an optimizer of this package.
+        ValueError: If two parameters have one path, as ``{"a.w": …, "a": {"w": …}}`` has.
         OSError: If the file cannot be written; the previous one is untouched.
     """
     _check_kind("save_optimizer", optimizer)
-    path = Path(path)
-    arrays = dict(tree_flatten(optimizer.state))
+    arrays: dict[str, mx.array] = {}
+    tree = _structure(optimizer.state, "", arrays)
     mx.eval(arrays)
     metadata = {
         "format": _FORMAT,
         "format_version": str(_VERSION),
         "optimizer": json.dumps(_description(optimizer)),
         "step": str(optimizer.step.item()),
+        "tree": json.dumps(tree),
     }
-    # mx.save_safetensors requires the suffix.
-    handle, name = tempfile.mkstemp(".safetensors", f".{path.name}.", path.parent)
-    os.close(handle)
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder to save an optimizer in", str(Path(path).parent))
+    # A short name of its own, since the target's may have as many characters as a name can; mx.save_safetensors
+    # requires the suffix. Opened by its mode, so that the umask applies.
+    temporary = target.parent / f".{secrets.token_hex(8)}.safetensors"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        mx.save_safetensors(name, arrays, metadata)
-        _flush(name)
-        os.replace(name, path)
+        if target.exists():
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+        mx.save_safetensors(str(temporary), arrays, metadata)
+        _flush(temporary)
+        os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            os.unlink(temporary)
         raise
-    _flush(path.parent)
+    # The new file is in place: a folder that cannot be flushed, as on network shares, is no failure.
+    with contextlib.suppress(OSError):
+        _flush(target.parent)
 
 
 def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyperparameters: str = "error") -> None:
     """Load a saved optimizer; training continues bit for bit as if it had not stopped.
 
+    The first ``init`` or update after it raises if a parameter has no state in the file, or the file holds the state of
+    something that is no parameter.
+
     Args:
-        path: A file that :func:`save_optimizer` wrote.
+        path: A file that :func:`save_optimizer` wrote; or a state of mlx.optimizers' Adam or AdamW, as written by
+            ``mx.save_safetensors(path, dict(tree_flatten(optimizer.state)))``, without hyper-parameters to compare.
         optimizer: An optimizer of the saved class. If it has a state already (from ``init``, say), the file's must have
             the same paths and shapes.
         hyperparameters: What to do where hyper-parameters or options differ: ``"error"``: raise; ``"file"``: take the
-            file's; ``"optimizer"``: keep the optimizer's, and convert the state to its options at its next use.
-            A learning rate that follows a schedule is always the optimizer's. Default: ``"error"``.
+            file's; ``"optimizer"``: keep the optimizer's, convert the state to its options at its next use, and let an
+            Adam load an AdamW's file, or the reverse. The learning rate is part of the state, and loaded with it but
+            for ``"optimizer"``; one that follows a schedule is always the optimizer's. Default: ``"error"``.
 
     Raises:
         ValueError: If the file is damaged, foreign, of a newer format, or does not fit, naming the mismatch; nothing
@@ -85,23 +104,22 @@ def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyp
         )
     path = Path(path)
     arrays, metadata = _read(path)
-    saved = _saved_description(path, metadata)
     own = _description(optimizer)
-    if saved["class"] != own["class"]:
-        _reject(path, f"the state of {own['class']}", f"that of {saved['class']}")
+    saved = _saved_description(path, arrays, metadata, own)
+    if saved["class"] != own["class"] and hyperparameters != "optimizer":
+        _reject(path, f"the state of {own['class']}", f"that of {saved['class']} ({_CHOOSE})")
     if saved.get("shard_group") != own["shard_group"]:
         named = [x.get("shard_group") or "unsharded parameters" for x in (own, saved)]
         _reject(path, f"the state of {named[0]}", f"that of {named[1]}")
     differing = [k for k in sorted(own | saved) if own.get(k) != saved.get(k)]
+    rates = (own["learning_rate"], saved["learning_rate"])
+    if "schedule" not in rates and "learning_rate" in differing:
+        differing.remove("learning_rate")
     if differing and hyperparameters == "error":
-        told = "; ".join(f"{k}: {saved.get(k)!r}, not {own.get(k)!r}" for k in differing)
-        _reject(
-            path,
-            "the optimizer's hyper-parameters",
-            f"{told} (pass hyperparameters='file' or 'optimizer' to choose)",
-        )
-    state = _fitting_state(path, arrays, optimizer)
-    if hyperparameters == "optimizer" and "learning_rate" in differing:
+        told = "; ".join(f"{k}: file {saved.get(k)!r}, optimizer {own.get(k)!r}" for k in differing)
+        _reject(path, "the optimizer's hyper-parameters", f"{told} ({_CHOOSE})")
+    state = _fitting_state(path, arrays, metadata, optimizer)
+    if hyperparameters == "optimizer" and rates[0] != rates[1]:
         state["learning_rate"] = optimizer.state["learning_rate"]
     if hyperparameters == "file":
         if saved.get("decay_filter") == "callable" != own.get("decay_filter"):
@@ -113,6 +131,7 @@ def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyp
     optimizer.state = tree
     tree.clear()
     tree.update(state)
+    optimizer._loaded_file = str(path)
 
 
 def _check_kind(op: str, optimizer: Any) -> None:
@@ -138,7 +157,7 @@ def _reject(path: Path, wanted: str, got: str) -> NoReturn:
     raise ValueError(f"[load_optimizer] {path} must hold {wanted} but got {got}")
 
 
-def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str] | None]:
     """Read arrays and metadata, whole: MLX would read arrays later, when the optimizer has changed.
 
     MLX checks header, dtypes, shapes and offsets. It does not see bytes that follow the last array.
@@ -160,30 +179,93 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     return arrays, metadata
 
 
-def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    if metadata.get("format") != _FORMAT:
-        _reject(path, "what save_optimizer wrote", "a safetensors file of something else")
+def _saved_description(
+    path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None, own: dict[str, Any]
+) -> dict[str, Any]:
+    """The description in the file; the optimizer's own for a state of mlx.optimizers, which has none."""
+    if not metadata and "step" in arrays and "learning_rate" in arrays:
+        rate = own["learning_rate"]
+        return own if rate == "schedule" else own | {"learning_rate": arrays["learning_rate"].item()}
+    if not metadata or metadata.get("format") != _FORMAT:
+        _reject(
+            path,
+            "what save_optimizer wrote, or a state with step and learning_rate",
+            "a safetensors file of something else",
+        )
     version = metadata.get("format_version", "")
     if not version.isdecimal() or int(version) > _VERSION:
         _reject(path, f"format version {_VERSION} or older", f"{version or 'none'}")
     try:
         saved: dict[str, Any] = json.loads(metadata["optimizer"])
-        saved["class"]
+        saved["class"], saved["learning_rate"]
     except (ValueError, KeyError, TypeError) as error:
         _reject(path, "the optimizer's hyper-parameters", f"metadata that cannot be read ({error})")
     return saved
 
 
-def _fitting_state(path: Path, arrays: dict[str, mx.array], optimizer: Adam | AdamW) -> dict[str, Any]:
-    """The state tree of the file, in the containers of the optimizer's own state if it has one."""
+def _structure(tree: Any, path: str, arrays: dict[str, mx.array]) -> Any:
+    """Describe a tree in JSON's types: an array by its name in the file, which is its path; containers by their items.
+
+    Raises:
+        ValueError: If two arrays have one path.
+    """
+    if isinstance(tree, dict):
+        return {"dict": [[key, _structure(x, _joined(path, key), arrays)] for key, x in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        kind = "list" if isinstance(tree, list) else "tuple"
+        return {kind: [_structure(x, _joined(path, i), arrays) for i, x in enumerate(tree)]}
+    if path in arrays:
+        raise ValueError(f"[save_optimizer] paths must be different but got {path} twice: rename a parameter")
+    arrays[path] = tree
+    return path
+
+
+def _joined(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _rebuilt(tree: Any, arrays: dict[str, mx.array]) -> Any:
+    """The tree that `_structure` described."""
+    if isinstance(tree, str):
+        return arrays[tree]
+    ((kind, items),) = tree.items()
+    if kind == "dict":
+        return {key: _rebuilt(x, arrays) for key, x in items}
+    return {"list": list, "tuple": tuple}[kind](_rebuilt(x, arrays) for x in items)
+
+
+def _nested(arrays: dict[str, mx.array]) -> dict[str, Any]:
+    """A tree guessed from paths, for files that hold no other; ``init`` puts states at their parameters' places."""
+    try:
+        state: dict[str, Any] = tree_unflatten(list(arrays.items()))
+        return state
+    except (AttributeError, IndexError, TypeError, ValueError):  # no one guess fits: {"0": …, "a": …}, say
+        state = {}
+        for name, x in arrays.items():
+            *path, last = name.split(".")
+            inner = state
+            for key in path:
+                inner = inner.setdefault(key, {})
+            inner[last] = x
+        return state
+
+
+def _fitting_state(
+    path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None, optimizer: Adam | AdamW
+) -> dict[str, Any]:
+    """The state tree of the file; in the optimizer's containers if it has a state, else those of the file."""
     for name in ("step", "learning_rate"):
         if name not in arrays:
             _reject(path, name, "none")
     known = dict(tree_flatten(optimizer.state))
-    state: dict[str, Any]
     if not any("." in name or isinstance(x, dict) for name, x in known.items()):
-        state = tree_unflatten(list(arrays.items()))
-        return state
+        if metadata and "tree" in metadata:
+            try:
+                state: dict[str, Any] = _rebuilt(json.loads(metadata["tree"]), arrays)
+                return dict(state)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                _reject(path, "a whole safetensors file", f"metadata that cannot be read ({error!r})")
+        return _nested(arrays)
 
     def without_options(names: dict[str, Any]) -> set[str]:
         return {k for k in names if k not in RECORDED and k.rpartition(".")[2] not in AUXILIARY}

@@ -22,7 +22,7 @@ from ._backends import backend_of
 from ._clipping import Clipping, check_names, clipping_of, fit_recorded
 from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
-from ._state import converted, dtypes_by_path, fresh
+from ._state import converted, dtypes_by_path, fresh, placed
 from ._step import Leaves, Step
 from ._tree import Walk, flattened
 
@@ -37,6 +37,7 @@ class _Fused(_MLXOptimizer):
     _options: Options
     _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
     _decay_filter: DecayFilter | None = None
+    _loaded_file: str | None = None  # whose state has not met its parameters yet
 
     def _set_options(self, options: Options) -> None:
         check_ranges(options.op, self.betas, self.eps)
@@ -75,6 +76,10 @@ class _Fused(_MLXOptimizer):
             if self._decay_filter:
                 self._decay_filter.check(dtypes)
             fit_recorded(self._state, self._options)
+            if self._loaded_file and not isinstance(parameters, mx.array):
+                loaded = placed(self._options.op, self._loaded_file, parameters, self._state)
+                self._state.clear()
+                self._state.update(loaded)
             super().init(parameters)
             tree_map_with_path(convert, parameters, self._state)
         except BaseException:
@@ -84,6 +89,7 @@ class _Fused(_MLXOptimizer):
             state.clear()
             state.update(new)
         self._parameter_dtypes = dtypes
+        self._loaded_file = None
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Give one parameter's state zeros: ``m``, ``v``, and the auxiliary arrays of the options."""

@@ -115,7 +115,7 @@ def run(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> str | Non
 
 def errors(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> Iterator[tuple[str, float]]:
     """Yield each kernel's name and its largest error as a multiple of the allowed one."""
-    # On the user's stream, an error of the user's own earlier work would be raised here, taken for ours, and lost.
+    # On the user's stream, an error of earlier work would be raised here, mistaken for the check's, and lost.
     if kind not in _streams:
         _streams[kind] = mx.new_thread_unsafe_stream(kind)
         extension.note_idle_stream(_streams[kind])

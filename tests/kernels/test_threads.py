@@ -1,7 +1,6 @@
 """Where the system makes fewer threads than asked for, updates are as right as with one thread, and nothing piles up.
 
-native/failing_threads.c stands between the package and the system, so Linux only; each program has a process of its
-own.
+failing_threads.c stands between the package and the system, so Linux only; each program has a process of its own.
 """
 
 import os

@@ -9,6 +9,7 @@ import inspect
 import pickle
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import mlx_fused_adam as fused
 from mlx_fused_adam import _reference, _self_check
 from support import training
 from support.arrays import all_bits, assert_same_bits, random
+from support.processes import output_of_python
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -280,3 +282,49 @@ def test_a_self_check_is_no_update(device, extension, monkeypatch):
 def test_a_self_check_compares_with_mlx_under_install(device, extension):
     with fused.install(state_dtype="bfloat16", max_grad_norm=1e-3):
         assert _self_check.run(extension, mx.default_device().type, (mx.float32,) * 3) is None
+
+
+def test_what_is_active_can_be_told_and_ended_without_its_handle(capfd):
+    assert fused.installed() is None
+    first = fused.install(max_grad_norm=1.0, eps=1e-6)
+    fused.install(max_grad_norm=2.0)  # its handle is lost
+    assert fused.installed() == {"max_grad_norm": 2.0, "eps": 1e-6}
+    optimizer = optim.Adam(0.1)
+    assert type(optimizer) is fused.Adam and optimizer.eps == 1e-6
+    optimizer.update(model := nn.Linear(2, 2), {"weight": mx.ones((2, 2)), "bias": mx.ones(2)})
+    mx.eval(model.parameters(), optimizer.state)
+    assert "grad_norm" in optimizer.state
+    assert repr(first) == "<install(max_grad_norm=1.0, eps=1e-06), active>"
+    fused.uninstall()
+    assert fused.installed() is None and type(optim.Adam(0.1)) is optim.Adam
+    assert repr(first).endswith("ended>")
+    first.undo()
+    fused.uninstall()
+    # Once, whatever was built.
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "mlx-fused-adam: mlx.optimizers.Adam is built as mlx_fused_adam.Adam from here on, "
+        "by <install(max_grad_norm=2.0), active>"
+    ]
+
+
+def test_an_option_that_nothing_took_is_told():
+    with fused.install(weight_decay=0.1, eps=1e-6) as installation:
+        assert installation.unused == []
+        optim.Adam(0.1)
+        assert installation.unused == ["weight_decay"]
+        optim.AdamW(0.1)
+        assert installation.unused == []
+
+
+def test_a_module_of_mlx_that_was_reloaded_is_found_by_the_next_install():
+    program = """
+import importlib, mlx.core as mx, mlx.optimizers as optim, mlx.optimizers.optimizers as module, mlx_fused_adam as fused
+fused.install()
+importlib.reload(module)
+importlib.reload(optim)
+fused.uninstall()
+fused.install()
+print(type(optim.Adam(0.1)).__module__)
+"""
+    assert output_of_python("-c", program).strip() == "mlx_fused_adam._optimizers"

@@ -1,5 +1,5 @@
 """Random programs of all that a training script may do to an optimizer, each value held against the model of
-programs.py.
+support/programs.py.
 
 A program draws options and a tree of parameters, then steps eager and compiled, on streams, evaluated or left lazy,
 with gradients in any layout; holds handles and views, whose bits must never change; replaces parameters; saves, loads,

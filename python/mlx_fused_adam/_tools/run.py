@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, _backends, _ext
-from .install import Installation, install
+from .install import Installation, install, log
 
 OPTIONS = "MLX_FUSED_ADAM_OPTIONS"  # the environment variable; JSON
 _PACKAGE = "mlx_fused_adam"
@@ -74,8 +73,9 @@ def start() -> None:
     """Install the fused optimizers in this process; log it, and at exit what they did."""
     options = _parsed(os.environ.get(OPTIONS) or "{}")
     installation = install(**options)
+    installation.is_logged = True  # by the line below
     given = ", ".join(f"{name}={x!r}" for name, x in options.items())
-    _say(
+    log(
         f"{__version__}: mlx.optimizers.Adam and AdamW are the fused ones from here on"
         + (f", with {given}" if given else "")
     )
@@ -89,27 +89,13 @@ def _say_result(installation: Installation) -> None:
     parts = [f"built {counted(installation.built) or 'no Adam or AdamW'}"]
     if installation.kept:
         parts.append(f"{counted(installation.kept)} stayed as it was")
+    if unused := installation.unused:
+        parts.append(f"not used, since no optimizer that was built takes it: {', '.join(unused)}")
     backends = zip((_ext.cpu_backend(), _ext.gpu_backend()), _ext.updated_tensors(), strict=True)
     counts = [f"{name} ran {count:,} updates of tensors" for (name, *_), count in backends if count]
     if installation.built and not counts:
         counts = ["no kernel has updated anything"]
-    _say("; ".join([*parts, *counts, *_backends.reasons()]))
-
-
-def _say(line: str) -> None:
-    rank = os.environ.get("MLX_RANK")
-    who = f"mlx-fused-adam (rank {rank})" if rank else "mlx-fused-adam"
-    if sys.stderr is None:
-        return
-    # A full disk or a closed pipe must not end a training run, nor make it fail at exit because of a buffered line.
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
-        try:
-            file = sys.stderr.fileno()
-        except (AttributeError, OSError):  # replaced by the program
-            print(f"{who}: {line}", file=sys.stderr, flush=True)
-        else:
-            os.write(file, f"{who}: {line}\n".encode())
+    log("; ".join([*parts, *counts, *_backends.reasons()]))
 
 
 def _parsed(text: str) -> dict[str, Any]:
