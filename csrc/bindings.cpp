@@ -9,6 +9,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <stdexcept>
 
 #include "cpu/kernels.h"
@@ -72,6 +73,16 @@ static nb::dict state_of(const AdamTensor& tensor) {
   return state;
 }
 
+static Array decay_of(const std::variant<double, mx::array>& weight_decay) {
+  if (auto array = std::get_if<mx::array>(&weight_decay)) return *array;
+  double value = std::get<double>(weight_decay);
+  if (!std::isfinite(value)) {
+    throw std::invalid_argument("[adam_update] weight_decay must be finite but got " + std::to_string(value));
+  }
+  if (value == 0.0) return std::nullopt;
+  return mx::array(float(value));
+}
+
 static fused_adam::StochasticRounding rounding_of(const std::string& request) {
   using fused_adam::StochasticRounding;
   if (request == "nearest") return StochasticRounding::nearest;
@@ -112,15 +123,25 @@ NB_MODULE(_ext, m) {
   nb::class_<AdamStep>(m, "AdamStep",
                        R"(One step of an optimizer: all that its tensors share.
 
-``learning_rate`` and ``step`` are scalar arrays and may be lazy; ``step`` counts from 1 and is needed with bias correction and stochastic rounding. ``rounding`` says which results are rounded stochastically where they have 8 or 16 bits: ``"nearest"`` (none), ``"v"`` or ``"all"``; the bits depend on ``seed``, ``step``, a tensor's number and the element. ``gradient_scale`` multiplies gradients; where ``is_applied`` is false, results are the old values, bit for bit; both are scalar arrays. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need.)")
+``learning_rate`` and ``step`` are scalar arrays and may be lazy, and so may ``weight_decay``, a number or an array; ``step`` counts from 1 and is needed with bias correction and stochastic rounding. ``rounding`` says which results are rounded stochastically where they have 8 or 16 bits: ``"nearest"`` (none), ``"v"`` or ``"all"``; the bits depend on ``seed``, ``step``, a tensor's number and the element. ``gradient_scale`` multiplies gradients; where ``is_applied`` is false, results are the old values, bit for bit; both are scalar arrays. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need.)")
       .def(
           "__init__",
           [](AdamStep* self, const mx::array& learning_rate, const Array& step, std::pair<double, double> betas,
-             double eps, double weight_decay, bool bias_correction, const std::string& rounding, uint64_t seed,
-             const Array& gradient_scale, const Array& is_applied, bool wide_indices) {
-            new (self) AdamStep{learning_rate, step,           betas.first,     betas.second,
-                                eps,           weight_decay,   bias_correction, rounding_of(rounding),
-                                seed,          gradient_scale, is_applied,      wide_indices};
+             double eps, const std::variant<double, mx::array>& weight_decay, bool bias_correction,
+             const std::string& rounding, uint64_t seed, const Array& gradient_scale, const Array& is_applied,
+             bool wide_indices) {
+            new (self) AdamStep{learning_rate,
+                                step,
+                                betas.first,
+                                betas.second,
+                                eps,
+                                decay_of(weight_decay),
+                                bias_correction,
+                                rounding_of(rounding),
+                                seed,
+                                gradient_scale,
+                                is_applied,
+                                wide_indices};
           },
           "learning_rate"_a, "step"_a = nb::none(), nb::kw_only(), "betas"_a = std::make_pair(0.9, 0.999),
           "eps"_a = 1e-8, "weight_decay"_a = 0.0, "bias_correction"_a = false, "rounding"_a = "nearest", "seed"_a = 0,

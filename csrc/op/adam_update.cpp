@@ -68,9 +68,6 @@ void check(const AdamStep& s) {
   if (!(0.0 <= s.beta1 && s.beta1 < 1.0)) reject("beta1 must be in [0, 1) but got ", s.beta1);
   if (!(0.0 <= s.beta2 && s.beta2 < 1.0)) reject("beta2 must be in [0, 1) but got ", s.beta2);
   if (!(0.0 <= s.eps)) reject("eps must be at least 0 but got ", s.eps);
-  if (!std::isfinite(s.weight_decay)) {
-    reject("weight_decay must be finite but got ", s.weight_decay);
-  }
   if (s.rounding != StochasticRounding::nearest && !s.step) {
     reject("step must be given for stochastic rounding but got None");
   }
@@ -93,7 +90,7 @@ class Scalars {
  public:
   Scalars(const AdamStep& step, mx::Stream stream) : step_(step), stream_(stream) {
     auto lr = as_scalar("learning_rate", step.learning_rate, mx::float32, stream);
-    is_step_size_only_ = !step.bias_correction && step.weight_decay == 0.0 && !step.gradient_scale && !step.is_applied;
+    is_step_size_only_ = !step.bias_correction && !step.weight_decay && !step.gradient_scale && !step.is_applied;
     fields_ = {lr, constant(1.0), constant(1.0), constant(1.0), constant(1.0)};
     if (step.bias_correction) {
       if (!step.step) reject("step must be given with bias_correction but got None");
@@ -106,8 +103,8 @@ class Scalars {
     }
     if (step.gradient_scale) fields_[3] = given("gradient_scale", *step.gradient_scale);
     if (step.is_applied) fields_[4] = given("is_applied", *step.is_applied);
-    if (step.weight_decay != 0.0) {
-      auto decay = mx::multiply(lr, constant(step.weight_decay), stream);
+    if (step.weight_decay) {
+      auto decay = mx::multiply(lr, given("weight_decay", *step.weight_decay), stream);
       decay_ = mx::subtract(constant(1.0), decay, stream);
     }
   }

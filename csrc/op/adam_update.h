@@ -26,7 +26,7 @@ struct AdamStep {
   double beta1 = 0.9;
   double beta2 = 0.999;
   double eps = 1e-8;
-  double weight_decay = 0.0;
+  std::optional<mlx::core::array> weight_decay = std::nullopt;  // none: 0
   bool bias_correction = false;
   StochasticRounding rounding = StochasticRounding::nearest;
   uint64_t seed = 0;
