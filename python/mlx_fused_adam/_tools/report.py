@@ -35,7 +35,7 @@ _CHECKED: list[_self_check.Dtypes] = [
     (mx.bfloat16,),
     (mx.float16,),
 ]
-_RIGHT = "every kernel is right"
+_PASSED = "passed"
 _ELEMENTS = 4_194_304
 _BYTES = 28  # read and written for each float32 parameter
 _SECONDS, _FEWEST_ROUNDS = 3.0, 5
@@ -96,17 +96,17 @@ def as_text(report: dict[str, Any]) -> str:
 def _device(kind: mx.DeviceType) -> dict[str, Any]:
     """The device's back end, its kernels' checks against mlx.optimizers, and the time of a step."""
     backend = _backends.backend_of(kind)
-    checks, milliseconds, is_right = {}, {}, True
+    checks, milliseconds, is_ok = {}, {}, True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has the reasons
         description = backend.description
         if backend.name is None:
-            is_right = _backends.kernel_of(kind)[0] is None or backend.is_forced
+            is_ok = _backends.kernel_of(kind)[0] is None or backend.is_forced
         else:
             for dtypes in _CHECKED:
                 reason = backend.check(dtypes)
-                is_right &= reason is None
-                checks[_self_check.names(dtypes)] = reason or _RIGHT
+                is_ok &= reason is None
+                checks[_self_check.names(dtypes)] = reason or _PASSED
             if backend.check() is None:
                 milliseconds = _speed(kind)
     return {
@@ -115,7 +115,7 @@ def _device(kind: mx.DeviceType) -> dict[str, Any]:
         "backend": description,
         "checks": checks,
         "milliseconds": milliseconds,
-        "ok": is_right,
+        "ok": is_ok,
     }
 
 
