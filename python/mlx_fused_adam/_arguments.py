@@ -27,6 +27,8 @@ def as_number(op: str, what: str, x: Any, finite: bool = True) -> float:
         TypeError: If ``x`` is not a number.
         ValueError: If it is not real, not finite (where it must be), or not the text of a number.
     """
+    if isinstance(x, mx.array) and x.size == 1:
+        x = x.item()
     if isinstance(x, Complex) and not isinstance(x, Real):
         raise ValueError(f"[{op}] {what} must be real but got {x!r}")
     if not isinstance(x, (Real, str)):

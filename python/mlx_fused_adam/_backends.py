@@ -152,6 +152,12 @@ def backend_of(place: Place = None) -> Backend:
     return backend
 
 
+def known_backend() -> str | None:
+    """The description of the default device's back end if its kernel has been checked; nothing is run."""
+    backend = _known.get(_kind(None))
+    return backend.description if backend is not None and (backend.name is None or _PLAIN in backend.verdicts) else None
+
+
 def _kind(place: Place) -> mx.DeviceType:
     if isinstance(place, mx.DeviceType):
         return place

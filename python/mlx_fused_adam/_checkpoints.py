@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ._clipping import RECORDED, fit_recorded
 from ._optimizers import Adam, AdamW
-from ._state import AUXILIARY, map_states
+from ._state import AUXILIARY, SHARED, map_states
 
 _FORMAT = "mlx_fused_adam.optimizer"
 _VERSION = 1
@@ -44,6 +44,7 @@ def save_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW) -> Non
     """
     _check_kind("save_optimizer", optimizer)
     arrays: dict[str, mx.array] = {}
+    optimizer._make_arrays()
     tree = _structure(optimizer.state, "", arrays)
     mx.eval(arrays)
     metadata = {
@@ -268,7 +269,7 @@ def _fitting_state(
         return _nested(arrays)
 
     def without_options(names: dict[str, Any]) -> set[str]:
-        return {k for k in names if k not in RECORDED and k.rpartition(".")[2] not in AUXILIARY}
+        return {k for k in names if k not in SHARED and k.rpartition(".")[2] not in AUXILIARY}
 
     own, saved = without_options(known), without_options(arrays)
     for missing, got in ((own - saved, "none"), (saved - own, "one that the optimizer lacks")):

@@ -21,7 +21,7 @@ _NORM_EPS = 1e-6
 
 # The keys that a state has beside step and learning rate, and their dtypes. They begin at zero.
 _RECORDED_DTYPES = {"grad_norm": mx.float32, "skipped": mx.uint64}
-RECORDED = frozenset(_RECORDED_DTYPES)
+RECORDED: frozenset[str] = frozenset(_RECORDED_DTYPES)
 
 
 class Clipping(NamedTuple):

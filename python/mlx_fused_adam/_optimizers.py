@@ -18,7 +18,7 @@ from mlx.utils import tree_map, tree_map_with_path
 
 from . import _ext
 from ._arguments import as_array, as_number, as_scalar, check_betas, check_ranges
-from ._backends import backend_of
+from ._backends import backend_of, known_backend
 from ._clipping import Clipping, check_names, clipping_of, fit_recorded
 from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
@@ -27,13 +27,35 @@ from ._step import Leaves, Step
 from ._tree import Walk, flattened
 
 
+class _Option:
+    """An option as an attribute. An assignment is checked; the next update converts the state and goes by it.
+
+    A step that ``mx.compile`` has traced keeps the options that it was traced with.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: _Fused | None, owner: type) -> Any:
+        return self if optimizer is None else optimizer._options.value_of(self._name)
+
+    def __set__(self, optimizer: _Fused, value: Any) -> None:
+        optimizer._change_options(optimizer._options.replaced({self._name: value}))
+
+
 class _Fused(_MLXOptimizer):
     """Initialize state and apply gradients; comes before mlx.optimizers.Adam or AdamW in the bases."""
 
     betas: list[float]
     eps: float
     bias_correction: bool
-    weight_decay: float
+    state_dtype = _Option()
+    stochastic_rounding = _Option()
+    seed = _Option()
+    master_weights = _Option()
+    max_grad_norm = _Option()
+    skip_nonfinite = _Option()
+    shard_group = _Option()
     _options: Options
     _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
     _decay_filter: DecayFilter | None = None
@@ -44,6 +66,33 @@ class _Fused(_MLXOptimizer):
         self._options = options
         self._parameter_dtypes = {}
         fit_recorded(self._state, options)
+        self._make_arrays()
+        # A schedule's value is lazy, and another thread could not evaluate it.
+        mx.eval(self._state)
+
+    def _change_options(self, options: Options) -> None:
+        fit_recorded(self._state, options)
+        self._options = options
+        self._initialized = False  # so that the next update converts the state
+
+    def _make_arrays(self) -> None:
+        """Make arrays of numbers that were assigned to the state, or that a schedule returned."""
+        if not isinstance(self._state, dict):
+            raise TypeError(f"[{self._options.op}] state must be a dict but got {self._state!r}")
+        for name in ("step", "learning_rate", *self._schedulers):
+            x = self._state.get(name)
+            if x is not None and not isinstance(x, mx.array):
+                self._state[name] = mx.array(x, mx.uint64 if name == "step" else mx.float32)
+
+    def __repr__(self) -> str:
+        """Class, hyper-parameters, options that differ from their defaults, and the back end if it is known."""
+        if "_options" not in vars(self):  # not constructed yet
+            return object.__repr__(self)
+        defaults = Options(self._options.op).described()
+        named = {k: x for k, x in self._description().items() if k not in defaults or x != defaults[k]}
+        given = ", ".join(f"{name}={x!r}" for name, x in named.items() if name != "decay_filter" or x)
+        known = known_backend()
+        return f"{type(self).__name__}({given})" + (f" on {known}" if known else "")
 
     @property
     def backend(self) -> str:
@@ -76,12 +125,15 @@ class _Fused(_MLXOptimizer):
             if self._decay_filter:
                 self._decay_filter.check(dtypes)
             fit_recorded(self._state, self._options)
+            self._make_arrays()
             if self._loaded_file and not isinstance(parameters, mx.array):
                 loaded = placed(self._options.op, self._loaded_file, parameters, self._state)
                 self._state.clear()
                 self._state.update(loaded)
             super().init(parameters)
-            tree_map_with_path(convert, parameters, self._state)
+            # A subclass's own state is its own.
+            if getattr(self.init_single, "__func__", None) is _Fused.init_single:
+                tree_map_with_path(convert, parameters, self._state)
         except BaseException:
             self._restore(before, was_initialized)
             raise
@@ -108,6 +160,7 @@ class _Fused(_MLXOptimizer):
         """
         # A subclass or an instance may have its own rule for single parameters, which changes state as it goes.
         has_own_rule = getattr(self.apply_single, "__func__", None) is not _Fused.apply_single
+        self._make_arrays()
         was_initialized = self._initialized
         copy_all = has_own_rule or not was_initialized
         before = tree_map(lambda x: x, self._state) if copy_all else dict(self._state)
@@ -125,7 +178,8 @@ class _Fused(_MLXOptimizer):
                 self.init(_those_with(gradients, parameters))
             step = self.step
             for name, scheduler in self._schedulers.items():
-                self.state[name] = scheduler(step)
+                value = scheduler(step)
+                self.state[name] = value if isinstance(value, mx.array) else mx.array(value, mx.float32)
             self.state["step"] = step + 1
             result, changes, clipping = self._updated(gradients, parameters, self.state)
             written = [(state, dict(state)) for state, _ in changes]
@@ -162,7 +216,9 @@ class _Fused(_MLXOptimizer):
         """The new parameters, each state with its changes, and the clipping; changes nothing."""
         walk = Walk(gradients, parameters, states)
         clipping = clipping_of(walk.gradients, self._options, walk.paths)
-        weight_decay = float(getattr(self, "weight_decay", 0.0))
+        weight_decay = getattr(self, "weight_decay", 0.0)
+        if not isinstance(weight_decay, mx.array):
+            weight_decay = float(weight_decay)
         fused_step = _ext.AdamStep(
             as_scalar("learning_rate", self.learning_rate),
             as_scalar("step", self.step),
@@ -175,7 +231,7 @@ class _Fused(_MLXOptimizer):
             gradient_scale=clipping and clipping.gradient_scale,
             is_applied=clipping and clipping.is_applied,
         )
-        decay_filter = self._decay_filter if weight_decay else None
+        decay_filter = self._decay_filter if isinstance(weight_decay, mx.array) or weight_decay else None
         step = Step(fused_step, self._options, decay_filter, clipping, self._fall_back)
         new, states = step.update(Leaves(walk.gradients, walk.parameters, walk.states, walk.paths))
         walk.fill(new)
@@ -197,11 +253,13 @@ class _Fused(_MLXOptimizer):
 
     def _description(self) -> dict[str, Any]:
         """Hyper-parameters and options in JSON's types."""
-        learning_rate: Any = "schedule"
-        if "learning_rate" not in self._schedulers:
-            learning_rate = float(f"{self.learning_rate.item():.7g}")  # float32's digits
+
+        def told(name: str) -> Any:
+            return "schedule" if name in self._schedulers else float(f"{float(getattr(self, name)):.7g}")
+
+        self._make_arrays()
         found = {
-            "learning_rate": learning_rate,
+            "learning_rate": told("learning_rate"),  # in float32's digits
             "betas": [float(beta) for beta in self.betas],
             "eps": float(self.eps),
             "bias_correction": bool(self.bias_correction),
@@ -209,7 +267,7 @@ class _Fused(_MLXOptimizer):
         }
         if hasattr(self, "weight_decay"):
             known = self._decay_filter
-            found["weight_decay"] = float(self.weight_decay)
+            found["weight_decay"] = told("weight_decay")
             found["decay_filter"] = known and known.described
         return found
 
@@ -217,14 +275,14 @@ class _Fused(_MLXOptimizer):
         """Take hyper-parameters and options from another optimizer's description; the learning rate belongs to the
         state.
         """
-        options = self._options.replaced(found)
+        options = self._options.replaced({k: x for k, x in found.items() if k != "shard_group"})
         decay_filter = self._decay_filter
         if "decay_filter" in found:
             wanted = found["decay_filter"]
             decay_filter = None if wanted is None else DecayFilter(options.op, wanted)
         self._options, self._decay_filter = options, decay_filter
         for name in ("betas", "eps", "bias_correction", "weight_decay"):
-            if name in found:
+            if name in found and found[name] != "schedule":
                 setattr(self, name, found[name])
 
 
@@ -287,7 +345,7 @@ class Adam(_Fused, _MLXAdam):
         skip_nonfinite: bool = False,
         shard_group: mx.distributed.Group | None = None,
     ) -> None:
-        super().__init__(*_checked("Adam", learning_rate, betas, eps), bias_correction)
+        super().__init__(*_checked("Adam", learning_rate, betas, eps, bias_correction), bias_correction)
         self._set_options(
             Options(
                 "Adam", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
@@ -300,7 +358,8 @@ class AdamW(_Fused, _MLXAdamW):
     """``mlx.optimizers.AdamW`` in one pass over memory. Arguments and errors are those of :class:`Adam`, and:
 
     Args:
-        weight_decay (float): Decoupled weight decay (Loshchilov & Hutter 2019). Default: ``0.01``.
+        weight_decay (float or callable): Decoupled weight decay (Loshchilov & Hutter 2019), or a schedule of the step,
+            whose value is then ``state["weight_decay"]``. Default: ``0.01``.
         decay_filter (callable, str or list[str], optional): The parameters that weight decay applies to: a callable of
             path and parameter that returns a bool, called once for each path; or regular expressions, searched for in
             the path (``"layers.0.mlp.weight"``). Default: all.
@@ -311,7 +370,7 @@ class AdamW(_Fused, _MLXAdamW):
         learning_rate: float | Callable[[mx.array], mx.array],
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        weight_decay: float | Callable[[mx.array], mx.array] = 0.01,
         bias_correction: bool = False,
         *,
         state_dtype: str | mx.Dtype | None = None,
@@ -323,16 +382,40 @@ class AdamW(_Fused, _MLXAdamW):
         shard_group: mx.distributed.Group | None = None,
         decay_filter: Callable[[str, mx.array], bool] | Sequence[str] | str | None = None,
     ) -> None:
-        weight_decay = as_number("AdamW", "weight_decay", weight_decay)
-        super().__init__(*_checked("AdamW", learning_rate, betas, eps), weight_decay, bias_correction)
+        if not callable(weight_decay):
+            weight_decay = as_number("AdamW", "weight_decay", weight_decay)
+        checked = _checked("AdamW", learning_rate, betas, eps, bias_correction)
+        super().__init__(*checked, weight_decay, bias_correction)  # type: ignore[arg-type]
         self._set_options(
             Options(
                 "AdamW", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
                 shard_group,
             )
         )  # fmt: skip
-        if decay_filter is not None:
-            self._decay_filter = DecayFilter("AdamW", decay_filter)
+        self.decay_filter = decay_filter
+
+    @property
+    def weight_decay(self) -> Any:
+        """A number, or with a schedule its value, a scalar array; either may be assigned."""
+        return self.state["weight_decay"] if "weight_decay" in self._schedulers else self._weight_decay
+
+    @weight_decay.setter
+    def weight_decay(self, x: Any) -> None:
+        self._schedulers.pop("weight_decay", None)
+        self._state.pop("weight_decay", None)
+        if callable(x):
+            self._maybe_schedule("weight_decay", x)
+        else:
+            self._weight_decay = x
+
+    @property
+    def decay_filter(self) -> Any:
+        """The parameters that weight decay applies to, as it was given; an assignment counts from the next update."""
+        return self._decay_filter and self._decay_filter.wanted
+
+    @decay_filter.setter
+    def decay_filter(self, wanted: Any) -> None:
+        self._decay_filter = None if wanted is None else DecayFilter("AdamW", wanted)
 
     def decayed(self, parameters: Any) -> list[str]:
         """The paths of the parameters that weight decay applies to; all of them without a ``decay_filter``."""
@@ -340,8 +423,10 @@ class AdamW(_Fused, _MLXAdamW):
         return [path for path, x in flattened(parameters) if known is None or known.decays(path, x)]
 
 
-def _checked(op: str, learning_rate: Any, betas: Any, eps: Any) -> tuple[Any, list[float], float]:
+def _checked(op: str, learning_rate: Any, betas: Any, eps: Any, bias_correction: Any) -> tuple[Any, list[float], float]:
     """The hyper-parameters as numbers; a learning rate that is a schedule or an array is returned as it is."""
+    if not isinstance(bias_correction, int):  # a bool is one; mlx.optimizers takes the string "false" for true
+        raise TypeError(f"[{op}] bias_correction must be True or False but got {bias_correction!r}")
     is_array = isinstance(learning_rate, mx.array) or hasattr(learning_rate, "__array__")
     if not (callable(learning_rate) or is_array):
         learning_rate = as_number(op, "learning_rate", learning_rate)

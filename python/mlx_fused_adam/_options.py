@@ -84,10 +84,14 @@ class Options:
             described["shard_group"] = str(self.shard_group)
         return described
 
-    def replaced(self, described: dict[str, Any]) -> Options:
-        """These options with others' values, as ``described`` gives them; the group of processes stays."""
-        known = {k: x for k, x in described.items() if k in vars(self) and k != "shard_group"}
-        return Options(**vars(self) | known)
+    def value_of(self, name: str) -> Any:
+        """An option as it was given."""
+        value = getattr(self, name)
+        return value.group if isinstance(value, ShardGroup) else value
+
+    def replaced(self, given: dict[str, Any]) -> Options:
+        """These options with other values, checked; names that are no options are ignored."""
+        return Options(**vars(self) | {k: x for k, x in given.items() if k in vars(self) and k != "op"})
 
     @property
     def needs_norm(self) -> bool:

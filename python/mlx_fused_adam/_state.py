@@ -19,6 +19,8 @@ from ._options import FUSED_DTYPES, Options
 from ._tree import flattened
 
 MOMENTS = ("m", "v")
+# Keys of an optimizer's state that mlx.optimizers does not have.
+SHARED = RECORDED | {"weight_decay"}
 AUXILIARY = ("remainder", "m_scale", "v_scale")
 _QUANTIZED = {"m": mx.int8, "v": mx.uint8}
 _ELEMENTS_PER_SCALE = 32
@@ -49,6 +51,8 @@ def converted(path: str, parameter: mx.array, state: dict, options: Options) -> 
         raise ValueError(f"[{options.op}] parameter of {path} {reason}")
     new = {name: x for name, x in state.items() if name not in AUXILIARY}
     is_fused = parameter.dtype in FUSED_DTYPES
+    if not (is_fused or any(f"{name}_scale" in state for name in MOMENTS)):
+        return new  # mlx.optimizers' own
     wanted = options.dtype_of_moments(parameter) if is_fused else parameter.dtype
     for name in MOMENTS:
         moment = _checked_moment(name, path, state, parameter)
@@ -121,7 +125,7 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
         return new
 
     state = map_states(without_options, optimizer.state)
-    return {k: x for k, x in state.items() if not (k in RECORDED and isinstance(x, mx.array))}
+    return {k: x for k, x in state.items() if not (k in SHARED and isinstance(x, mx.array))}
 
 
 def map_states(change: Callable[[str, dict], Any], tree: Any, path: str = "") -> Any:

@@ -37,6 +37,7 @@ class Walk:
                 if (path := _missing(gradients, tree)) is not None:
                     raise ValueError(
                         f"[adam_update] {what} must have what the gradients have but got nothing at {path}"
+                        + ("; after unfreezing, call init(model.trainable_parameters())" if what == "state" else "")
                     ) from error
             raise
 

@@ -56,6 +56,11 @@ def test_the_quota_of_a_control_group_is_respected(name, tmp_path, monkeypatch):
 def test_the_environment_has_the_last_word():
     assert _threads.default_num_threads({"MLX_FUSED_ADAM_NUM_THREADS": "7"}) == 7
     assert 1 <= _threads.default_num_threads({"MLX_FUSED_ADAM_NUM_THREADS": ""}) <= CPUS
+    assert _threads.default_num_threads({"OMP_NUM_THREADS": "5,2"}) == 5
+    assert _threads.default_num_threads({"OMP_NUM_THREADS": "1000"}) == _threads.MOST_THREADS
+    assert _threads.default_num_threads({"OMP_NUM_THREADS": "5", "MLX_FUSED_ADAM_NUM_THREADS": "7"}) == 7
+    for other in ("", "0", "many"):
+        assert _threads.default_num_threads({"OMP_NUM_THREADS": other}) == _threads.default_num_threads({})
     for wrong in ("0", "257", "-1", "2x", "١"):
         with pytest.raises(ValueError, match="must be from 1 to 256 but got"):
             _threads.default_num_threads({"MLX_FUSED_ADAM_NUM_THREADS": wrong})
