@@ -25,6 +25,7 @@ def test_the_report(process_device, process_backend):
         " passed\n",
         "mlx.optimizers compiled",
         "GB/s",
+        "peak memory of a training step of 8 × Linear(512)",
     ):
         assert part in done.stdout, part
     assert "All checks passed." in done.stdout and "To do:" not in done.stdout
@@ -44,6 +45,10 @@ def test_the_report_as_json(process_device, process_backend):
         f"{name}{mode}" for name in ("fused", "mlx.optimizers") for mode in ("", " compiled")
     }
     assert all(x > 0 for x in device["milliseconds"].values())
+    peaks = device["peak_MB"]
+    assert peaks.keys() == device["milliseconds"].keys()
+    # Model and state alone are 25.2 MB; MLX's compiled step holds a second copy of parameters, m and v.
+    assert 25 < peaks["fused compiled"] < 40 < peaks["mlx.optimizers compiled"]
 
 
 @pytest.fixture
@@ -51,6 +56,7 @@ def quick(device, monkeypatch):
     """Without times, and with nothing checked yet."""
     monkeypatch.setattr(_backends, "_known", {})
     monkeypatch.setattr(reporting, "_speed", lambda kind: {})
+    monkeypatch.setattr(reporting, "_peaks", lambda kind: {})
 
 
 @pytest.mark.filterwarnings("ignore:mlx-fused-adam:")
