@@ -24,6 +24,7 @@ from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
 from ._state import converted, dtypes_by_path, fresh
 from ._step import Leaves, Step
+from ._structure import fit_loaded
 from ._tree import Walk, flattened
 
 
@@ -37,6 +38,9 @@ class _Fused(_MLXOptimizer):
     _options: Options
     _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
     _decay_filter: DecayFilter | None = None
+    _loaded: tuple[str, dict] | None = (
+        None  # a file and its state, until the first use of that state
+    )
 
     def _set_options(self, options: Options) -> None:
         check_ranges(options.op, self.betas, self.eps)
@@ -59,9 +63,10 @@ class _Fused(_MLXOptimizer):
         A state of mlx.optimizers, or of other options, is converted to what the options ask for.
 
         Raises:
-            ValueError: If part of a state or a parameter does not fit, naming its path; no state is changed then.
+            ValueError: If part of a state or a parameter does not fit, naming its path, or a file that was loaded has no
+                state of a parameter, or one that no parameter takes; no state is changed then.
         """
-        was_initialized = self._initialized
+        was_initialized, loaded = self._initialized, self._loaded
         before = tree_map(lambda x: x, self._state)
         states: list[tuple[dict, dict]] = []
 
@@ -75,10 +80,11 @@ class _Fused(_MLXOptimizer):
             if self._decay_filter:
                 self._decay_filter.check(dtypes)
             fit_recorded(self._state, self._options)
+            self._fit_loaded(parameters, parameters)
             super().init(parameters)
             tree_map_with_path(convert, parameters, self._state)
         except BaseException:
-            self._restore(before, was_initialized)
+            self._restore(before, was_initialized, loaded)
             raise
         for state, new in states:
             state.clear()
@@ -102,11 +108,13 @@ class _Fused(_MLXOptimizer):
         """
         # A subclass or an instance may have its own rule for single parameters, which changes state as it goes.
         has_own_rule = getattr(self.apply_single, "__func__", None) is not _Fused.apply_single
-        was_initialized = self._initialized
+        was_initialized, loaded = self._initialized, self._loaded
         copy_all = has_own_rule or not was_initialized
         before = tree_map(lambda x: x, self._state) if copy_all else dict(self._state)
         written: list[tuple[dict, dict]] = []
         try:
+            if not was_initialized and loaded:
+                self._fit_loaded(_those_with(gradients, parameters), parameters)
             if has_own_rule:
                 if self._options.needs_norm:
                     raise ValueError(
@@ -133,7 +141,7 @@ class _Fused(_MLXOptimizer):
             for state, old in written:
                 state.clear()
                 state.update(old)
-            self._restore(before, was_initialized)
+            self._restore(before, was_initialized, loaded)
             if isinstance(error, TypeError):
                 for path, gradient in flattened(gradients):
                     as_array("gradient", gradient, path)
@@ -175,10 +183,21 @@ class _Fused(_MLXOptimizer):
         walk.fill(new)
         return walk.result(), list(zip(walk.states, states, strict=True)), clipping
 
-    def _restore(self, state: dict, is_initialized: bool) -> None:
+    def _restore(self, state: dict, is_initialized: bool, loaded: tuple[str, dict] | None) -> None:
         self._state.clear()
         self._state.update(state)
-        self._initialized = is_initialized
+        self._initialized, self._loaded = is_initialized, loaded
+
+    def _fit_loaded(self, trained: Any, parameters: Any) -> None:
+        """Put a loaded state in the containers of its first parameters, unless the user has set another since."""
+        if self._loaded and self._loaded[1] is self._state and isinstance(trained, dict):
+            makes_empty_states = type(self).init_single is not _Fused.init_single
+            state = fit_loaded(
+                self._loaded[0], self._state, trained, parameters, makes_empty_states
+            )
+            self._state.clear()
+            self._state.update(state)
+        self._loaded = None
 
     def _fall_back(
         self, gradient: mx.array, parameter: mx.array, state: dict, is_decayed: bool
