@@ -28,16 +28,15 @@ def described(tree: Any) -> tuple[Any, dict[str, mx.array]]:
     """
     arrays: dict[str, mx.array] = {}
 
-    def describe(x: Any, path: str) -> Any:
-        inner = f"{path}." if path else ""
+    def describe(x: Any, prefix: str) -> Any:
         if isinstance(x, dict):
-            items = [[_key(k), describe(item, f"{inner}{k}")] for k, item in x.items()]
-            return {"dict": items}
+            return {"dict": [[_key(k), describe(item, f"{prefix}.{k}")] for k, item in x.items()]}
         if isinstance(x, (list, tuple)):
             kind = "list" if isinstance(x, list) else "tuple"
-            return {kind: [describe(item, f"{inner}{i}") for i, item in enumerate(x)]}
+            return {kind: [describe(item, f"{prefix}.{i}") for i, item in enumerate(x)]}
         if isinstance(x, _VALUES):
             return {"value": x}
+        path = prefix[1:]  # as mlx.utils.tree_flatten names it
         if not isinstance(x, mx.array) and not hasattr(x, "__array__"):
             raise TypeError(
                 f"[save_optimizer] state of {path} must be an array, a number or a string but got {x!r}"
