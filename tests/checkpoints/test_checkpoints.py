@@ -273,6 +273,40 @@ def test_a_side_that_there_is_not(tmp_path):
         fused.load_optimizer(tmp_path / "o", fused.AdamW(**SETTINGS), hyperparameters="x")
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [{"a.w.m": [64, 71]}, {"a.w.m": [64, 71], "a.w.v": [64, 69]}, {"b.0.m": [3, 3, 2]}],
+    ids=str,
+)
+def test_shapes_that_contradict_the_count_of_bytes_are_refused(shapes, tmp_path):
+    path = tmp_path / "o"
+    saved(path)
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    for name, shape in shapes.items():
+        header[name]["shape"] = shape
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    refused(path, "must hold a whole safetensors file but got")
+
+
+@pytest.mark.parametrize("name", ["step", "learning_rate"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_without_step_or_learning_rate_is_refused(name, version, tmp_path):
+    path = tmp_path / "o"
+    saved(path)
+    arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    mx.eval(arrays)
+    structure = json.loads(metadata.pop("state"))
+    structure["dict"] = [item for item in structure["dict"] if item[0] != name]
+    if version == 2:
+        metadata["state"] = json.dumps(structure)
+    del arrays[name]
+    mx.save_safetensors(f"{path}.safetensors", arrays, metadata)
+    refused(tmp_path / "o.safetensors", f"must hold {name} but got none")
+
+
 # ---- What a load leaves behind ----
 
 
