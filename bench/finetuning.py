@@ -1,10 +1,11 @@
-"""Peak memory of full fine-tuning by mlx-lm's own command, with mlx.optimizers and the fused AdamW: README's table and plot.
-pip install '.[cpu,bench,integration]' && python bench/finetuning.py --publish
+"""Peak memory of full fine-tuning by mlx-lm's own command, with mlx.optimizers and the fused AdamW: README's table and
+plot. pip install '.[cpu,bench,integration]' && python bench/finetuning.py --publish
 
-The model has the shapes of SmolLM-135M and random weights, and the text is made up: memory depends on neither. mlx-lm runs
-in a process of its own for each row (memory/peak_of_module.py); MLX counts the peak of parameters, moments, gradients and
-activations. Fused is the same command under `python -m mlx_fused_adam run`. `--publish` writes bench/results/finetuning.json,
-bench/results/memory.png and the tables in README.md and docs/mlx-lm.md, in about ten minutes on two cores.
+The model has the shapes of SmolLM-135M and random weights, and the text is made up: memory depends on neither. mlx-lm
+runs in a process of its own for each row (memory/peak_of_module.py); MLX counts the peak of parameters, moments,
+gradients and activations. Fused is the same command under `python -m mlx_fused_adam run`. `--publish` writes
+bench/results/finetuning.json, bench/results/memory.png and the tables in README.md and docs/mlx-lm.md, in about ten
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
-    sys.exit(
-        f"finetuning.py: {error}; install what it needs with: pip install '.[cpu,bench,integration]'"
-    )
+    sys.exit(f"finetuning.py: {error}; install what it needs with: pip install '.[cpu,bench,integration]'")
 
 import mlx.core as mx
 
@@ -50,7 +49,8 @@ def command(model: Path, iterations: int, implementation: str) -> list[str]:
     mlx_lm = [
         str(PEAK_OF_MODULE), "mlx_lm", "lora", "--train", "--fine-tune-type", "full", "--num-layers", "-1",
         "--optimizer", "adamw", "--model", str(model), "--data", str(model), "--batch-size", "1",
-        "--iters", str(iterations), "--val-batches", "1", "--steps-per-report", "1", "--adapter-path", str(model / "out"),
+        "--iters", str(iterations), "--val-batches", "1", "--steps-per-report", "1",
+        "--adapter-path", str(model / "out"),
     ]  # fmt: skip
     if implementation == MLX:
         return [sys.executable, *mlx_lm]
@@ -64,9 +64,7 @@ def peak_bytes(model: Path, iterations: int, implementation: str) -> int:
     Raises:
         RuntimeError: If it fails, or if fused has not updated anything.
     """
-    done = subprocess.run(
-        command(model, iterations, implementation), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command(model, iterations, implementation), capture_output=True, text=True, check=False)
     peak = re.search(r"^peak memory: (\d+) bytes$", done.stdout, re.MULTILINE)
     if done.returncode or not peak:
         raise RuntimeError(f"{implementation}: {done.stdout}{done.stderr}")
@@ -105,9 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.json = documents.RESULTS / "finetuning.json"
         options.plot = documents.RESULTS / "memory.png"
     if importlib.util.find_spec("mlx_lm") is None:
-        sys.exit(
-            "finetuning.py: no mlx-lm; install it with: pip install '.[cpu,bench,integration]'"
-        )
+        sys.exit("finetuning.py: no mlx-lm; install it with: pip install '.[cpu,bench,integration]'")
     size = "tiny" if options.quick else "smollm-135m"
     console = Console()
     results = {

@@ -1,8 +1,8 @@
 """Compares ways to store m and v in 8 bits: `pip install '.[bench]' && python bench/int8_state.py`.
 
-m and v are stored in each candidate after every step, and the update m / (sqrt(v) + eps) of float32 arithmetic is compared
-with float64's, on gradients recorded from training and on synthetic ones (accuracy/gradients.py). `--publish` writes
-bench/results/int8_state.json and the table in docs/state-codes.md, in about ten minutes.
+m and v are stored in each candidate after every step, and the update m / (sqrt(v) + eps) of float32 arithmetic is
+compared with float64's, on gradients recorded from training and on synthetic ones (accuracy/gradients.py). `--publish`
+writes bench/results/int8_state.json and the table in docs/state-codes.md, in about ten minutes.
 """
 
 import argparse
@@ -74,9 +74,7 @@ def errors(gradients: np.ndarray, exact: np.ndarray, m: Storage, v: Storage) -> 
     alive = rms > 0
     settled = len(gradients) * 2 // 3
     off, worst = np.zeros(alive.sum()), 0.0
-    stream = zip(
-        simulate_m(m, gradients, BETAS[0]), simulate_v(v, gradients, BETAS[1]), strict=True
-    )
+    stream = zip(simulate_m(m, gradients, BETAS[0]), simulate_v(v, gradients, BETAS[1]), strict=True)
     for i, (new_m, new_v) in enumerate(stream):
         with np.errstate(divide="ignore", invalid="ignore"):
             update = np.abs(new_m / (np.sqrt(new_v) + np.float32(EPS)))[alive]

@@ -1,7 +1,8 @@
-"""A Llama-type model with random weights, its tokenizer and some text, in files as mlx-lm reads them; nothing is downloaded.
+"""A Llama-type model with random weights, its tokenizer and some text, in files as mlx-lm reads them; nothing is
+downloaded.
 
-For tests and for finetuning.py. Run: python bench/llama_files.py FOLDER [--size tiny|smollm-135m] [--dtype float32|bfloat16].
-Needs pip install '.[integration]'.
+For tests and for finetuning.py. Run: python bench/llama_files.py FOLDER [--size tiny|smollm-135m] [--dtype
+float32|bfloat16]. Needs pip install '.[integration]'.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 except ImportError as error:
-    sys.exit(
-        f"llama_files.py: {error}; install what it needs with: pip install '.[cpu,integration]'"
-    )
+    sys.exit(f"llama_files.py: {error}; install what it needs with: pip install '.[cpu,integration]'")
 
 _BYTES = 256
 SIZES: dict[str, dict[str, Any]] = {
@@ -58,9 +57,7 @@ def write_model(folder: Path, size: str, dtype: str, seed: int = 0) -> None:
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(config))
     weights = tree_map(lambda x: x.astype(getattr(mx, dtype)), model.parameters())
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), dict(tree_flatten(weights)), metadata={"format": "mlx"}
-    )
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(weights)), metadata={"format": "mlx"})
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)} | {
         "<s>": _BYTES,
@@ -69,9 +66,7 @@ def write_model(folder: Path, size: str, dtype: str, seed: int = 0) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 def write_data(folder: Path, lines: int = 24, words: int = 5, seed: int = 0) -> None:
@@ -80,9 +75,7 @@ def write_data(folder: Path, lines: int = 24, words: int = 5, seed: int = 0) -> 
     rng = np.random.default_rng(seed)
     for name, count in (("train", lines), ("valid", 4)):
         texts = [" ".join(rng.choice(_WORDS, words)) for _ in range(count)]
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        )
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Measures what 16-bit weights and smaller states cost in loss: `pip install '.[bench]' && python bench/precision.py`.
 
-A small character model (accuracy/character_model.py) is trained on the same batches with float32 (the reference, and other
-seeds of its parameters for the noise), with mlx.optimizers' and the fused 16-bit training, and with each option. Compared are
-the losses, and the bytes of parameters and state. With 16-bit parameters, the whole model works in 16 bits. `--publish` writes
-bench/results/precision.* and the table in docs/options.md, in about 20 minutes on two cores.
+A small character model (accuracy/character_model.py) is trained on the same batches with float32 (the reference, and
+other seeds of its parameters for the noise), with mlx.optimizers' and the fused 16-bit training, and with each option.
+Compared are the losses, and the bytes of parameters and state. With 16-bit parameters, the whole model works in 16
+bits. `--publish` writes bench/results/precision.* and the table in docs/options.md, in about 20 minutes on two cores.
 """
 
 import argparse
@@ -53,8 +53,7 @@ def run(options: argparse.Namespace, console: Console) -> tuple[list[Run], list[
         Progress(console=console, transient=True) as progress,
     ):
         jobs = {
-            pool.submit(train, setting, options.steps, options.device, options.quick): setting
-            for setting in SETTINGS
+            pool.submit(train, setting, options.steps, options.device, options.quick): setting for setting in SETTINGS
         }
         for job in progress.track(as_completed(jobs), total=len(jobs), description="runs"):
             name = jobs[job].name

@@ -1,7 +1,7 @@
 """Measures the time and memory of one Adam step: `pip install '.[bench]' && python bench/run.py`.
 
-The fused update, mlx.optimizers and (where installed) torch take the same step on the same tensors, beside a plain copy of as
-many bytes. Each implementation's step is compared with the update in float64 before it is timed; see
+The fused update, mlx.optimizers and (where installed) torch take the same step on the same tensors, beside a plain copy
+of as many bytes. Each implementation's step is compared with the update in float64 before it is timed; see
 mlx_fused_adam/_tools/timing.py for how times are taken. `--publish` makes the files in bench/results and the tables in
 docs/benchmarks.md, and needs an idle machine.
 """
@@ -123,9 +123,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         if set(arguments) - {"--publish", "--device", options.device}:
             parser.error("only --device goes with --publish")
         stem = documents.RESULTS / options.device
-        options.json, options.markdown, options.plot = (
-            stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")
-        )
+        options.json, options.markdown, options.plot = (stem.with_suffix(suffix) for suffix in (".json", ".md", ".png"))
     if options.plot and options.plot.suffix not in plots.SUFFIXES:
         parser.error(f"{options.plot} must end in one of {', '.join(plots.SUFFIXES)}")
     for path in (options.json, options.markdown, options.plot):
@@ -135,18 +133,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if options.seconds is None:
         options.seconds = 0.1 if options.quick else SECONDS
     options.rounds = 2 if options.quick else 3
-    device_memory = (
-        mx.device_info().get("max_recommended_working_set_size")
-        if options.device == "gpu"
-        else None
-    )
+    device_memory = mx.device_info().get("max_recommended_working_set_size") if options.device == "gpu" else None
     options.memory = device_memory or machine.memory_bytes()
     return options
 
 
-def why_not_publishable(
-    options: argparse.Namespace, load: float, others: float | None = None
-) -> list[str]:
+def why_not_publishable(options: argparse.Namespace, load: float, others: float | None = None) -> list[str]:
     """Why the results of such a run should not be quoted; empty if they may be."""
     reasons = []
     if load > machine.BUSY:
@@ -178,27 +170,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"run.py: not published: {'; '.join(reasons)}", file=sys.stderr)
         return 2
     if here["load"] > machine.BUSY:
-        console.print(
-            f"[yellow]the load average is {here['load']:.1f}: beside other programs, times mislead"
-        )
+        console.print(f"[yellow]the load average is {here['load']:.1f}: beside other programs, times mislead")
     if options.quick:
         console.print("[yellow]--quick: a trial of the benchmark; its times mean little")
 
     watch = machine.OthersWatch()
     names = list(SUITES) if "all" in options.suite else options.suite
-    cases = [
-        case for name in names for case in SUITES[name](options.quick) if options.case in case.title
-    ]
+    cases = [case for name in names for case in SUITES[name](options.quick) if options.case in case.title]
     found = run(cases, options, console)
     if not found:
         print("run.py: no case was run", file=sys.stderr)
         return 2
     timed = [case for case in found if case["suite"] != "memory"]
     rejected = [
-        (case["title"], name)
-        for case in found
-        for name, x in case["implementations"].items()
-        if "rejected" in x
+        (case["title"], name) for case in found for name, x in case["implementations"].items() if "rejected" in x
     ]
     others = watch.busy_cores()
     reasons = why_not_publishable(options, here["load"], others)

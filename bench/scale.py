@@ -1,6 +1,8 @@
-"""Memory and traffic of a rank, from 1 to 1024 ranks: `python bench/scale.py [--check]` writes the tables of docs/scale.md.
+"""Memory and traffic of a rank, from 1 to 1024 ranks: `python bench/scale.py [--check]` writes the tables of
+docs/scale.md.
 
-It measures nothing. For a model of your own, `python bench/scale.py --parameters 7e9` prints the tables and writes nothing.
+It measures nothing. For a model of your own, `python bench/scale.py --parameters 7e9` prints the tables and writes
+nothing.
 """
 
 import argparse

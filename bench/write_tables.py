@@ -1,4 +1,5 @@
-"""Write the tables in README.md and docs/ from bench/results, without measuring: `python bench/write_tables.py [--check]`.
+"""Write the tables in README.md and docs/ from bench/results, without measuring: `python bench/write_tables.py
+[--check]`.
 
 `--check` writes nothing, and fails if a document is out of date. bench/README.md has the commands that measure.
 """

@@ -2,8 +2,8 @@
 
     MLX_FUSED_ADAM_FOR_MLX=0.32.2 pip install '.[cpu]'
 
-builds for that release, and without the variable for the newest in mlx_releases.py. Without build isolation, whatever mlx and
-nanobind are installed are built with; check_abi.py says if they do not fit.
+builds for that release, and without the variable for the newest in mlx_releases.py. Without build isolation, whatever
+mlx and nanobind are installed are built with; check_abi.py says if they do not fit.
 """
 
 import os
@@ -31,7 +31,8 @@ def _mlx_and_nanobind() -> list[str]:
             f"{VARIABLE} must be one of {', '.join(NANOBIND)} but got {mlx!r}. For another mlx install it and its "
             "nanobind, and build with --no-build-isolation: docs/mlx-releases.md"
         )
-    # libmlx and its headers: on Linux they come with the extra "cpu", on macOS with plain mlx, where that extra adds nothing.
+    # libmlx and its headers: on Linux they come with the extra "cpu", on macOS with plain mlx, where that extra adds
+    # nothing.
     return [f"mlx[cpu]=={mlx}", f"nanobind=={NANOBIND[mlx]}"]
 
 

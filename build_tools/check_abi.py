@@ -1,8 +1,8 @@
 """Stops the build if the extension could not see MLX's arrays: python check_abi.py MLX_PACKAGE EXTENSION.
 
-Two nanobind modules see each other's classes only if their ABI tags are equal. With another tag all compiles and links, and
-then every call fails, as "incompatible function arguments". Run by CMake once the extension is linked; one that was built
-elsewhere is checked when it is imported (csrc/bindings.cpp).
+Two nanobind modules see each other's classes only if their ABI tags are equal. With another tag all compiles and links,
+and then every call fails, as "incompatible function arguments". Run by CMake once the extension is linked; one that was
+built elsewhere is checked when it is imported (csrc/bindings.cpp).
 """
 
 import re

@@ -16,9 +16,7 @@ def read_ascii(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.isascii():
-            raise SystemExit(
-                f"{path}:{number}: the shader must be ASCII but holds {ascii(line.strip())}"
-            )
+            raise SystemExit(f"{path}:{number}: the shader must be ASCII but holds {ascii(line.strip())}")
     return text
 
 

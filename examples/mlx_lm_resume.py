@@ -115,9 +115,7 @@ def main() -> None:
         iterate_batches=batches,
         training_callback=SaveOptimizer(optimizer, optimizer_file),
     )
-    print(
-        f"Trained {options.iters} iterations by {optimizer.backend}: {adapters}, {optimizer_file}"
-    )
+    print(f"Trained {options.iters} iterations by {optimizer.backend}: {adapters}, {optimizer_file}")
 
 
 if __name__ == "__main__":

@@ -49,9 +49,7 @@ class Corpus:
     def decode(self, tokens: list[int]) -> str:
         return "".join(self.characters[token] for token in tokens)
 
-    def batch(
-        self, tokens: mx.array, size: int, key: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
+    def batch(self, tokens: mx.array, size: int, key: mx.array | None = None) -> tuple[mx.array, mx.array]:
         """Inputs and targets, one character apart: `size` windows at random places."""
         starts = mx.random.randint(0, tokens.size - self.context, (size, 1), key=key)
         windows = tokens[starts + mx.arange(self.context + 1)]

@@ -1,8 +1,8 @@
 """Train a small transformer on the characters of a text with fused AdamW: `python examples/train.py [FILE]`.
 
 Pre-norm decoder blocks as in GPT-2 and Llama, built from `mlx.nn`; it needs MLX and this package, nothing else.
-`--optimizer mlx` trains with MLX's own AdamW, to compare. With `--checkpoint FOLDER` the training is saved every 100 steps;
-however it ends, the same command with `--resume` continues from there, bit for bit.
+`--optimizer mlx` trains with MLX's own AdamW, to compare. With `--checkpoint FOLDER` the training is saved every 100
+steps; however it ends, the same command with `--resume` continues from there, bit for bit.
 """
 
 import argparse
@@ -160,9 +160,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parse(parser, arguments)
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint FOLDER")
-    if options.optimizer == "mlx" and (
-        options.state_dtype or options.master_weights or options.checkpoint
-    ):
+    if options.optimizer == "mlx" and (options.state_dtype or options.master_weights or options.checkpoint):
         parser.error("--state-dtype, --master-weights and --checkpoint need --optimizer fused")
     return options
 
@@ -192,9 +190,7 @@ def main() -> None:
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"train.py: error: {error}")
 
-    parameters, state = (
-        [x for _, x in tree_flatten(tree)] for tree in (model.parameters(), optimizer.state)
-    )
+    parameters, state = ([x for _, x in tree_flatten(tree)] for tree in (model.parameters(), optimizer.state))
     print(
         f"{sum(x.size for x in parameters):,} parameters, {len(corpus.text):,} characters of text, "
         f"updates by: {getattr(optimizer, 'backend', 'mlx.optimizers')}\n"

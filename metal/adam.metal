@@ -2,47 +2,54 @@
 // Compiled on the user's machine from the string that the build embeds; csrc/metal/adam.cpp adds the instantiations
 // for the formats it meets (P: parameter, G: gradient, S: m and v) and chooses kernel, buffers and grid.
 //
-// An element costs 4 loads and 3 stores, 28 bytes in float32 and 14 in 16 bits, and 8 products, 4 sums, a division and a
-// root: far less than a GPU computes while it moves them. docs/metal.md has the bandwidth to expect of each kernel.
+// An element costs 4 loads and 3 stores, 28 bytes in float32 and 14 in 16 bits, and 8 products, 4 sums, a division and
+// a root: far less than a GPU computes while it moves them. docs/metal.md has the bandwidth to expect of each kernel.
 #include <metal_stdlib>
 
 #include "adam_args.h"
 #include "math/adam_rule.h"
-#include "vector_io.h"
 #include "math/encodings.h"
+#include "math/random_bits.h"
+#include "vector_io.h"
 
 using namespace metal;
 using namespace fused_adam;
 
 // Formats of more than one array; those of one are named by its type. encodings.h describes them.
-struct BfloatRemainder {};  // P
-struct Codes {};            // S
+struct BfloatCorrection {};  // P
+struct QuantizedState {};    // S
 
-// The types of the arrays of values. T without a name is bfloat, which not every GPU has: hence the bits alone.
+// The arrays of values in memory. T without a name is bfloat, which not every GPU has.
 template <typename T>
 struct Format {
   typedef T parameter;
   typedef T m;
   typedef T v;
-  enum { has_codes = 0 };
+  enum { has_correction = 0, is_quantized = 0 };
 };
 template <>
-struct Format<BfloatRemainder> {
+struct Format<BfloatCorrection> {
   typedef ushort parameter;
+  enum { has_correction = 1 };
 };
 template <>
-struct Format<Codes> {
+struct Format<QuantizedState> {
   typedef int8_t m;
   typedef uint8_t v;
-  enum { has_codes = 1 };
+  enum { is_quantized = 1 };
 };
 
-// What formats have beside the values.
-struct ExtraPointers {
-  const device short* remainder;
+template <typename P, typename G, typename S>
+struct RunLength {
+  enum { value = sizeof(P) == 4 && sizeof(G) == 4 && sizeof(S) == 4 ? kShortRun : kLongRun };
+};
+
+// The arrays beside the values; read and written only where the formats have them.
+struct AuxiliaryPointers {
+  const device short* correction;
   const device ushort* m_scale;
   const device ushort* v_scale;
-  device short* new_remainder;
+  device short* new_correction;
   device ushort* new_m_scale;
   device ushort* new_v_scale;
 };
@@ -56,22 +63,29 @@ struct TensorPointers {
   device typename Format<P>::parameter* new_parameter;
   device typename Format<S>::m* new_m;
   device typename Format<S>::v* new_v;
-  ExtraPointers extra;
+  AuxiliaryPointers auxiliary;
 };
 
-// How the results of a tensor are rounded in one step, and those of one element.
-struct TensorRounding {
-  uint flags;
-  TensorRandom random;
-};
+// Moves the pointers of row-major arrays to an element, and those of scales to its block.
+template <typename P, typename G, typename S, typename Index>
+inline TensorPointers<P, G, S> moved(TensorPointers<P, G, S> t, Index element, Index block) {
+  t.parameter += element;
+  t.gradient += element;
+  t.m += element;
+  t.v += element;
+  t.new_parameter += element;
+  t.new_m += element;
+  t.new_v += element;
+  t.auxiliary.correction += element;
+  t.auxiliary.new_correction += element;
+  t.auxiliary.m_scale += block;
+  t.auxiliary.v_scale += block;
+  t.auxiliary.new_m_scale += block;
+  t.auxiliary.new_v_scale += block;
+  return t;
+}
 
-struct ElementRounding {
-  Rounding parameter;
-  Rounding m;
-  Rounding v;
-};
-
-// What all elements of a tensor share in one step.
+// Shared by all elements of a tensor in one step.
 struct TensorStep {
   AdamScalars<float> scalars;
   bool is_applied;
@@ -79,536 +93,249 @@ struct TensorStep {
   TensorRounding rounding;
 };
 
-inline AdamScalars<float> load_scalars(const device float* scalars, uint count) {
-  if (count == kStepSizeOnly) {
-    return {scalars[0], 1.0f, 1.0f, 1.0f};
-  }
-  return {scalars[0], scalars[1], scalars[2], count == kGuarded ? scalars[3] : 1.0f};
-}
-
-// Args are those of any kernel.
-template <typename Args>
-inline TensorStep tensor_step(
-    constant Args& args,
+inline TensorStep load_step(
+    constant StepArgs& args,
     uint number,
     const device float* scalars,
     const device uint* step,
-    bool has_codes) {
-  TensorRounding rounding = {args.rounding.flags, {{0u, 0u}, {0u, 0u}, 0u}};
-  if (rounding.flags != 0u) {
-    rounding.random = tensor_random(
-        args.rounding.seed_low, args.rounding.seed_high, step[0], number, has_codes);
+    bool is_quantized) {
+  TensorStep tensor = {{scalars[0], 1.0f, 1.0f, 1.0f}, true, args.constants, {}};
+  if (args.scalar_count == kAllScalars) {
+    tensor.scalars = {scalars[0], scalars[1], scalars[2], scalars[3]};
+    tensor.is_applied = scalars[4] != 0.0f;
   }
-  bool is_applied = args.scalar_count != kGuarded || scalars[kGuarded - 1] != 0.0f;
-  return {load_scalars(scalars, args.scalar_count), is_applied, args.constants, rounding};
+  if (args.rounding.results != 0u) {
+    tensor.rounding = tensor_rounding(args.rounding, step[0], number, is_quantized);
+  }
+  return tensor;
 }
 
-inline ElementRounding element_rounding(TensorRounding tensor, uint element) {
-  uint of_state = 0u;
-  uint of_parameter = 0u;
-  if ((tensor.flags & (kRoundM | kRoundV)) != 0u) {
-    of_state = random_bits(tensor.random.of_state, element);
-  }
-  if ((tensor.flags & kRoundParameter) != 0u) {
-    of_parameter = more_random_bits(tensor.random.of_parameter, element);
-  }
-  return {
-      {(tensor.flags & kRoundParameter) != 0u, of_parameter & 0xFFFFu},
-      {(tensor.flags & kRoundM) != 0u, random_half(of_state, 16u, tensor.random.advance)},
-      {(tensor.flags & kRoundV) != 0u, random_half(of_state, 0u, tensor.random.advance)}};
-}
+// ---- A run: consecutive elements of a row, which one thread updates ----
 
-// A result as it is stored, or as float32 where storing it takes more than one array.
-template <typename T>
-inline T stored(float x, Rounding rounding, T) {
-  return rounding.is_stochastic ? as_type<T>(ushort(store_bfloat16(x, rounding))) : T(x);
-}
-inline half stored(float x, Rounding rounding, half) {
-  return rounding.is_stochastic ? as_type<half>(ushort(store_float16(x, rounding))) : half(x);
-}
-inline float stored(float x, Rounding, float) {
-  return x;
-}
-inline float stored(float x, Rounding, BfloatRemainder) {
-  return x;
-}
-
-// Elements of a run.
-template <typename P, typename G, typename S>
 struct Run {
-  enum { length = sizeof(P) == 4 && sizeof(G) == 4 && sizeof(S) == 4 ? kShortRun : kLongRun };
+  uint element;  // the first, by its row-major index modulo 2^32
+  uint count;    // 0 beyond the end of a row
+  bool uses_vectors;
+  bool has_scales;  // the first of its block
 };
 
-// A parameter, whose value lies at `at`, and what it has beside it at `extra_at`.
-template <typename P, typename G, typename S, typename Index>
-inline float load_parameter(TensorPointers<P, G, S> t, Index at, Index) {
-  return float(t.parameter[at]);
-}
-template <typename G, typename S, typename Index>
-inline float load_parameter(TensorPointers<BfloatRemainder, G, S> t, Index at, Index extra_at) {
-  return join(t.parameter[at], t.extra.remainder[extra_at]);
+template <uint N>
+inline Run run_at(uint column, uint columns, bool vectors, uint element) {
+  uint count = column < columns ? min(N, columns - column) : 0u;
+  return {element, count, vectors && count == N, count > 0u && column % kBlockElements == 0u};
 }
 
-template <typename P, typename G, typename S, typename Index>
-inline void store_parameter(TensorPointers<P, G, S> t, Index at, P value) {
-  t.new_parameter[at] = value;
-}
-template <typename G, typename S, typename Index>
-inline void store_parameter(TensorPointers<BfloatRemainder, G, S> t, Index at, float value) {
-  SplitFloat parts = split(value);
-  t.new_parameter[at] = ushort(parts.bfloat16);
-  t.extra.new_remainder[at] = as_type<short>(ushort(parts.remainder));
-}
+// The elements of a run of N as they are stored, zeros beyond `count`. A step that is not applied stores what it
+// loaded.
+template <typename P, typename S, uint N>
+struct StoredRun {
+  typename Format<P>::parameter parameter[N];
+  short correction[N];
+  typename Format<S>::m m[N];
+  typename Format<S>::v v[N];
+  uint scales;  // of m, and in the upper half of v; 0 in threads that do not load them
+};
 
-// A run of parameters.
-template <uint N, typename P, typename G, typename S, typename Index>
-inline void load_parameters(TensorPointers<P, G, S> t, Index at, thread float* values) {
-  load_run<N>(t.parameter + at, values);
-}
-template <uint N, typename G, typename S, typename Index>
-inline void load_parameters(
-    TensorPointers<BfloatRemainder, G, S> t, Index at, thread float* values) {
-  ushort upper[N];
-  short remainder[N];
-  load_run<N>(t.parameter + at, upper);
-  load_run<N>(t.extra.remainder + at, remainder);
-  for (uint k = 0; k < N; ++k) {
-    values[k] = join(upper[k], remainder[k]);
+// The pointers are those of the run's first element.
+template <uint N, typename T, typename Value>
+inline void load_values(const device T* from, int64_t stride, Run run, thread Value* values) {
+  if (run.uses_vectors) {
+    load_vectors<N>(from, values);
+  } else {
+    load_elements<N>(from, stride, run.count, values);
   }
 }
 
-template <uint N, typename P, typename G, typename S, typename Index>
-inline void store_parameters(TensorPointers<P, G, S> t, Index at, const thread float* values) {
-  store_run<N>(t.new_parameter + at, values);
-}
-template <uint N, typename G, typename S, typename Index>
-inline void store_parameters(
-    TensorPointers<BfloatRemainder, G, S> t, Index at, const thread float* values) {
-  ushort upper[N];
-  short remainder[N];
-  for (uint k = 0; k < N; ++k) {
-    SplitFloat parts = split(values[k]);
-    upper[k] = ushort(parts.bfloat16);
-    remainder[k] = as_type<short>(ushort(parts.remainder));
-  }
-  store_run<N>(t.new_parameter + at, upper);
-  store_run<N>(t.extra.new_remainder + at, remainder);
-}
-
-// A step that is not applied: parameter and moments as they were, bit for bit, whatever buffers the results have.
-template <typename P, typename G, typename S, typename From, typename To>
-inline void keep_parameter(TensorPointers<P, G, S> t, From from, To to) {
-  t.new_parameter[to] = t.parameter[from];
-}
-template <typename G, typename S, typename From, typename To>
-inline void keep_parameter(TensorPointers<BfloatRemainder, G, S> t, From from, To to) {
-  t.new_parameter[to] = t.parameter[from];
-  t.extra.new_remainder[to] = t.extra.remainder[to];
-}
-
-template <typename Index, typename P, typename G, typename S>
-inline void keep_element(TensorPointers<P, G, S> t, Index at) {
-  keep_parameter(t, at, at);
-  t.new_m[at] = t.m[at];
-  t.new_v[at] = t.v[at];
-}
-
-// Updates the element that lies at `at` in all arrays but the gradient, whose element is given, and is the tensor's `element`.
-template <typename Rule, typename Index, typename P, typename G, typename S>
-inline void update_element(
-    TensorPointers<P, G, S> t,
-    Index at,
-    uint element,
-    float gradient,
-    TensorStep step) {
-  if (!step.is_applied) {
-    keep_element(t, at);
-    return;
-  }
-  AdamState<float> old = {load_parameter(t, at, at), float(t.m[at]), float(t.v[at])};
-  AdamState<float> next = Rule::step(old, gradient, step.scalars, step.constants);
-  ElementRounding how = element_rounding(step.rounding, element);
-  S new_m = stored(next.m, how.m, S());
-  S new_v = stored(next.v, how.v, S());
-  store_parameter(t, at, stored(next.parameter, how.parameter, P()));
-  t.new_m[at] = new_m;
-  t.new_v[at] = new_v;
-}
-
-// The same for a run from `at` on.
-template <typename Rule, typename Index, typename P, typename G, typename S>
-inline void update_run(
-    TensorPointers<P, G, S> t,
-    Index at,
-    uint element,
-    const thread float* gradient,
-    TensorStep step) {
-  constexpr uint length = Run<P, G, S>::length;
-  if (!step.is_applied) {
-    for (uint k = 0; k < length; ++k) {
-      keep_element(t, at + Index(k));
+template <uint N, typename P, typename G, typename S>
+inline StoredRun<P, S, N> load_run(TensorPointers<P, G, S> t, int64_t parameter_stride, Run run) {
+  StoredRun<P, S, N> stored;
+  if (run.uses_vectors) {
+    load_vectors<N>(t.parameter, stored.parameter);
+    load_vectors<N>(t.m, stored.m);
+    load_vectors<N>(t.v, stored.v);
+    if (Format<P>::has_correction) {
+      load_vectors<N>(t.auxiliary.correction, stored.correction);
     }
-    return;
+  } else {
+    load_elements<N>(t.parameter, parameter_stride, run.count, stored.parameter);
+    load_elements<N>(t.m, 1, run.count, stored.m);
+    load_elements<N>(t.v, 1, run.count, stored.v);
+    if (Format<P>::has_correction) {
+      load_elements<N>(t.auxiliary.correction, 1, run.count, stored.correction);
+    }
   }
-  float parameter[length], m[length], v[length];
-  load_parameters<length>(t, at, parameter);
-  load_run<length>(t.m + at, m);
-  load_run<length>(t.v + at, v);
-  for (uint k = 0; k < length; ++k) {
-    AdamState<float> old = {parameter[k], m[k], v[k]};
-    AdamState<float> next = Rule::step(old, gradient[k], step.scalars, step.constants);
-    ElementRounding how = element_rounding(step.rounding, element + k);
-    parameter[k] = float(stored(next.parameter, how.parameter, P()));
-    m[k] = float(stored(next.m, how.m, S()));
-    v[k] = float(stored(next.v, how.v, S()));
+  stored.scales = 0u;
+  if (Format<S>::is_quantized && run.has_scales) {
+    stored.scales = uint(*t.auxiliary.m_scale) | uint(*t.auxiliary.v_scale) << 16;
   }
-  store_parameters<length>(t, at, parameter);
-  store_run<length>(t.new_m + at, m);
-  store_run<length>(t.new_v + at, v);
+  return stored;
 }
 
-// ---- Codes ----
-//
-// Four threads that follow each other in a simdgroup have a block of a row, a run each. What they share goes through shuffles,
-// in which all four must take part: those beyond the end of a row with nothing, so none of them may leave early. The scales
-// are read and written by the first alone: in place, another's read could come after the write.
+template <uint N, typename P, typename G, typename S>
+inline void store_run(TensorPointers<P, G, S> t, Run run, thread StoredRun<P, S, N>& stored) {
+  if (run.uses_vectors) {
+    store_vectors<N>(t.new_parameter, stored.parameter);
+    store_vectors<N>(t.new_m, stored.m);
+    store_vectors<N>(t.new_v, stored.v);
+    if (Format<P>::has_correction) {
+      store_vectors<N>(t.auxiliary.new_correction, stored.correction);
+    }
+  } else {
+    store_elements<N>(t.new_parameter, run.count, stored.parameter);
+    store_elements<N>(t.new_m, run.count, stored.m);
+    store_elements<N>(t.new_v, run.count, stored.v);
+    if (Format<P>::has_correction) {
+      store_elements<N>(t.auxiliary.new_correction, run.count, stored.correction);
+    }
+  }
+  if (Format<S>::is_quantized && run.has_scales) {
+    *t.auxiliary.new_m_scale = ushort(stored.scales);
+    *t.auxiliary.new_v_scale = ushort(stored.scales >> 16);
+  }
+}
 
+// ---- The update of a run in registers ----
+
+// Rounds a result to how it is stored.
 template <typename T>
-inline void load_codes(const device T* from, uint count, bool whole, thread T* codes) {
-  if (whole) {
-    uint2 words = *(const device uint2*)from;
-    for (uint k = 0; k < kLongRun; ++k) {
-      codes[k] = T(words[k / 4] >> (8 * (k % 4)));
-    }
-    return;
-  }
-  for (uint k = 0; k < kLongRun; ++k) {
-    codes[k] = k < count ? from[k] : T(0);
+inline void encode(float x, Rounding rounding, thread T& stored) {
+  stored = rounding.is_stochastic ? as_type<T>(ushort(store_bfloat16(x, rounding))) : T(x);
+}
+inline void encode(float x, Rounding rounding, thread half& stored) {
+  stored = rounding.is_stochastic ? as_type<half>(ushort(store_float16(x, rounding))) : half(x);
+}
+inline void encode(float x, Rounding rounding, thread float& stored) {
+  stored = x;
+}
+
+template <typename P, typename S, uint N>
+inline float decode_parameter(const thread StoredRun<P, S, N>& run, uint k) {
+  return float(run.parameter[k]);
+}
+template <typename S, uint N>
+inline float decode_parameter(const thread StoredRun<BfloatCorrection, S, N>& run, uint k) {
+  return join(run.parameter[k], run.correction[k]);
+}
+
+template <typename P, typename S, uint N>
+inline void encode_parameter(float x, Rounding rounding, thread StoredRun<P, S, N>& run, uint k) {
+  encode(x, rounding, run.parameter[k]);
+}
+template <typename S, uint N>
+inline void encode_parameter(
+    float x, Rounding rounding, thread StoredRun<BfloatCorrection, S, N>& run, uint k) {
+  SplitFloat parts = split(x);
+  run.parameter[k] = ushort(parts.bfloat16);
+  run.correction[k] = as_type<short>(ushort(parts.correction));
+}
+
+template <typename P, typename S, uint N>
+inline void update_stored(
+    thread StoredRun<P, S, N>& run, const thread float* gradient, uint element, TensorStep step) {
+  for (uint k = 0; k < N; ++k) {
+    AdamState<float> old = {decode_parameter(run, k), float(run.m[k]), float(run.v[k])};
+    AdamState<float> next = adam_rule(old, gradient[k], step.scalars, step.constants);
+    ElementRounding rounding = element_rounding(step.rounding, element + k);
+    encode_parameter(next.parameter, rounding.parameter, run, k);
+    encode(next.m, rounding.m, run.m[k]);
+    encode(next.v, rounding.v, run.v[k]);
   }
 }
 
-template <typename T>
-inline void store_codes(device T* to, uint count, bool whole, const thread T* codes) {
-  if (whole) {
-    uint2 words = uint2(0);
-    for (uint k = 0; k < kLongRun; ++k) {
-      words[k / 4] |= uint(uint8_t(codes[k])) << (8 * (k % 4));
-    }
-    *(device uint2*)to = words;
-    return;
-  }
-  for (uint k = 0; k < kLongRun; ++k) {
-    if (k < count) {
-      to[k] = codes[k];
-    }
-  }
-}
-
-// How many elements of a run that begins at `column` lie in its row.
-inline uint run_count(uint column, uint columns) {
-  return column < columns ? min(uint(kLongRun), columns - column) : 0u;
-}
-
-// What the four threads of a block have between them.
-inline uint any_of_block(uint x) {
+// The four threads of a block share its scales by shuffles, in which all must take part: those beyond the end of a row
+// with zeros, so none of them may leave early. Only the first reads and writes the scales: in place, another's read
+// could come after the write.
+inline uint any_in_block(uint x) {
   x |= simd_shuffle_xor(x, 1);
   x |= simd_shuffle_xor(x, 2);
   return x;
 }
-inline uint largest_of_block(uint x) {
+inline uint largest_in_block(uint x) {
   x = max(x, simd_shuffle_xor(x, 1));
   x = max(x, simd_shuffle_xor(x, 2));
   return x;
 }
 
-// A step that is not applied; the old parameters lie `stride` apart from `from` on.
-template <typename Index, typename P, typename G>
-inline void keep_codes(
-    TensorPointers<P, G, Codes> t,
-    Index from,
-    Index stride,
-    Index at,
-    Index block,
-    bool is_first_of_block,
-    uint count) {
-  for (uint k = 0; k < count; ++k) {
-    keep_parameter(t, from + Index(k) * stride, at + Index(k));
-    t.new_m[at + Index(k)] = t.m[at + Index(k)];
-    t.new_v[at + Index(k)] = t.v[at + Index(k)];
-  }
-  if (is_first_of_block && count > 0u) {
-    t.extra.new_m_scale[block] = t.extra.m_scale[block];
-    t.extra.new_v_scale[block] = t.extra.v_scale[block];
-  }
-}
-
-// Updates the `count` elements of a run, whose parameters and gradients are given, zeros beyond them.
-template <typename Rule, typename Index, typename P, typename G>
-inline void update_codes(
-    TensorPointers<P, G, Codes> t,
-    Index at,
-    Index block,
-    bool is_first_of_block,
-    uint element,
-    uint count,
-    bool vectors,
-    thread float* parameter,
+template <typename P, uint N>
+inline void update_stored(
+    thread StoredRun<P, QuantizedState, N>& run,
     const thread float* gradient,
+    uint element,
     TensorStep step) {
-  bool has_scales = is_first_of_block && count > 0u;
-  bool whole = vectors && count == kLongRun;
-  uint scales = 0u;
-  if (has_scales) {
-    scales = uint(t.extra.m_scale[block]) | (uint(t.extra.v_scale[block]) << 16);
-  }
-  scales = any_of_block(scales);
-  float old_m_scale = load_bfloat16(ushort(scales & 0xFFFFu));
-  float old_v_scale = load_bfloat16(ushort(scales >> 16));
-
-  int8_t m_codes[kLongRun];
-  uint8_t v_codes[kLongRun];
-  load_codes(t.m + at, count, whole, m_codes);
-  load_codes(t.v + at, count, whole, v_codes);
-  float m[kLongRun], v[kLongRun];
+  uint old_scales = any_in_block(run.scales);
+  float old_m_scale = load_bfloat16(ushort(old_scales));
+  float old_v_scale = load_bfloat16(ushort(old_scales >> 16));
+  float m[N], v[N];
   uint largest_m = 0u;
   uint largest_v = 0u;
-  for (uint k = 0; k < kLongRun; ++k) {
+  for (uint k = 0; k < N; ++k) {
     AdamState<float> old = {
-        parameter[k], load_int8(m_codes[k], old_m_scale), load_uint8(v_codes[k], old_v_scale)};
-    AdamState<float> next = Rule::step(old, gradient[k], step.scalars, step.constants);
-    parameter[k] = next.parameter;
+        decode_parameter(run, k),
+        load_int8(run.m[k], old_m_scale),
+        load_uint8(run.v[k], old_v_scale)};
+    AdamState<float> next = adam_rule(old, gradient[k], step.scalars, step.constants);
+    encode_parameter(
+        next.parameter, element_rounding(step.rounding, element + k).parameter, run, k);
     m[k] = next.m;
     v[k] = next.v;
     largest_m = max(largest_m, block_magnitude(next.m));
     largest_v = max(largest_v, block_magnitude(next.v));
   }
-  BlockScale m_scale = scale_of_m(largest_of_block(largest_m));
-  BlockScale v_scale = scale_of_v(largest_of_block(largest_v));
-
-  for (uint k = 0; k < kLongRun; ++k) {
-    ElementRounding how = element_rounding(step.rounding, element + k);
-    parameter[k] = float(stored(parameter[k], how.parameter, P()));
-    m_codes[k] = int8_t(store_int8(m[k], m_scale.inverse, how.m));
-    v_codes[k] = uint8_t(store_uint8(v[k], v_scale.inverse, how.v));
+  BlockScale m_scale = scale_of_m(largest_in_block(largest_m));
+  BlockScale v_scale = scale_of_v(largest_in_block(largest_v));
+  for (uint k = 0; k < N; ++k) {
+    ElementRounding rounding = element_rounding(step.rounding, element + k);
+    run.m[k] = int8_t(store_int8(m[k], m_scale.inverse, rounding.m));
+    run.v[k] = uint8_t(store_uint8(v[k], v_scale.inverse, rounding.v));
   }
-  if (whole) {
-    store_parameters<kLongRun>(t, at, parameter);
-  } else {
-    for (uint k = 0; k < kLongRun; ++k) {
-      if (k < count) {
-        store_parameter(t, at + k, stored(parameter[k], {false, 0u}, P()));
-      }
-    }
-  }
-  store_codes(t.new_m + at, count, whole, m_codes);
-  store_codes(t.new_v + at, count, whole, v_codes);
-  if (has_scales) {
-    t.extra.new_m_scale[block] = ushort(m_scale.stored);
-    t.extra.new_v_scale[block] = ushort(v_scale.stored);
-  }
+  run.scales = m_scale.stored | v_scale.stored << 16;
 }
 
-// The parameters of a run of `count` elements, zeros beyond them.
-template <typename P, typename G, typename Index>
-inline void load_parameters_of_codes(
-    TensorPointers<P, G, Codes> t, Index at, uint count, bool vectors, thread float* values) {
-  if (vectors && count == kLongRun) {
-    load_parameters<kLongRun>(t, at, values);
-    return;
+// Parameters may have a stride; the other arrays' elements follow each other.
+template <uint N, typename P, typename G, typename S>
+inline void update_run(
+    TensorPointers<P, G, S> t,
+    int64_t parameter_stride,
+    const thread float* gradient,
+    Run run,
+    TensorStep step) {
+  StoredRun<P, S, N> stored = load_run<N>(t, parameter_stride, run);
+  if (step.is_applied) {
+    update_stored(stored, gradient, run.element, step);
   }
-  for (uint k = 0; k < kLongRun; ++k) {
-    values[k] = k < count ? load_parameter(t, at + k, at + k) : 0.0f;
-  }
+  store_run(t, run, stored);
 }
 
-// ---- What a thread of each kernel does ----
+// ---- Kernels ----
 
-// The run of one thread of a row-major tensor; at its end, the elements that are left.
-template <typename Rule, typename P, typename G, typename S>
+// Updates the run of one thread of a row-major tensor.
+template <typename P, typename G, typename S>
 inline void update_row_major(
     TensorPointers<P, G, S> t,
-    uint thread_of_tensor,
+    uint thread_in_tensor,
     uint first_element,
-    uint size,
-    uint,
-    bool vectors,
-    TensorStep step) {
-  constexpr uint length = Run<P, G, S>::length;
-  uint start = thread_of_tensor * length;
-  if (vectors && size - start >= length) {
-    float gradient[length];
-    load_run<length>(t.gradient + start, gradient);
-    update_run<Rule>(t, start, first_element + start, gradient, step);
-    return;
-  }
-  uint end = min(size, start + length);
-  for (uint i = start; i < end; ++i) {
-    update_element<Rule>(
-        t, i, first_element + i, float(t.gradient[i]), step);
-  }
-}
-template <typename Rule, typename P, typename G>
-inline void update_row_major(
-    TensorPointers<P, G, Codes> t,
-    uint thread_of_tensor,
-    uint first_element,
-    uint,
     uint row_length,
     bool vectors,
     TensorStep step) {
-  uint row_threads = (row_length + kBlockElements - 1) / kBlockElements * kBlockThreads;
-  uint row = thread_of_tensor / row_threads;
-  uint thread_of_row = thread_of_tensor - row * row_threads;
-  uint column = thread_of_row * kLongRun;
-  uint count = run_count(column, row_length);
-  uint at = row * row_length + column;
-  uint block = thread_of_tensor / kBlockThreads;
-  bool is_first_of_block = thread_of_row % kBlockThreads == 0;
-  if (!step.is_applied) {
-    keep_codes(t, at, 1u, at, block, is_first_of_block, count);
-    return;
+  constexpr uint length = RunLength<P, G, S>::value;
+  uint row = 0u;
+  uint thread_in_row = thread_in_tensor;
+  if (Format<S>::is_quantized) {
+    uint row_threads = (row_length + kBlockElements - 1) / kBlockElements * kBlockThreads;
+    row = thread_in_tensor / row_threads;
+    thread_in_row -= row * row_threads;
   }
-  float parameter[kLongRun], gradient[kLongRun];
-  load_parameters_of_codes(t, at, count, vectors, parameter);
-  if (vectors && count == kLongRun) {
-    load_run<kLongRun>(t.gradient + at, gradient);
-  } else {
-    for (uint k = 0; k < kLongRun; ++k) {
-      gradient[k] = k < count ? float(t.gradient[at + k]) : 0.0f;
-    }
-  }
-  update_codes<Rule>(
-      t,
-      at,
-      block,
-      is_first_of_block,
-      first_element + at,
-      count,
-      vectors,
-      parameter,
-      gradient,
-      step);
+  uint column = thread_in_row * length;
+  uint element = row * row_length + column;
+  Run run = run_at<length>(column, row_length, vectors, first_element + element);
+  t = moved(t, element, thread_in_tensor / kBlockThreads);
+  float gradient[length];
+  load_values<length>(t.gradient, 1, run, gradient);
+  update_run<length>(t, 1, gradient, run, step);
 }
 
-// The part of a tile's line that one thread has: from `column` on, whose gradient begins at `gradient`, `pitch` elements apart.
-template <typename Rule, typename P, typename G, typename S>
-inline void update_in_tile(
-    TensorPointers<P, G, S> t,
-    const threadgroup G* gradient,
-    uint pitch,
-    int64_t at,
-    int64_t,
-    uint column,
-    uint columns,
-    bool vectors,
-    TensorStep step) {
-  constexpr uint length = Run<P, G, S>::length;
-  if (vectors && column + length <= columns) {
-    float values[length];
-    for (uint i = 0; i < length; ++i) {
-      values[i] = float(gradient[i * pitch]);
-    }
-    update_run<Rule>(t, at, uint(at), values, step);
-  } else {
-    for (uint i = 0; i < length && column + i < columns; ++i) {
-      update_element<Rule>(
-          t, at + i, uint(at + i), float(gradient[i * pitch]), step);
-    }
-  }
-}
-template <typename Rule, typename P, typename G>
-inline void update_in_tile(
-    TensorPointers<P, G, Codes> t,
-    const threadgroup G* gradient,
-    uint pitch,
-    int64_t at,
-    int64_t row_block,
-    uint column,
-    uint columns,
-    bool vectors,
-    TensorStep step) {
-  uint count = run_count(column, columns);
-  int64_t block = row_block + column / kBlockElements;
-  bool is_first_of_block = column % kBlockElements == 0;
-  if (!step.is_applied) {
-    keep_codes(t, at, int64_t(1), at, block, is_first_of_block, count);
-    return;
-  }
-  float parameter[kLongRun], values[kLongRun];
-  load_parameters_of_codes(t, at, count, vectors, parameter);
-  for (uint k = 0; k < kLongRun; ++k) {
-    values[k] = k < count ? float(gradient[k * pitch]) : 0.0f;
-  }
-  update_codes<Rule>(
-      t,
-      at,
-      block,
-      is_first_of_block,
-      uint(at),
-      count,
-      vectors,
-      parameter,
-      values,
-      step);
-}
-
-// Where a thread of adam_general is, the pointers being moved there: its place in its row, and the strides of the last axis.
-template <typename Index>
-struct GeneralPlace {
-  Index row;
-  uint column;
-  uint columns;
-  Index parameter_stride;
-  Index gradient_stride;
-};
-
-template <typename Rule, typename P, typename G, typename S, typename Index>
-inline void update_general(
-    TensorPointers<P, G, S> t,
-    GeneralPlace<Index>,
-    uint element,
-    TensorStep step) {
-  update_element<Rule>(t, 0u, element, float(*t.gradient), step);
-}
-template <typename Rule, typename P, typename G, typename Index>
-inline void update_general(
-    TensorPointers<P, G, Codes> t,
-    GeneralPlace<Index> place,
-    uint element,
-    TensorStep step) {
-  uint count = run_count(place.column, place.columns);
-  Index row_blocks = Index((place.columns + kBlockElements - 1) / kBlockElements);
-  Index block = place.row * row_blocks + Index(place.column / kBlockElements);
-  bool is_first_of_block = place.column % kBlockElements == 0;
-  if (!step.is_applied) {
-    keep_codes(
-        t, Index(0), place.parameter_stride, Index(0), block, is_first_of_block, count);
-    return;
-  }
-  float parameter[kLongRun], gradient[kLongRun];
-  for (uint k = 0; k < kLongRun; ++k) {
-    parameter[k] = 0.0f;
-    gradient[k] = 0.0f;
-    if (k < count) {
-      parameter[k] = load_parameter(t, Index(k) * place.parameter_stride, Index(k));
-      gradient[k] = float(t.gradient[Index(k) * place.gradient_stride]);
-    }
-  }
-  update_codes<Rule>(
-      t,
-      Index(0),
-      block,
-      is_first_of_block,
-      element,
-      count,
-      false,
-      parameter,
-      gradient,
-      step);
-}
-
-// One row-major tensor, or a piece of one: the host cuts what exceeds 32-bit indices. One thread per run.
-template <typename Rule, typename P, typename G, typename S>
+// One row-major tensor, or a piece of one: the host cuts what exceeds 32-bit indices.
+template <typename P, typename G, typename S>
 [[kernel]] void adam_linear(
     constant LinearArgs& args [[buffer(kArgs)]],
     const device float* scalars [[buffer(kScalars)]],
@@ -619,28 +346,30 @@ template <typename Rule, typename P, typename G, typename S>
     device typename Format<P>::parameter* new_parameter [[buffer(kNewParameter)]],
     device typename Format<S>::m* new_m [[buffer(kNewM)]],
     device typename Format<S>::v* new_v [[buffer(kNewV)]],
-    const device short* remainder [[buffer(kRemainder)]],
+    const device short* correction [[buffer(kCorrection)]],
     const device ushort* m_scale [[buffer(kMScale)]],
     const device ushort* v_scale [[buffer(kVScale)]],
-    device short* new_remainder [[buffer(kNewRemainder)]],
+    device short* new_correction [[buffer(kNewCorrection)]],
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
     uint thread_in_grid [[thread_position_in_grid]]) {
-  ExtraPointers extra = {remainder, m_scale, v_scale, new_remainder, new_m_scale, new_v_scale};
-  TensorPointers<P, G, S> tensor = {parameter, gradient, m, v, new_parameter, new_m, new_v, extra};
-  update_row_major<Rule>(
+  AuxiliaryPointers auxiliary = {
+      correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
+  TensorPointers<P, G, S> tensor = {
+      parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
+  update_row_major(
       tensor,
       thread_in_grid,
       args.first_element,
-      args.size,
       args.row_length,
       args.vectors != 0,
-      tensor_step(args, args.number, scalars, step, Format<S>::has_codes));
+      load_step(args.step, args.number, scalars, step, Format<S>::is_quantized));
 }
 
-// Several small row-major tensors, of formats without extras, in one dispatch; the grid holds the threads of all of them, one after the other.
-template <typename Rule, typename P, typename G, typename S>
+// Several small row-major tensors without auxiliary arrays in one dispatch: the grid holds the threads of one after the
+// other.
+template <typename P, typename G, typename S>
 [[kernel]] void adam_group(
     constant GroupArgs& args [[buffer(kArgs)]],
     const device float* scalars [[buffer(kScalars)]],
@@ -674,7 +403,7 @@ template <typename Rule, typename P, typename G, typename S>
     device S* new_v_3 [[buffer(29)]],
     const device uint* step [[buffer(kStep)]],
     uint thread_in_grid [[thread_position_in_grid]]) {
-  ExtraPointers none = {};
+  AuxiliaryPointers none = {};
   TensorPointers<P, G, S> tensor = {
       parameter_0, gradient_0, m_0, v_0, new_parameter_0, new_m_0, new_v_0, none};
   uint which = 0;
@@ -689,19 +418,18 @@ template <typename Rule, typename P, typename G, typename S>
     tensor = {parameter_1, gradient_1, m_1, v_1, new_parameter_1, new_m_1, new_v_1, none};
   }
   uint first_thread = which == 0 ? 0 : args.thread_ends[which - 1];
-  update_row_major<Rule>(
+  update_row_major(
       tensor,
       thread_in_grid - first_thread,
       0u,
       args.sizes[which],
-      args.sizes[which],
       args.vectors[which] != 0,
-      tensor_step(args, args.numbers[which], scalars, step, false));
+      load_step(args.step, args.numbers[which], scalars, step, false));
 }
 
-// A matrix (or a batch of them, along the grid's z) whose gradient is column-major: a tile of it goes through threadgroup
-// memory, so that gradient and state are both walked along their unit strides, a run a thread.
-template <typename Rule, typename P, typename G, typename S>
+// A matrix (or a batch of them, along the grid's z) whose gradient is column-major: a tile of it goes through
+// threadgroup memory, so that gradient and state are both walked along their unit strides, a run a thread.
+template <typename P, typename G, typename S>
 [[kernel]] void adam_tiled(
     constant TiledArgs& args [[buffer(kArgs)]],
     const device float* scalars [[buffer(kScalars)]],
@@ -715,16 +443,16 @@ template <typename Rule, typename P, typename G, typename S>
     constant const int64_t* shape [[buffer(kShape)]],
     constant const int64_t* parameter_strides [[buffer(kParameterStrides)]],
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
-    const device short* remainder [[buffer(kRemainder)]],
+    const device short* correction [[buffer(kCorrection)]],
     const device ushort* m_scale [[buffer(kMScale)]],
     const device ushort* v_scale [[buffer(kVScale)]],
-    device short* new_remainder [[buffer(kNewRemainder)]],
+    device short* new_correction [[buffer(kNewCorrection)]],
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
     uint3 tile_in_grid [[threadgroup_position_in_grid]],
     uint3 thread_in_tile [[thread_position_in_threadgroup]]) {
-  constexpr uint length = Run<P, G, S>::length;
+  constexpr uint length = RunLength<P, G, S>::value;
   constexpr uint side = kTileRuns * length;
   constexpr uint lines_at_once = kThreads / kTileRuns;
   // Indexed by column and row. The pad, one word, keeps a row's elements in different banks.
@@ -735,10 +463,10 @@ template <typename Rule, typename P, typename G, typename S>
   int64_t column_stride = gradient_strides[args.axes];
   int64_t matrix = 0;
   int64_t gradient_matrix = 0;
-  // Of codes, the same in blocks: those strides follow the parameter's.
+  // Strides in blocks of quantized state follow the parameter's.
   int64_t row_blocks = 0;
   int64_t first_block = 0;
-  if (Format<S>::has_codes) {
+  if (Format<S>::is_quantized) {
     row_blocks = parameter_strides[2 * args.axes + 1];
   }
   uint batch = tile_in_grid.z;
@@ -748,7 +476,7 @@ template <typename Rule, typename P, typename G, typename S>
     batch /= size;
     matrix += i * parameter_strides[axis];
     gradient_matrix += i * gradient_strides[axis];
-    if (Format<S>::has_codes) {
+    if (Format<S>::is_quantized) {
       first_block += i * parameter_strides[args.axes + 1 + axis];
     }
   }
@@ -760,45 +488,39 @@ template <typename Rule, typename P, typename G, typename S>
   uint row = first_row + start;
   for (uint k = first_line; k < side && first_column + k < args.columns; k += lines_at_once) {
     const device G* from = gradient + (gradient_matrix + (first_column + k) * column_stride + row);
-    if (args.vectors && row + length <= args.rows) {
-      float values[length];
-      load_run<length>(from, values);
-      for (uint i = 0; i < length; ++i) {
-        tile[k][start + i] = G(values[i]);
-      }
-    } else {
-      for (uint i = 0; i < length && row + i < args.rows; ++i) {
-        tile[k][start + i] = from[i];
+    Run run = run_at<length>(row, args.rows, args.vectors != 0, 0u);
+    G values[length];
+    load_values<length>(from, 1, run, values);
+    for (uint i = 0; i < length; ++i) {
+      if (i < run.count) {
+        tile[k][start + i] = values[i];
       }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  ExtraPointers extra = {remainder, m_scale, v_scale, new_remainder, new_m_scale, new_v_scale};
-  TensorPointers<P, G, S> tensor = {parameter, gradient, m, v, new_parameter, new_m, new_v, extra};
-  TensorStep of_tensor = tensor_step(args, args.number, scalars, step, Format<S>::has_codes);
-  constexpr uint pitch = sizeof(tile[0]) / sizeof(G);
+  AuxiliaryPointers auxiliary = {
+      correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
+  TensorPointers<P, G, S> tensor = {
+      parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
+  TensorStep of_tensor = load_step(args.step, args.number, scalars, step, Format<S>::is_quantized);
   uint column = first_column + start;
   for (uint k = first_line; k < side && first_row + k < args.rows; k += lines_at_once) {
-    int64_t at = matrix + (first_row + k) * row_stride + column;
-    int64_t row_block = first_block + (first_row + k) * row_blocks;
-    update_in_tile<Rule>(
-        tensor,
-        &tile[start][k],
-        pitch,
-        at,
-        row_block,
-        column,
-        args.columns,
-        args.vectors != 0,
-        of_tensor);
+    int64_t element = matrix + (first_row + k) * row_stride + column;
+    int64_t block = first_block + (first_row + k) * row_blocks + column / kBlockElements;
+    Run run = run_at<length>(column, args.columns, args.vectors != 0, uint(element));
+    float values[length];
+    for (uint i = 0; i < length; ++i) {
+      values[i] = i < run.count ? float(tile[start + i][k]) : 0.0f;
+    }
+    update_run<length>(moved(tensor, element, block), 1, values, run, of_tensor);
   }
 }
 
-// Any strides of any array but codes and extras; the outputs are row-major. The grid's x and y are the last two axes, z all
-// those before them; of codes, x is the runs of the last axis.
-// Index is 64 bits wide where 32 do not do.
-template <typename Rule, typename P, typename G, typename S, typename Index>
+// Any strides of any array but quantized state and auxiliary arrays; the outputs are row-major. The grid's x is the
+// last axis (its runs, where the state is quantized), y the one before, z all others. Index is 64 bits wide where 32
+// are too few.
+template <typename P, typename G, typename S, typename Index>
 [[kernel]] void adam_general(
     constant GeneralArgs& args [[buffer(kArgs)]],
     const device float* scalars [[buffer(kScalars)]],
@@ -814,24 +536,26 @@ template <typename Rule, typename P, typename G, typename S, typename Index>
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
     constant const int64_t* m_strides [[buffer(kMStrides)]],
     constant const int64_t* v_strides [[buffer(kVStrides)]],
-    const device short* remainder [[buffer(kRemainder)]],
+    const device short* correction [[buffer(kCorrection)]],
     const device ushort* m_scale [[buffer(kMScale)]],
     const device ushort* v_scale [[buffer(kVScale)]],
-    device short* new_remainder [[buffer(kNewRemainder)]],
+    device short* new_correction [[buffer(kNewCorrection)]],
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
     uint3 thread_in_grid [[thread_position_in_grid]],
     uint3 grid [[threads_per_grid]]) {
+  constexpr uint length = Format<S>::is_quantized ? kLongRun : 1;
   Index parameter_at = 0;
   Index gradient_at = 0;
   Index m_at = 0;
   Index v_at = 0;
-  uint column = Format<S>::has_codes ? thread_in_grid.x * kLongRun : thread_in_grid.x;
-  uint columns = Format<S>::has_codes ? uint(shape[args.axes - 1]) : grid.x;
+  uint last = args.axes - 1;
+  uint column = thread_in_grid.x * length;
+  uint columns = uint(shape[last]);
   uint outer = thread_in_grid.z;
   for (uint axis = args.axes; axis-- > 0;) {
-    Index i = Index(axis + 1 == args.axes ? column : thread_in_grid.y);
+    Index i = Index(axis == last ? column : thread_in_grid.y);
     if (axis + 2 < args.axes) {
       uint size = uint(shape[axis]);
       i = Index(outer % size);
@@ -843,27 +567,23 @@ template <typename Rule, typename P, typename G, typename S, typename Index>
     v_at += i * Index(v_strides[axis]);
   }
   Index row = Index(thread_in_grid.z) * Index(grid.y) + Index(thread_in_grid.y);
-  Index at = row * Index(columns) + Index(column);
-  ExtraPointers extra = {
-      remainder + at, m_scale, v_scale, new_remainder + at, new_m_scale, new_v_scale};
+  Index element = row * Index(columns) + Index(column);
+  Index row_blocks = Index((columns + kBlockElements - 1) / kBlockElements);
+  AuxiliaryPointers auxiliary = {
+      correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
-      parameter + parameter_at,
-      gradient + gradient_at,
-      m + m_at,
-      v + v_at,
-      new_parameter + at,
-      new_m + at,
-      new_v + at,
-      extra};
-  GeneralPlace<Index> place = {
-      row,
-      column,
-      columns,
-      Index(parameter_strides[args.axes - 1]),
-      Index(gradient_strides[args.axes - 1])};
-  update_general<Rule>(
+      parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
+  tensor = moved(tensor, element, row * row_blocks + Index(column / kBlockElements));
+  tensor.parameter = parameter + parameter_at;
+  tensor.m = m + m_at;
+  tensor.v = v + v_at;
+  Run run = run_at<length>(column, columns, false, args.first_element + uint(element));
+  float values[length];
+  load_values<length>(gradient + gradient_at, gradient_strides[last], run, values);
+  update_run<length>(
       tensor,
-      place,
-      args.first_element + uint(at),
-      tensor_step(args, args.number, scalars, step, Format<S>::has_codes));
+      parameter_strides[last],
+      values,
+      run,
+      load_step(args.step, args.number, scalars, step, Format<S>::is_quantized));
 }

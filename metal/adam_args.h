@@ -1,12 +1,14 @@
-// What host (csrc/metal/adam.cpp) and shader (metal/adam.metal) must agree on: buffer indices, argument structs, tile sizes.
+// Shared by host (csrc/metal/adam.cpp) and shader (metal/adam.metal): buffer indices, argument structs, sizes.
 // Valid C++ and MSL; structs hold only 32-bit fields so that both lay them out alike.
 #pragma once
 
 #include "math/adam_rule.h"
+#include "math/random_bits.h"
 
 namespace fused_adam {
 
-// Buffers of every kernel. Those of tensor t of adam_group follow each other from kFirstTensor + t * kBuffersPerTensor.
+// Buffers of every kernel. Tensor t of adam_group has kBuffersPerTensor of them from kFirstTensor + t *
+// kBuffersPerTensor on.
 enum AdamBuffer {
   kArgs = 0,
   kScalars = 1,
@@ -25,11 +27,11 @@ enum AdamBuffer {
   kGradientStrides = 11,
   kMStrides = 12,
   kVStrides = 13,
-  // What some formats have beside the values; read only where the formats have it:
-  kRemainder = 14,
+  // Auxiliary arrays, read only where the formats have them:
+  kCorrection = 14,
   kMScale = 15,
   kVScale = 16,
-  kNewRemainder = 17,
+  kNewCorrection = 17,
   kNewMScale = 18,
   kNewVScale = 19,
   // The last that Metal has; read only where something is rounded stochastically.
@@ -40,41 +42,34 @@ enum AdamLimits {
   kBuffersPerTensor = 7,
   kGroupTensors = 4,  // 2 + 4 * 7 buffers and kStep: Metal's 31
   kThreads = 256,     // of a threadgroup, in every kernel
-  // A thread of the other kernels than adam_general updates a run of elements: kShortRun where all the tensor's arrays are
-  // float32, else kLongRun. Memory is loaded and stored kRunBytes at a time, codes half as much, where alignment allows.
+  // A thread updates a run of elements: kShortRun where all of the tensor's arrays are float32, else kLongRun; in
+  // adam_general one element, unless the state is quantized. Where alignment allows, kRunBytes are loaded and stored at
+  // a time, half as many of quantized state.
   kRunBytes = 16,
   kShortRun = 4,
   kLongRun = 8,
-  // A block of codes has this many runs, of neighbouring threads: so in every kernel, adam_general too.
-  kBlockThreads = 4,
-  kTileRuns = 8,  // along a side of the tile that adam_tiled transposes: a cache line of 128 bytes
+  kBlockThreads = 4,  // neighbouring threads whose runs make up a block of quantized state
+  kTileRuns = 8,      // along a side of the tile that adam_tiled transposes: a cache line of 128 bytes
 };
 
-// Results that are rounded stochastically.
-enum RoundingFlags { kRoundParameter = 1, kRoundM = 2, kRoundV = 4 };
-
-struct RoundingArgs {
-  unsigned int flags;
-  unsigned int seed_low;
-  unsigned int seed_high;
-};
-
-// The buffer of scalars is one of AdamScalarCounts (adam_rule.h).
-struct LinearArgs {
+// Shared by all tensors of a node.
+struct StepArgs {
   AdamConstants constants;
-  unsigned int scalar_count;
-  RoundingArgs rounding;
-  unsigned int number;         // of the tensor
+  RoundingRequest rounding;
+  unsigned int scalar_count;  // of ScalarCounts (adam_rule.h)
+};
+
+struct LinearArgs {
+  StepArgs step;
+  unsigned int number;         // of the tensor, in the random bits
   unsigned int first_element;  // of the tensor that the dispatch updates, in row-major order
-  unsigned int size;
-  unsigned int row_length;  // of codes, whose blocks begin anew with each row
-  unsigned int vectors;     // whether every run begins at a multiple of kRunBytes in every buffer
+  // All of the dispatch's elements; with quantized state, those of a row, after which blocks begin anew.
+  unsigned int row_length;
+  unsigned int vectors;  // whether every run begins at a multiple of kRunBytes in every buffer
 };
 
 struct GroupArgs {
-  AdamConstants constants;
-  unsigned int scalar_count;
-  RoundingArgs rounding;
+  StepArgs step;
   unsigned int numbers[kGroupTensors];
   unsigned int sizes[kGroupTensors];
   unsigned int vectors[kGroupTensors];
@@ -83,9 +78,7 @@ struct GroupArgs {
 };
 
 struct TiledArgs {
-  AdamConstants constants;
-  unsigned int scalar_count;
-  RoundingArgs rounding;
+  StepArgs step;
   unsigned int number;
   unsigned int rows;
   unsigned int columns;
@@ -94,9 +87,7 @@ struct TiledArgs {
 };
 
 struct GeneralArgs {
-  AdamConstants constants;
-  unsigned int scalar_count;
-  RoundingArgs rounding;
+  StepArgs step;
   unsigned int number;
   unsigned int first_element;
   unsigned int axes;  // at least 2

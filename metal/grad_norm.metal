@@ -1,6 +1,7 @@
-// The Metal kernels that sum the squares of gradients (G), for their global norm: one read of each gradient, float32 sums.
-// A threadgroup sums kNormSpan elements to a partial sum, and norm_total sums those: in an order that depends on sizes alone.
-// Compiled on the user's machine from the string that the build embeds; csrc/metal/grad_norm.cpp adds the instantiations.
+// The Metal kernels that sum the squares of gradients (G), for their global norm: one read of each gradient, float32
+// sums. A threadgroup sums kNormSpan elements to a partial sum, and norm_total sums those: in an order that depends on
+// sizes alone. Compiled on the user's machine from the string that the build embeds; csrc/metal/grad_norm.cpp adds the
+// instantiations.
 #include <metal_stdlib>
 
 #include "adam_args.h"
@@ -70,7 +71,7 @@ template <typename G>
   for (; at < count; at += kNormThreads * length) {
     if (args.vectors[which] != 0 && at + length <= count) {
       float values[length];
-      load_run<length>(from + at, values);
+      load_vectors<length>(from + at, values);
       for (uint k = 0; k < length; ++k) {
         sum = add_square(sum, values[k]);
       }

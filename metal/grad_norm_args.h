@@ -1,4 +1,5 @@
-// What host (csrc/metal/grad_norm.cpp) and shader (metal/grad_norm.metal) must agree on. Valid C++ and MSL; 32-bit fields only.
+// What host (csrc/metal/grad_norm.cpp) and shader (metal/grad_norm.metal) must agree on. Valid C++ and MSL; 32-bit
+// fields only.
 #pragma once
 
 namespace fused_adam {

@@ -1,4 +1,4 @@
-// Runs of elements that a thread loads and stores 16 bytes at a time. Metal only; included by the shaders.
+// Loads and stores a thread's run of N elements: by vectors of kRunBytes, or half of that, or one by one. Metal only.
 #pragma once
 
 #include <metal_stdlib>
@@ -8,39 +8,71 @@
 using namespace metal;
 using namespace fused_adam;
 
-// Element k of 16 bytes, and back: names for bits, no arithmetic. For 16-bit types, and for float.
-template <typename T>
-inline T get_element(uint4 words, uint k, T) {
-  return as_type<T>(ushort(words[k / 2] >> (16 * (k % 2))));
-}
-inline float get_element(uint4 words, uint k, float) { return as_type<float>(words[k]); }
-template <typename T>
-inline void set_element(thread uint4& words, uint k, T value) {
-  words[k / 2] |= uint(as_type<ushort>(value)) << (16 * (k % 2));
-}
-inline void set_element(thread uint4& words, uint k, float value) {
-  words[k] = as_type<uint>(value);
-}
+// The unsigned integer of as many bytes.
+template <uint bytes>
+struct Unsigned {
+  typedef uint type;
+};
+template <>
+struct Unsigned<2> {
+  typedef ushort type;
+};
+template <>
+struct Unsigned<1> {
+  typedef uchar type;
+};
 
+// Elements of type T as the bits of a vector: names for bits, no arithmetic.
+template <typename T, uint N>
+struct Vector {
+  enum {
+    words = N * sizeof(T) >= kRunBytes ? 4 : 2,
+    elements = N * sizeof(T) >= kRunBytes ? kRunBytes / sizeof(T) : N,
+    elements_per_word = 4 / sizeof(T),
+    bits = 8 * sizeof(T)
+  };
+  typedef vec<uint, words> type;
+};
+
+// At an address that is a multiple of the vector's size; N is a multiple of its elements.
 template <uint N, typename T, typename Value>
-inline void load_run(const device T* from, thread Value* values) {
-  constexpr uint count = kRunBytes / sizeof(T);
-  for (uint start = 0; start < N; start += count) {
-    uint4 words = *(const device uint4*)(from + start);
-    for (uint k = 0; k < count; ++k) {
-      values[start + k] = Value(get_element(words, k, T(0)));
+inline void load_vectors(const device T* from, thread Value* values) {
+  typedef Vector<T, N> V;
+  for (uint start = 0; start < N; start += V::elements) {
+    typename V::type words = *(const device typename V::type*)(from + start);
+    for (uint k = 0; k < V::elements; ++k) {
+      uint word = words[k / V::elements_per_word] >> (V::bits * (k % V::elements_per_word));
+      values[start + k] = Value(as_type<T>(typename Unsigned<sizeof(T)>::type(word)));
     }
   }
 }
 
-template <uint N, typename T, typename Value>
-inline void store_run(device T* to, const thread Value* values) {
-  constexpr uint count = kRunBytes / sizeof(T);
-  for (uint start = 0; start < N; start += count) {
-    uint4 words = uint4(0);
-    for (uint k = 0; k < count; ++k) {
-      set_element(words, k, T(values[start + k]));
+template <uint N, typename T>
+inline void store_vectors(device T* to, const thread T* values) {
+  typedef Vector<T, N> V;
+  for (uint start = 0; start < N; start += V::elements) {
+    typename V::type words = typename V::type(0);
+    for (uint k = 0; k < V::elements; ++k) {
+      uint word = as_type<typename Unsigned<sizeof(T)>::type>(values[start + k]);
+      words[k / V::elements_per_word] |= word << (V::bits * (k % V::elements_per_word));
     }
-    *(device uint4*)(to + start) = words;
+    *(device typename V::type*)(to + start) = words;
+  }
+}
+
+// The first `count` elements, `stride` apart; zeros beyond them.
+template <uint N, typename T, typename Value>
+inline void load_elements(const device T* from, int64_t stride, uint count, thread Value* values) {
+  for (uint k = 0; k < N; ++k) {
+    values[k] = k < count ? Value(from[int64_t(k) * stride]) : Value(0);
+  }
+}
+
+template <uint N, typename T>
+inline void store_elements(device T* to, uint count, const thread T* values) {
+  for (uint k = 0; k < N; ++k) {
+    if (k < count) {
+      to[k] = values[k];
+    }
   }
 }

@@ -1,8 +1,9 @@
 """Chooses what the tests exercise, by the environment variable DEVICE: cpu, gpu, or emulated (the Metal path on Linux).
 
-Unset, tests that ask for the fixture `device` run on everything this machine has, in one process. Set, the whole run obeys,
-the processes that tests start too: for `emulated` the package that they import is the emulated one (emulator/build.py).
-With FUSED_ADAM_EMULATED_GPU=1 as well, DEVICE=gpu means the emulated one, and the suite behaves as it would on a Mac.
+Unset, tests that ask for the fixture `device` run on everything this machine has, in one process. Set, the whole run
+obeys, the processes that tests start too: for `emulated` the package that they import is the emulated one
+(emulator/build.py). With FUSED_ADAM_EMULATED_GPU=1 as well, DEVICE=gpu means the emulated one, and the suite behaves as
+it would on a Mac.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if DEVICE == "emulated" or IS_EMULATED_GPU:
     build.enter()  # before the package is imported
 
 from mlx_fused_adam import _backends, _operation  # noqa: E402
-from support.extension_users import use_extension  # noqa: E402
+from support.extension import extension_of_the_cpu, use_extension  # noqa: E402
 
 # Examples derive from the test's name, so a failure repeats; the fixture `device` keeps no state between examples.
 settings.register_profile(
@@ -64,6 +65,16 @@ def pytest_configure(config: pytest.Config) -> None:
         # A shell's background jobs ignore it, and so would the processes that tests interrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "cpu_only: about the CPU back end, whatever else there is")
+    config.addinivalue_line("markers", "tools: needs a heavy tool (support/tools.py)")
+
+
+def pytest_report_header() -> str:
+    """Says what the minutes of silence are for."""
+    devices = _devices()
+    text = f"device: {', '.join(devices)} (DEVICE chooses one)"
+    if "emulated" in devices and not build.is_built():
+        text += "; the first tests build the emulated Metal extension, which takes a minute or two"
+    return text
 
 
 # Files whose few tests take minutes: one that comes last would keep a single process busy.
@@ -88,6 +99,12 @@ def emulated_extension():
 
 
 @pytest.fixture(scope="session")
+def cpu_extension(emulated_extension):
+    """The extension whose kernels are the CPU's, to compare the emulated one with."""
+    return extension_of_the_cpu(emulated_extension)
+
+
+@pytest.fixture(scope="session")
 def emulator():
     """The module that runs single kernels and steers the emulated extension."""
     return build.load_emulator()
@@ -102,8 +119,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     # Self-checked once for all tests; test_self_check.py begins anew.
     monkeypatch.setattr(_backends, "_known", _known.setdefault(request.param, {}))
     if request.param == "emulated" and DEVICE is None:
-        emulated = request.getfixturevalue("emulated_extension")
-        use_extension(monkeypatch, emulated)
+        use_extension(monkeypatch, request.getfixturevalue("emulated_extension"))
     before = mx.default_device()
     mx.set_default_device(mx_device(request.param))
     yield request.param
@@ -153,7 +169,7 @@ def is_hostile(device: str) -> bool:
 
 @pytest.fixture
 def backend_name(device: str, is_emulated: bool) -> str:
-    """What an optimizer's `backend` says on the test's device."""
+    """The value of an optimizer's `backend` on the test's device."""
     return "metal (emulated)" if is_emulated else {"cpu": "cpu", "gpu": "metal"}[device]
 
 
@@ -173,7 +189,7 @@ def extension(device: str):
 
 @pytest.fixture(scope="session")
 def process_backend(process_device: str) -> str:
-    """What updates parameters in the processes that a test starts."""
+    """The back end that updates parameters in the processes that a test starts."""
     if DEVICE == "emulated" or IS_EMULATED_GPU:
         return "metal (emulated)"
     return {"cpu": "cpu", "gpu": "metal"}[process_device]
@@ -183,14 +199,12 @@ def process_backend(process_device: str) -> str:
 def assert_equal(device: str, is_hostile: bool):
     """assert_equal(actual, expected, what, slack=0): every element, bit for bit up to the sign of NaN.
 
-    `expected` is rounded to the dtype of `actual`. A GPU may flush float32's subnormal numbers, and be off by `slack` before
-    it rounds: oracle.slack_on_gpu for a parameter, nothing for m and v.
+    `expected` is rounded to the dtype of `actual`. A GPU may flush float32's subnormal numbers, and be off by `slack`
+    before it rounds: oracle.slack_on_gpu for a parameter, nothing for m and v.
     """
     is_exact = device != "gpu" and not is_hostile
 
-    def check(
-        actual: mx.array, expected: np.ndarray, what: str, slack: np.ndarray | float = 0.0
-    ) -> None:
+    def check(actual: mx.array, expected: np.ndarray, what: str, slack: np.ndarray | float = 0.0) -> None:
         actual_values = oracle.to_numpy(actual)
         unrounded = np.asarray(expected, np.float64)
         expected = oracle.store(unrounded, actual.dtype)
@@ -199,9 +213,7 @@ def assert_equal(device: str, is_hostile: bool):
         if not is_exact:
             allowed = np.asarray(slack) + oracle.FLUSHED
             low = oracle.store(unrounded - allowed, actual.dtype)
-            right |= (low <= actual_values) & (
-                actual_values <= oracle.store(unrounded + allowed, actual.dtype)
-            )
+            right |= (low <= actual_values) & (actual_values <= oracle.store(unrounded + allowed, actual.dtype))
         wrong = ~right
         if wrong.any():
             at = tuple(int(i) for i in np.argwhere(wrong)[0])

@@ -128,9 +128,7 @@ def _record(
         optimizer.update(model, gradients)
         mx.eval(model.state, optimizer.state, gradients)
         found = dict(tree_flatten(gradients))
-        kept.append(
-            np.concatenate([_blocks(np.array(found[path]))[rows] for path, rows in chosen.items()])
-        )
+        kept.append(np.concatenate([_blocks(np.array(found[path]))[rows] for path, rows in chosen.items()]))
     return np.stack(kept)
 
 

@@ -1,7 +1,8 @@
-"""Ways to store m and v in 8 or 16 bits, simulated in NumPy for bench/int8_state.py: values, scale of a block, rounding.
+"""Ways to store m and v in 8 or 16 bits, simulated in NumPy for bench/int8_state.py: values, scale of a block,
+rounding.
 
-A quantized state is a table of its non-negative values, in units of the block's scale; m also has a sign. `Stored.put` does
-what a store and the next load make of numbers.
+A quantized state is a table of its non-negative values, in units of the block's scale; m also has a sign. `Stored.put`
+does what a store and the next load make of numbers.
 """
 
 from collections.abc import Iterator
@@ -54,9 +55,10 @@ M_TABLES = {
 class Storage:
     """A way to store m or v: its table, or "bfloat16" or "float32", and the rounding of values and scales.
 
-    rounding  "nearest"; "random": up with the probability that makes the mean right; "even": the same with multiples of the
-              golden ratio, from a random start per element, in place of random numbers
-    scale     "power of 2": the least one not below the block's maximum; "bf16": the maximum, rounded up; "maximum": itself
+    rounding  "nearest"; "random": up with the probability that makes the mean right; "even": the same with multiples of
+              the golden ratio, from a random start per element, in place of random numbers
+    scale     "power of 2": the least one not below the block's maximum; "bf16": the maximum, rounded up; "maximum":
+    itself
     """
 
     table: str

@@ -1,7 +1,7 @@
 """One training of the character model for bench/precision.py: parameters of a dtype, an optimizer, its options.
 
-Each run has the same batches in the same order. With 16-bit parameters, forward and backward are in 16 bits too, except for
-the loss itself.
+Each run has the same batches in the same order. With 16-bit parameters, forward and backward are in 16 bits too, except
+for the loss itself.
 """
 
 import math
@@ -93,8 +93,7 @@ def train(setting: Setting, steps: int, device: str, is_small: bool = False) -> 
         losses.append(loss.item())
     mx.random.seed(0)
     held_out = [
-        mean_loss(model, *text.batch(text.held_out, HELD_OUT_BATCH_SIZE)).item()
-        for _ in range(HELD_OUT_BATCHES)
+        mean_loss(model, *text.batch(text.held_out, HELD_OUT_BATCH_SIZE)).item() for _ in range(HELD_OUT_BATCHES)
     ]
     if not all(map(math.isfinite, [*losses, *held_out])):
         raise Rejected(f"{setting.name} diverged: a loss is not finite")
@@ -124,7 +123,5 @@ def _results(
         "state_bytes_per_parameter": sum(x.nbytes for _, x in state) / count,
         "final_loss": round(float(np.mean(losses[-last:])), 6),
         "held_out_loss": round(float(np.mean(held_out)), 6),
-        "mean_losses": [
-            round(float(np.mean(losses[i : i + n])), 5) for i in range(0, len(losses), n)
-        ],
+        "mean_losses": [round(float(np.mean(losses[i : i + n])), 5) for i in range(0, len(losses), n)],
     }

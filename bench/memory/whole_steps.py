@@ -44,9 +44,7 @@ def measure(
     return results
 
 
-def memory_of_step(
-    task: Task, name: str, device: str, warm_up_steps: int = 2, steps: int = 3
-) -> Memory:
+def memory_of_step(task: Task, name: str, device: str, warm_up_steps: int = 2, steps: int = 3) -> Memory:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_memory, task, name, device, warm_up_steps, steps).result()
 

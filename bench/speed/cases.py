@@ -24,10 +24,7 @@ SIDES = [(25, 40), (250, 400), (1000, 1000), (2048, 2048), (4096, 4096)]
 GROWTH_THREADS = (1, 2, 8)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 OPTIONS_OF = {"float32": names.OF_FLOAT32, "bfloat16": names.OF_BFLOAT16}
-TIMED_OPTIONS_OF = {
-    dtype: (*OPTIONS_OF.get(dtype, ()), names.CLIPPING)
-    for dtype in ("float32", "bfloat16", "float16")
-}
+TIMED_OPTIONS_OF = {dtype: (*OPTIONS_OF.get(dtype, ()), names.CLIPPING) for dtype in ("float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)

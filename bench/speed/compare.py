@@ -1,4 +1,6 @@
-"""Compares the implementations on one case: checks each one's step, times those that are correct, counts their memory."""
+"""Compares the implementations on one case: checks each one's step, times those that are correct, counts their
+memory.
+"""
 
 import gc
 from collections.abc import Callable

@@ -1,8 +1,9 @@
-"""Copy bandwidth, the limit to compare an update with: a plain copy that moves as many bytes as the update reads and writes.
+"""Copy bandwidth, the limit to compare an update with: a plain copy that moves as many bytes as the update reads and
+writes.
 
-On a GPU, MLX computes `x + 0`. On the CPU, NumPy does so in place, as the update is in place (a store to other memory reads it
-first, which takes a third of the bandwidth), in as many threads as the kernels: NumPy releases the GIL. More than PIECE_BYTES,
-which is much larger than caches, are copied in pieces.
+On a GPU, MLX computes `x + 0`. On the CPU, NumPy does so in place, as the update is in place (a store to other memory
+reads it first, which takes a third of the bandwidth), in as many threads as the kernels: NumPy releases the GIL. More
+than PIECE_BYTES, which is much larger than caches, are copied in pieces.
 """
 
 from concurrent.futures import ThreadPoolExecutor

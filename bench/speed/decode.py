@@ -1,4 +1,6 @@
-"""Elements of arrays and of optimizer states as float64, quantized state decoded by tables, independent of the kernels."""
+"""Elements of arrays and of optimizer states as float64, quantized state decoded by tables, independent of the
+kernels.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -38,9 +40,7 @@ def moments(state: dict[str, mx.array], indices: np.ndarray) -> dict[str, np.nda
         scale = state[f"{name}_scale"]
         code = found[name].astype(np.int64)
         value = V_OF_CODE[code] if name == "v" else np.sign(code) * M_OF_CODE[np.abs(code)]
-        found[name] = value.astype(np.float64) * take(
-            scale, row * scale.shape[-1] + column // BLOCK
-        )
+        found[name] = value.astype(np.float64) * take(scale, row * scale.shape[-1] + column // BLOCK)
     return found
 
 

@@ -1,7 +1,8 @@
-"""Implementations of one Adam step: this package (fused), with options and other numbers of threads, and mlx.optimizers.
+"""Implementations of one Adam step: this package (fused), with options and other numbers of threads, and
+mlx.optimizers.
 
-Each has `step()`, which returns when the update is done and the old arrays are released, as in a training loop. They take
-turns on one set of parameters and state; torch's (torch_adam.py) has copies of the same values.
+Each has `step()`, which returns when the update is done and the old arrays are released, as in a training loop. They
+take turns on one set of parameters and state; torch's (torch_adam.py) has copies of the same values.
 """
 
 import sys
@@ -130,7 +131,8 @@ class ClippedMlxAdam(MlxAdam):
 class OptionAdam(MlxAdam):
     """Fused with options. It has its own state, made from the problem's; the parameters are shared.
 
-    Others change the parameters between its steps, so its corrections no longer belong to them, as after loading weights.
+    Others change the parameters between its steps, so its corrections no longer belong to them, as after loading
+    weights.
     """
 
     def __init__(self, name: str, problem: Problem, eager: "OptionAdam | None" = None):

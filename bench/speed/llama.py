@@ -20,9 +20,7 @@ class Attention(nn.Module):
 
         queries, keys = self.rope(heads(self.q_proj(x))), self.rope(heads(self.k_proj(x)))
         scale = self.sizes.head_dims**-0.5
-        mixed = mx.fast.scaled_dot_product_attention(
-            queries, keys, heads(self.v_proj(x)), scale=scale, mask="causal"
-        )
+        mixed = mx.fast.scaled_dot_product_attention(queries, keys, heads(self.v_proj(x)), scale=scale, mask="causal")
         return self.o_proj(mixed.swapaxes(1, 2).flatten(2))
 
 

@@ -88,8 +88,7 @@ class Problem:
             return x
 
         state: dict[str, Any] = {
-            t.path: {"m": uniform(t.shape, -0.1, 0.1), "v": uniform(t.shape, 5e-4, 2e-3)}
-            for t in tensors
+            t.path: {"m": uniform(t.shape, -0.1, 0.1), "v": uniform(t.shape, 5e-4, 2e-3)} for t in tensors
         }
         state["step"] = mx.array(START, mx.uint64)
         state["learning_rate"] = mx.array(SETTINGS.learning_rate)
@@ -101,10 +100,7 @@ class Problem:
         if dtype == self.dtype:
             return self.state
         if dtype not in self._other_states:
-            state = {
-                path: {k: self.state[path][k].astype(dtype) for k in "mv"}
-                for path in self.parameters
-            }
+            state = {path: {k: self.state[path][k].astype(dtype) for k in "mv"} for path in self.parameters}
             state |= {name: self.state[name] + 0 for name in ("step", "learning_rate")}
             mx.eval(state)
             self._other_states[dtype] = state
@@ -139,9 +135,7 @@ def sampled_indices(tensor: ParameterShape, most: int, seed: int = 0) -> np.ndar
         return np.arange(tensor.size)
     end = most // 8
     inner = np.random.default_rng(seed).integers(end, tensor.size - end, most - 2 * end)
-    return np.concatenate(
-        [np.arange(end), np.sort(inner), np.arange(tensor.size - end, tensor.size)]
-    )
+    return np.concatenate([np.arange(end), np.sort(inner), np.arange(tensor.size - end, tensor.size)])
 
 
 def check_step(implementation: Checked, around_step: Callable[[Callable], object]) -> float:
@@ -174,9 +168,7 @@ def _magnitudes(before: Values) -> Values:
     return absolute | {"parameter": np.zeros_like(absolute["parameter"])}
 
 
-def _error(
-    old: np.ndarray, right: np.ndarray, got: np.ndarray, scale: np.ndarray, dtype: mx.Dtype
-) -> float:
+def _error(old: np.ndarray, right: np.ndarray, got: np.ndarray, scale: np.ndarray, dtype: mx.Dtype) -> float:
     """The largest error as a multiple of what rounding explains."""
     stored = STORED_ERROR[dtype] * np.maximum(np.abs(old), np.abs(right))
     allowed = RELATIVE_ERROR[dtype] * np.abs(scale) + stored

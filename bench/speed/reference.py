@@ -1,8 +1,8 @@
 """The reference for everything: Adam in NumPy float64, written from the papers, independent of the kernels.
 
-Kingma & Ba 2015; Loshchilov & Hutter 2019; in the form of mlx.optimizers. `exact` rounds nothing. `stepwise` rounds each
-operation's result to float32 (float64 holds each one exactly enough that this is IEEE float32 arithmetic), so a float32
-kernel must match it bit for bit. Benchmarks and tests use it.
+Kingma & Ba 2015; Loshchilov & Hutter 2019; in the form of mlx.optimizers. `exact` rounds nothing. `stepwise` rounds
+each operation's result to float32 (float64 holds each one exactly enough that this is IEEE float32 arithmetic), so a
+float32 kernel must match it bit for bit. Benchmarks and tests use it.
 """
 
 from __future__ import annotations

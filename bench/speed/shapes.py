@@ -11,8 +11,8 @@ class ParameterShape(NamedTuple):
     path: str
     shape: tuple[int, ...]
     column_major: bool = False
-    # The gradient's axes in memory, outermost first (default: in order, or reversed where it is column-major), those that
-    # run backwards, and its innermost stride.
+    # The gradient's axes in memory, outermost first (default: in order, or reversed where it is column-major), those
+    # that run backwards, and its innermost stride.
     axes: tuple[int, ...] = ()
     flipped: tuple[int, ...] = ()
     spread: int = 1
@@ -62,11 +62,7 @@ class LlamaSizes(NamedTuple):
 
     def all_linears(self) -> dict[str, tuple[int, int]]:
         """All linear layers of a block, by path."""
-        return {
-            f"{part}.{name}": shape
-            for part in ("self_attn", "mlp")
-            for name, shape in self.linears(part).items()
-        }
+        return {f"{part}.{name}": shape for part in ("self_attn", "mlp") for name, shape in self.linears(part).items()}
 
     def has_bias(self, name: str) -> bool:
         return self.attention_bias and name in ("q_proj", "k_proj", "v_proj")
@@ -112,9 +108,7 @@ def lora(model: LlamaSizes, rank: int) -> list[ParameterShape]:
     ]
 
 
-def gpt2(
-    vocabulary: int = 50257, dims: int = 768, layers: int = 12, context: int = 1024
-) -> list[ParameterShape]:
+def gpt2(vocabulary: int = 50257, dims: int = 768, layers: int = 12, context: int = 1024) -> list[ParameterShape]:
     tensors = [
         ParameterShape("wte.weight", (vocabulary, dims)),
         ParameterShape("wpe.weight", (context, dims)),

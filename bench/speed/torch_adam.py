@@ -59,10 +59,7 @@ class TorchAdam:
             "m": state["exp_avg"],
             "v": state["exp_avg_sq"],
         }
-        return {
-            name: x.flatten()[where].float().cpu().numpy().astype(np.float64)
-            for name, x in tensors.items()
-        }
+        return {name: x.flatten()[where].float().cpu().numpy().astype(np.float64) for name, x in tensors.items()}
 
     def expect(self, before: Values) -> Values:
         return adam_step(before, self.steps + 1)

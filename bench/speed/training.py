@@ -53,10 +53,7 @@ class Task(ABC):
         gradients = self.gradients(model)
         mx.eval(gradients)
         parameters = tree_flatten(model.trainable_parameters())
-        return [
-            ParameterShape(path, p.shape, is_column_major(gradients[path]))
-            for path, p in parameters
-        ]
+        return [ParameterShape(path, p.shape, is_column_major(gradients[path])) for path, p in parameters]
 
 
 @dataclass(frozen=True)

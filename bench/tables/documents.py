@@ -1,6 +1,7 @@
 """Writes tables into README.md and docs/, between `<!-- bench:NAME -->` and `<!-- end -->`, from bench/results.
 
-`python bench/write_tables.py` writes them all; a command with `--publish` does so after its run. Prose is written by hand.
+`python bench/write_tables.py` writes them all; a command with `--publish` does so after its run. Prose is written by
+hand.
 """
 
 import re

@@ -67,9 +67,7 @@ def over_row_major(cases: list[Case]) -> Metric:
     """The fused time with a column-major gradient over that of the same case with a row-major one."""
     alike = ("suite", "case", "dtype")
     row_major = {
-        tuple(case[k] for k in alike): measured(case, FUSED)
-        for case in cases
-        if case["gradient_layout"] == "row-major"
+        tuple(case[k] for k in alike): measured(case, FUSED) for case in cases if case["gradient_layout"] == "row-major"
     }
 
     def of(case: Case) -> float | None:

@@ -63,9 +63,7 @@ def _models(part: Any, cases: list[Case]) -> None:
     part.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
-def _bars(
-    axes: Any, cases: list[Case], key: str, unit: float, text_of: Callable[[float | None], str]
-) -> None:
+def _bars(axes: Any, cases: list[Case], key: str, unit: float, text_of: Callable[[float | None], str]) -> None:
     shown = [name for name in COLOURS if name != names.COPY]
     height = 0.8 / len(shown)
     for k, name in enumerate(shown):
@@ -173,15 +171,12 @@ def _distinct(results: dict[str, Any], dtype: str) -> list[dict[str, Any]]:
     return [
         row
         for row in results["rows"]
-        if row["dtype"] == dtype
-        and not names.OPTIONS.get(row["implementation"], {}).get("stochastic_rounding")
+        if row["dtype"] == dtype and not names.OPTIONS.get(row["implementation"], {}).get("stochastic_rounding")
     ]
 
 
 def _label(name: str) -> str:
     if name not in names.OPTIONS:
         return {names.FUSED: "fused, default options"}.get(name, name)
-    code = names.as_code(names.OPTIONS[name]).replace(
-        "master_weights=True, ", "master_weights=True,\n"
-    )
+    code = names.as_code(names.OPTIONS[name]).replace("master_weights=True, ", "master_weights=True,\n")
     return f"fused, {code}"

@@ -36,9 +36,7 @@ def over_reference(results: Results, run: Run, key: str = "final_loss") -> float
 
 def noise(results: Results, key: str = "final_loss") -> float | None:
     """The largest difference of float32 runs of other seeds from the reference, as a part of its loss."""
-    others = [
-        over_reference(results, x, key) for x in results["runs"] if is_float32(x) and x["seed"]
-    ]
+    others = [over_reference(results, x, key) for x in results["runs"] if is_float32(x) and x["seed"]]
     return max((abs(x) for x in others if x is not None), default=None)
 
 
@@ -105,14 +103,16 @@ def markdown(results: Results) -> str:
     seeds = [percent(noise(results, key), digits=2) for key in ("final_loss", "held_out_loss")]
     text = [
         "# Loss and memory of each option",
-        f"`{settings['command']}`, {settings['date']}; {versions}; device {machine['device']}, backend {machine['backend']}.",
+        f"`{settings['command']}`, {settings['date']}; {versions}; "
+        f"device {machine['device']}, backend {machine['backend']}.",
     ]
     if settings["not_publishable"]:
         reasons = "; ".join(settings["not_publishable"])
         text.append(f"**Provisional, not to be quoted:** {reasons}.")
     text += [
         f"A small character model, {settings['steps']} steps on the same batches. Final loss: the mean of the last "
-        f"{settings['final_steps']} steps. Held-out loss: of text that was not trained on. Float32 runs from other initial "
+        f"{settings['final_steps']} steps. Held-out loss: of text that was not trained on. "
+        "Float32 runs from other initial "
         f"parameters differ from the reference by up to {seeds[0]} (final) and {seeds[1]} (held-out). With bfloat16 "
         "parameters, activations and gradients are bfloat16 too; the loss itself is taken in float32.",
         table(COLUMNS, rows(results), left=2),

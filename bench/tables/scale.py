@@ -154,8 +154,7 @@ def bytes_table() -> str:
 
 def one_mac_table() -> str:
     rows = [
-        [setup.dtype, setup.code, *(count_text(usable(mac) / setup.bytes.total) for mac in MACS)]
-        for setup in SETUPS
+        [setup.dtype, setup.code, *(count_text(usable(mac) / setup.bytes.total) for mac in MACS)] for setup in SETUPS
     ]
     return table(["parameters", "options", *(f"{mac} GB" for mac in MACS)], rows, left=2)
 
@@ -163,8 +162,7 @@ def one_mac_table() -> str:
 def share_table(parameters: float = EXAMPLE) -> str:
     """A rank's share with every setup, for one size."""
     rows = [
-        [setup.dtype, setup.code, *(size_text(stored(setup, parameters, ranks)) for ranks in RANKS)]
-        for setup in SETUPS
+        [setup.dtype, setup.code, *(size_text(stored(setup, parameters, ranks)) for ranks in RANKS)] for setup in SETUPS
     ]
     columns = ["parameters", "options", "1 rank, or data parallel", *map(str, SHARDED_RANKS)]
     return table(columns, rows, left=2)

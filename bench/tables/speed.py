@@ -34,9 +34,9 @@ SUMMARY_COLUMNS = [
 ]  # fmt: skip
 SHOWN_COLUMNS = SUMMARY_COLUMNS.index("of copy") + 1  # in the documents
 LEGEND = """\
-× mlx.optimizers: its eager time over fused; × compiled: both compiled; × torch: torch.optim.Adam(fused=True) over fused.
-Below 1, fused is slower. Of copy: the time of a plain copy that moves as many bytes, over fused. Extra B/param: bytes that a
-fused step allocates at its peak, per parameter. Samples: the fewest of any implementation."""
+× mlx.optimizers: its eager time over fused; × compiled: both compiled; × torch: torch.optim.Adam(fused=True) over
+fused. Below 1, fused is slower. Of copy: the time of a plain copy that moves as many bytes, over fused. Extra B/param:
+bytes that a fused step allocates at its peak, per parameter. Samples: the fewest of any implementation."""
 
 
 def updates(results: Results) -> list[Case]:
@@ -165,8 +165,8 @@ OPTION_COLUMNS = [
     "case", "dtype", "gradients", "option", "stored B/param", "time", "× plain", "GB/s", "of copy", "extra B/param",
 ]  # fmt: skip
 OPTION_LEGEND = """\
-Stored B/param: parameters and state. × plain: the fused time without options over the option's. GB/s: of the option's own
-traffic; of copy: that over the copy's."""
+Stored B/param: parameters and state. × plain: the fused time without options over the option's. GB/s: of the option's
+own traffic; of copy: that over the copy's."""
 
 
 def option_rows(case: Case) -> list[list[str]]:
@@ -231,9 +231,7 @@ def memory_rows(case: Case) -> list[list[str]]:
             percent(ratio(name, theirs, "peak_bytes")(case)),
         ]
         for name in case["implementations"]
-        for theirs in [
-            names.MLX_COMPILED if name in (names.FUSED_COMPILED, names.MLX_COMPILED) else names.MLX
-        ]
+        for theirs in [names.MLX_COMPILED if name in (names.FUSED_COMPILED, names.MLX_COMPILED) else names.MLX]
     ]
 
 

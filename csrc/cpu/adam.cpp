@@ -20,11 +20,11 @@ namespace {
 // Where a node costs less than this many row-major elements, waking another thread costs more than it saves.
 constexpr size_t kWorthThreads = 1 << 15;
 
-// A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and could
-// not be updated in place: wait for it. Only where that read cannot depend on work that is yet to be queued, that is with a
-// single stream in the process, and where the caller waits for the results anyway; else a fresh buffer is the price.
-void await_pending_readers(const std::vector<NodeTensor>& tensors, const mx::array& output,
-                           mx::Stream stream) {
+// A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and
+// could not be updated in place: wait for it. Only where that read cannot depend on work that is yet to be queued, that
+// is with a single stream in the process, and where the caller waits for the results anyway; else a fresh buffer is the
+// price.
+void await_pending_readers(const std::vector<NodeTensor>& tensors, const mx::array& output, mx::Stream stream) {
   bool is_async = output.event().valid();
   for (auto& tensor : tensors) {
     for (size_t role = 0; role < Role::kCount; ++role) {
@@ -43,8 +43,7 @@ void await_pending_readers(const std::vector<NodeTensor>& tensors, const mx::arr
 // The values of an array, kept alive without its graph.
 template <typename T>
 struct Held {
-  explicit Held(const mx::array& x)
-      : values(x.data<T>()), size(x.size()), data(x.data_shared_ptr()) {}
+  explicit Held(const mx::array& x) : values(x.data<T>()), size(x.size()), data(x.data_shared_ptr()) {}
 
   const T* values;
   size_t size;

@@ -5,8 +5,7 @@
 
 namespace fused_adam::cpu {
 
-GatherPieces::GatherPieces(const Layout& layout, const bool (&gathered)[kArrays], size_t aligned)
-    : layout_(layout) {
+GatherPieces::GatherPieces(const Layout& layout, const bool (&gathered)[kArrays], size_t aligned) : layout_(layout) {
   auto& shape = layout_.shape;
   axis_ = shape.size() - 1;
   while (axis_ > 0 && inner_ * shape[axis_] <= kMost) inner_ *= shape[axis_--];
@@ -44,8 +43,7 @@ GatherPieces::Piece GatherPieces::operator[](size_t index) const {
   piece.start = (outer * length + row) * inner_;
   piece.size = std::min(rows_, length - row) * inner_;
   for (int array = 0; array < kArrays; ++array) {
-    piece.offsets[array] = tables_[array].empty() ? int64_t(piece.start)
-                                                  : int64_t(row) * layout_.strides[array][axis_];
+    piece.offsets[array] = tables_[array].empty() ? int64_t(piece.start) : int64_t(row) * layout_.strides[array][axis_];
   }
   for (size_t axis = axis_; axis-- > 0;) {
     int64_t at = outer % layout_.shape[axis];

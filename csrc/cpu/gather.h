@@ -1,6 +1,6 @@
-// Cuts a tensor whose arrays have any strides into pieces: runs of elements that follow each other in row-major order, few
-// enough to stay in the first-level cache. Within every piece of an array the elements are at the same distances from the
-// first, so one table of distances for each array takes the place of a division for each element.
+// Cuts a tensor whose arrays have any strides into pieces: runs of elements that follow each other in row-major order,
+// few enough to stay in the first-level cache. Within every piece of an array the elements are at the same distances
+// from the first, so one table of distances for each array takes the place of a division for each element.
 #pragma once
 
 #include <cstddef>
@@ -20,8 +20,8 @@ class GatherPieces {
 
   // None, for a layout that needs none.
   GatherPieces() = default;
-  // `gathered` says which arrays are read through a table; the others are row-major. A piece begins at a multiple of `aligned`
-  // elements of the last axis.
+  // `gathered` says which arrays are read through a table; the others are row-major. A piece begins at a multiple of
+  // `aligned` elements of the last axis.
   GatherPieces(const Layout& layout, const bool (&gathered)[kArrays], size_t aligned);
 
   struct Piece {
@@ -33,9 +33,7 @@ class GatherPieces {
   size_t count() const { return count_; }
   Piece operator[](size_t index) const;
   // The distances of a piece's elements from its first, or null for a row-major array.
-  const int64_t* table(int array) const {
-    return tables_[array].empty() ? nullptr : tables_[array].data();
-  }
+  const int64_t* table(int array) const { return tables_[array].empty() ? nullptr : tables_[array].data(); }
 
  private:
   Layout layout_;

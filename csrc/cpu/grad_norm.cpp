@@ -51,8 +51,7 @@ class GradientSum {
     auto& kernels = cpu::kernels();
     if (is_linear_) {
       size_t start = unit * kRun;
-      return kernels.sum_of_squares({values_ + start * bytes_}, format_,
-                                    std::min(kRun, size_ - start));
+      return kernels.sum_of_squares({values_ + start * bytes_}, format_, std::min(kRun, size_ - start));
     }
     alignas(64) char gathered[cpu::GatherPieces::kMost * sizeof(float)];
     auto gather = bytes_ == sizeof(float) ? kernels.gather_4_bytes : kernels.gather_2_bytes;
@@ -77,8 +76,7 @@ class GradientSum {
 };
 
 float as_float(double sum) {
-  return sum > std::numeric_limits<float>::max() ? std::numeric_limits<float>::infinity()
-                                                 : float(sum);
+  return sum > std::numeric_limits<float>::max() ? std::numeric_limits<float>::infinity() : float(sum);
 }
 
 }  // namespace
@@ -99,13 +97,11 @@ void SumOfSquares::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
   }
   encoder.set_output_array(outputs[0]);
   encoder.dispatch([gradients = std::move(gradients), first_units = std::move(first_units),
-                    sums = std::vector<double>(units), size,
-                    result = outputs[0].data<float>()]() mutable {
+                    sums = std::vector<double>(units), size, result = outputs[0].data<float>()]() mutable {
     // From the last to the first: the update that follows begins with what was read last.
     auto run = [&](size_t i_from_end) {
       size_t unit = sums.size() - 1 - i_from_end;
-      size_t i =
-          std::upper_bound(first_units.begin(), first_units.end(), unit) - first_units.begin() - 1;
+      size_t i = std::upper_bound(first_units.begin(), first_units.end(), unit) - first_units.begin() - 1;
       sums[unit] = gradients[i].run(unit - first_units[i]);
     };
     if (size < kWorthThreads) {

@@ -27,9 +27,8 @@ std::vector<KernelSet> find_supported() {
   std::vector<KernelSet> sets;
 #if defined(FUSED_ADAM_X86_LEVELS)
   __builtin_cpu_init();
-  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-            __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-            __builtin_cpu_supports("f16c");
+  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+            __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vl");
@@ -54,8 +53,8 @@ const KernelSet& choose() {
     if (!names.empty()) names += ", ";
     names += set.isa;
   }
-  throw std::invalid_argument("[cpu_isa] MLX_FUSED_ADAM_ISA must be one of " + names +
-                              " on this machine but got " + asked);
+  throw std::invalid_argument("[cpu_isa] MLX_FUSED_ADAM_ISA must be one of " + names + " on this machine but got " +
+                              asked);
 }
 
 }  // namespace
@@ -65,8 +64,6 @@ const KernelSet& kernels() {
   return chosen;
 }
 
-const KernelSet* supported_kernels(std::size_t i) {
-  return i < supported().size() ? &supported()[i] : nullptr;
-}
+const KernelSet* supported_kernels(std::size_t i) { return i < supported().size() ? &supported()[i] : nullptr; }
 
 }  // namespace fused_adam::cpu

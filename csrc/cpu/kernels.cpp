@@ -1,7 +1,7 @@
-// The CPU's inner loops: load -> rule -> store, vectorised by the compiler. CMake compiles this file once per instruction
-// set, with FUSED_ADAM_ISA naming it, FUSED_ADAM_HALF_HEADER its float16 conversions and
-// FUSED_ADAM_VECTOR_BYTES the width of its vectors. No standard container or algorithm may enter here: an inline function compiled
-// for a newer instruction set could be the copy that the linker keeps for everyone.
+// The CPU's inner loops: load -> rule -> store, vectorised by the compiler. CMake compiles this file once per
+// instruction set, with FUSED_ADAM_ISA naming it, FUSED_ADAM_HALF_HEADER its float16 conversions and
+// FUSED_ADAM_VECTOR_BYTES the width of its vectors. No standard container or algorithm may enter here: an inline
+// function compiled for a newer instruction set could be the copy that the linker keeps for everyone.
 #include "cpu/kernels.h"
 
 #include <type_traits>
@@ -13,8 +13,8 @@
 namespace fused_adam::cpu {
 namespace {
 
-// Formats known when the kernel is compiled, for what most tensors have; TensorFormats are known when it runs. One text for
-// both: a new format adds to the kernels and does not multiply them.
+// Formats known when the kernel is compiled, for what most tensors have; TensorFormats are known when it runs. One text
+// for both: a new format adds to the kernels and does not multiply them.
 template <Format format>
 struct AllIn {
   static constexpr Format parameter = format, gradient = format, m = format, v = format;
@@ -25,8 +25,7 @@ FUSED_ADAM_INLINE bool rounds(const TensorRounding& rounding, unsigned result) {
 }
 
 template <std::size_t count>
-FUSED_ADAM_INLINE void fill_random(ChunkRandom<count>& random, std::size_t first,
-                                   const TensorRounding& rounding) {
+FUSED_ADAM_INLINE void fill_random(ChunkRandom<count>& random, std::size_t first, const TensorRounding& rounding) {
   auto start = std::uint32_t(first);
   if (rounds(rounding, kRoundM | kRoundV)) {
     FUSED_ADAM_VECTORIZE
@@ -43,11 +42,10 @@ FUSED_ADAM_INLINE void fill_random(ChunkRandom<count>& random, std::size_t first
 }
 
 template <std::size_t count, typename Formats>
-FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std::size_t element,
-                                    const Formats& formats, AdamScalars<float> scalars,
-                                    AdamConstants constants, const TensorRounding& rounding) {
-  alignas(64) float parameter_buffer[count], gradient_buffer[count], m_buffer[count],
-      v_buffer[count];
+FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std::size_t element, const Formats& formats,
+                                    AdamScalars<float> scalars, AdamConstants constants,
+                                    const TensorRounding& rounding) {
+  alignas(64) float parameter_buffer[count], gradient_buffer[count], m_buffer[count], v_buffer[count];
   auto parameter = load_chunk<count>(run.parameter, formats.parameter, at, parameter_buffer);
   auto gradient = load_chunk<count>(run.gradient, formats.gradient, at, gradient_buffer);
   auto m = load_chunk<count>(run.m, formats.m, at, m_buffer);
@@ -57,8 +55,7 @@ FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std:
   auto new_v = chunk_target(run.new_v, formats.v, at, v_buffer);
   FUSED_ADAM_VECTORIZE
   for (std::size_t i = 0; i < count; ++i) {
-    AdamState<float> next =
-        adam_rule(AdamState<float>{parameter[i], m[i], v[i]}, gradient[i], scalars, constants);
+    AdamState<float> next = adam_rule(AdamState<float>{parameter[i], m[i], v[i]}, gradient[i], scalars, constants);
     new_parameter[i] = next.parameter;
     new_m[i] = next.m;
     new_v[i] = next.v;
@@ -75,11 +72,9 @@ FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std:
 }
 
 template <typename Formats>
-__attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::size_t at,
-                                                  std::size_t count, std::size_t element,
-                                                  const Formats& formats,
-                                                  AdamScalars<float> scalars,
-                                                  AdamConstants constants,
+__attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::size_t at, std::size_t count,
+                                                  std::size_t element, const Formats& formats,
+                                                  AdamScalars<float> scalars, AdamConstants constants,
                                                   const TensorRounding& rounding) {
   PaddedChunk parameter, gradient, m, v;
   RunPointers padded = {parameter.load(run.parameter, formats.parameter, at, count),
@@ -96,9 +91,8 @@ __attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::s
 }
 
 template <std::size_t most, typename Formats>
-FUSED_ADAM_INLINE void update_as(const RunPointers& run, std::size_t first, std::size_t n,
-                                 const Formats& formats, AdamScalars<float> scalars,
-                                 AdamConstants constants, const TensorRounding& rounding) {
+FUSED_ADAM_INLINE void update_as(const RunPointers& run, std::size_t first, std::size_t n, const Formats& formats,
+                                 AdamScalars<float> scalars, AdamConstants constants, const TensorRounding& rounding) {
   std::size_t at = 0;
   for (; most > kChunk && at + most <= n; at += most) {
     update_chunk<most>(run, at, first + at, formats, scalars, constants, rounding);
@@ -113,9 +107,9 @@ FUSED_ADAM_INLINE void update_as(const RunPointers& run, std::size_t first, std:
 
 // The requests of the options are known when the kernel is compiled.
 template <typename Formats>
-FUSED_ADAM_INLINE void update_pairs(const RunPointers& run, std::size_t first, std::size_t n,
-                                    const Formats& formats, AdamScalars<float> scalars,
-                                    AdamConstants constants, const TensorRounding& rounding) {
+FUSED_ADAM_INLINE void update_pairs(const RunPointers& run, std::size_t first, std::size_t n, const Formats& formats,
+                                    AdamScalars<float> scalars, AdamConstants constants,
+                                    const TensorRounding& rounding) {
   auto with = [&](unsigned results) FUSED_ADAM_INLINE_LAMBDA {
     TensorRounding known{results, rounding.parameter_key, rounding.state_key, 0u};
     update_as<kChunk>(run, first, n, formats, scalars, constants, known);
@@ -137,8 +131,7 @@ void update(const RunPointers& run, std::size_t first, std::size_t n, const Tens
   constexpr Format f32 = Format::float32, bf16 = Format::bfloat16, f16 = Format::float16,
                    split = Format::bfloat16_correction;
   auto are = [&](Format parameter, Format gradient, Format state) {
-    return formats.parameter == parameter && formats.gradient == gradient && formats.m == state &&
-           formats.v == state;
+    return formats.parameter == parameter && formats.gradient == gradient && formats.m == state && formats.v == state;
   };
   if (are(f32, f32, f32)) {
     update_as<kChunk>(run, first, n, AllIn<f32>(), scalars, constants, TensorRounding{});
@@ -160,8 +153,8 @@ FUSED_ADAM_INLINE void keep_array(Source from, Target to, Format format, std::si
   __builtin_memcpy(to.auxiliary, from.auxiliary, auxiliaries * sizeof(std::uint16_t));
 }
 
-void keep(const RunPointers& run, std::size_t, std::size_t n, const TensorFormats& formats,
-          AdamScalars<float>, AdamConstants, const TensorRounding&) {
+void keep(const RunPointers& run, std::size_t, std::size_t n, const TensorFormats& formats, AdamScalars<float>,
+          AdamConstants, const TensorRounding&) {
   keep_array(run.parameter, run.new_parameter, formats.parameter, n);
   keep_array(run.m, run.new_m, formats.m, n);
   keep_array(run.v, run.new_v, formats.v, n);

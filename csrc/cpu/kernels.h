@@ -12,8 +12,8 @@
 
 namespace fused_adam::cpu {
 
-// An array of values, and beside it the auxiliary array of some formats: a correction for each value, or a scale for each
-// block. Addressed by bytes, so that one type serves every format.
+// An array of values, and beside it the auxiliary array of some formats: a correction for each value, or a scale for
+// each block. Addressed by bytes, so that one type serves every format.
 struct Source {
   const char* values;
   const char* auxiliary = nullptr;
@@ -35,11 +35,11 @@ struct RunPointers {
 };
 
 // Updates n consecutive elements, the tensor's `first` and on in row-major order.
-using Update = void (*)(const RunPointers&, std::size_t first, std::size_t n, const TensorFormats&,
-                        AdamScalars<float>, AdamConstants, const TensorRounding&);
+using Update = void (*)(const RunPointers&, std::size_t first, std::size_t n, const TensorFormats&, AdamScalars<float>,
+                        AdamConstants, const TensorRounding&);
 
-// The sum of the squares of n elements, in float32 and then float64; in the same order on every processor. Infinite or NaN if
-// a square is.
+// The sum of the squares of n elements, in float32 and then float64; in the same order on every processor. Infinite or
+// NaN if a square is.
 using SumOfSquares = double (*)(Source, Format, std::size_t n);
 
 // Stores the n elements of a run in another format, rounded to nearest.
@@ -47,8 +47,8 @@ using Convert = void (*)(Source, Format, Target, Format, std::size_t n);
 
 // Writes the rows x columns tile at `from` (element [i][j] at from[i + j * from_stride]) row by row, `columns` elements
 // apart, to `to`. Strides are in elements.
-using Transpose = void (*)(const char* from, std::ptrdiff_t from_stride, std::size_t rows,
-                           std::size_t columns, char* to);
+using Transpose = void (*)(const char* from, std::ptrdiff_t from_stride, std::size_t rows, std::size_t columns,
+                           char* to);
 
 // to[i] = from[offsets[i]], in elements.
 using Gather = void (*)(const char* from, const std::int64_t* offsets, std::size_t n, char* to);

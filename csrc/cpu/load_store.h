@@ -1,5 +1,6 @@
 // Storage formats on the CPU: a chunk of elements brought to float32 and back, with encodings.h for each element.
-// Included by cpu/kernels.cpp alone, once per instruction set. A format is one line in load_chunk and one in store_chunk.
+// Included by cpu/kernels.cpp alone, once per instruction set. A format is one line in load_chunk and one in
+// store_chunk.
 #pragma once
 
 #include <cstddef>
@@ -20,9 +21,9 @@
 namespace fused_adam::cpu {
 namespace {
 
-// A chunk is `count` elements that are loaded, updated and stored together: kChunk, a block of the 8-bit formats, so few that a
-// processor overlaps one chunk's arithmetic with the next one's loads; or several blocks, where the steps from values to a
-// block's scale and on to quantized values are long, so that one block's steps overlap another's.
+// A chunk is `count` elements that are loaded, updated and stored together: kChunk, a block of the 8-bit formats, so
+// few that a processor overlaps one chunk's arithmetic with the next one's loads; or several blocks, where the steps
+// from values to a block's scale and on to quantized values are long, so that one block's steps overlap another's.
 constexpr std::size_t kChunk = kBlockElements;
 
 // The random bits of a chunk, if any rounding needs them.
@@ -43,8 +44,7 @@ FUSED_ADAM_INLINE Value* as(char* bytes) {
 
 // Loads quantized values by `load_one(q, scale)`, block by block.
 template <std::size_t count, typename Quantized, typename LoadOne>
-FUSED_ADAM_INLINE void load_quantized(Source from, std::size_t at, float* buffer,
-                                      LoadOne load_one) {
+FUSED_ADAM_INLINE void load_quantized(Source from, std::size_t at, float* buffer, LoadOne load_one) {
   for (std::size_t block = 0; block < count; block += kChunk) {
     auto quantized = as<Quantized>(from.values) + at + block;
     float scale = load_bfloat16(as<std::uint16_t>(from.auxiliary)[(at + block) / kChunk]);
@@ -55,8 +55,7 @@ FUSED_ADAM_INLINE void load_quantized(Source from, std::size_t at, float* buffer
 
 // Returns a chunk's values as float32: in place, or in the buffer. `at` is the chunk's place within the run.
 template <std::size_t count>
-FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_t at,
-                                          float* buffer) {
+FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_t at, float* buffer) {
   switch (format) {
     case Format::float32:
       return as<float>(from.values) + at;
@@ -77,19 +76,17 @@ FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_
       return buffer;
     }
     case Format::int8:
-      load_quantized<count, std::int8_t>(from, at, buffer,
-                                         [](int q, float scale) { return load_int8(q, scale); });
+      load_quantized<count, std::int8_t>(from, at, buffer, [](int q, float scale) { return load_int8(q, scale); });
       return buffer;
     case Format::uint8:
-      load_quantized<count, std::uint8_t>(from, at, buffer,
-                                          [](int q, float scale) { return load_uint8(q, scale); });
+      load_quantized<count, std::uint8_t>(from, at, buffer, [](int q, float scale) { return load_uint8(q, scale); });
       return buffer;
   }
   return buffer;
 }
 
-// Stores 8 or 16 bits of each element. They are narrowed in a loop of their own: compilers that narrow within a longer loop do
-// much of it in narrow lanes, twice as slowly.
+// Stores 8 or 16 bits of each element. They are narrowed in a loop of their own: compilers that narrow within a longer
+// loop do much of it in narrow lanes, twice as slowly.
 template <std::size_t count, typename Value, typename StoreOne>
 FUSED_ADAM_INLINE void store_each(Value* to, StoreOne store_one) {
   alignas(64) std::uint32_t wide[count];
@@ -117,7 +114,8 @@ FUSED_ADAM_INLINE std::uint32_t largest_magnitude(const float* x) {
   return largest;
 }
 
-// Stores the scales of all blocks first, by `scale_of(largest magnitude)`; then values by `store_one(i, inverse scale)`.
+// Stores the scales of all blocks first, by `scale_of(largest magnitude)`; then values by `store_one(i, inverse
+// scale)`.
 template <std::size_t count, typename Quantized, typename ScaleOf, typename StoreOne>
 FUSED_ADAM_INLINE void store_quantized(const float* x, Target to, std::size_t at, ScaleOf scale_of,
                                        StoreOne store_one) {
@@ -140,14 +138,11 @@ struct ChunkRounding {
   unsigned shift = 0;
   unsigned advance = 0;
 
-  FUSED_ADAM_INLINE Rounding operator[](std::size_t i) const {
-    return {true, random_half(random[i], shift, advance)};
-  }
+  FUSED_ADAM_INLINE Rounding operator[](std::size_t i) const { return {true, random_half(random[i], shift, advance)}; }
 };
 
 template <std::size_t count>
-FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std::size_t at,
-                                   ChunkRounding rounding) {
+FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std::size_t at, ChunkRounding rounding) {
   const Rounding nearest{false, 0};
   switch (format) {
     case Format::float32:
@@ -219,8 +214,7 @@ struct PaddedChunk {
   Source load(Source from, Format format, std::size_t at, std::size_t count) {
     __builtin_memcpy(values, from.values + at * value_bytes(format), count * value_bytes(format));
     if (format == Format::bfloat16_correction) {
-      __builtin_memcpy(corrections, from.auxiliary + at * sizeof(std::int16_t),
-                       count * sizeof(std::int16_t));
+      __builtin_memcpy(corrections, from.auxiliary + at * sizeof(std::int16_t), count * sizeof(std::int16_t));
       return {values, corrections};
     }
     if (from.auxiliary) from.auxiliary += at / kChunk * sizeof(std::uint16_t);
@@ -236,8 +230,7 @@ struct PaddedChunk {
   void store(Target to, Format format, std::size_t at, std::size_t count) const {
     __builtin_memcpy(to.values + at * value_bytes(format), values, count * value_bytes(format));
     if (format == Format::bfloat16_correction) {
-      __builtin_memcpy(to.auxiliary + at * sizeof(std::int16_t), corrections,
-                       count * sizeof(std::int16_t));
+      __builtin_memcpy(to.auxiliary + at * sizeof(std::int16_t), corrections, count * sizeof(std::int16_t));
     }
   }
 };

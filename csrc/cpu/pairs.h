@@ -1,5 +1,6 @@
-// Chunks whose values all take 16 bits, read and written as words of two neighbours: so every lane of the loop has 32 bits,
-// and nothing is widened, narrowed or moved between lanes. Included by cpu/kernels.cpp alone, once per instruction set.
+// Chunks whose values all take 16 bits, read and written as words of two neighbours: so every lane of the loop has 32
+// bits, and nothing is widened, narrowed or moved between lanes. Included by cpu/kernels.cpp alone, once per
+// instruction set.
 #pragma once
 
 #include <cstddef>
@@ -15,12 +16,8 @@ typedef std::uint32_t Word __attribute__((aligned(sizeof(std::uint16_t)), may_al
 FUSED_ADAM_INLINE std::uint16_t first_of(std::uint32_t word) { return std::uint16_t(word); }
 FUSED_ADAM_INLINE std::uint16_t second_of(std::uint32_t word) { return std::uint16_t(word >> 16); }
 // Signed values, in 32 bits throughout, since a narrower one would make the whole loop's vectors half as wide.
-FUSED_ADAM_INLINE std::int32_t first_signed(std::uint32_t word) {
-  return std::int32_t(word << 16) >> 16;
-}
-FUSED_ADAM_INLINE std::int32_t second_signed(std::uint32_t word) {
-  return std::int32_t(word) >> 16;
-}
+FUSED_ADAM_INLINE std::int32_t first_signed(std::uint32_t word) { return std::int32_t(word << 16) >> 16; }
+FUSED_ADAM_INLINE std::int32_t second_signed(std::uint32_t word) { return std::int32_t(word) >> 16; }
 FUSED_ADAM_INLINE std::uint32_t word_of(std::uint32_t first, std::uint32_t second) {
   return (first & 0xFFFFu) | (second << 16);
 }
@@ -32,20 +29,16 @@ class Pairs;
 template <>
 class Pairs<Format::bfloat16> {
  public:
-  FUSED_ADAM_INLINE Pairs(Source from, std::size_t at)
-      : words_(as<Word>(from.values + at * sizeof(std::uint16_t))) {}
+  FUSED_ADAM_INLINE Pairs(Source from, std::size_t at) : words_(as<Word>(from.values + at * sizeof(std::uint16_t))) {}
 
   FUSED_ADAM_INLINE float first(std::size_t i) const { return load_bfloat16(first_of(words_[i])); }
-  FUSED_ADAM_INLINE float second(std::size_t i) const {
-    return load_bfloat16(second_of(words_[i]));
-  }
+  FUSED_ADAM_INLINE float second(std::size_t i) const { return load_bfloat16(second_of(words_[i])); }
 
   class Target {
    public:
     FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at)
         : words_(as<Word>(to.values + at * sizeof(std::uint16_t))) {}
-    FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding of_first, float second,
-                                 Rounding of_second) {
+    FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding of_first, float second, Rounding of_second) {
       words_[i] = word_of(store_bfloat16(first, of_first), store_bfloat16(second, of_second));
     }
     FUSED_ADAM_INLINE void finish(bool) {}
@@ -68,9 +61,7 @@ class Pairs<Format::bfloat16_correction> {
   FUSED_ADAM_INLINE float first(std::size_t i) const {
     return join(words_[i] & 0xFFFFu, first_signed(corrections_[i]));
   }
-  FUSED_ADAM_INLINE float second(std::size_t i) const {
-    return join(words_[i] >> 16, second_signed(corrections_[i]));
-  }
+  FUSED_ADAM_INLINE float second(std::size_t i) const { return join(words_[i] >> 16, second_signed(corrections_[i])); }
 
   class Target {
    public:
@@ -94,7 +85,8 @@ class Pairs<Format::bfloat16_correction> {
   const Word* corrections_;
 };
 
-// By the processor's conversions, which take and give neighbours, so through buffers; but what is rounded stochastically.
+// By the processor's conversions, which take and give neighbours, so through buffers; but what is rounded
+// stochastically.
 template <>
 class Pairs<Format::float16> {
  public:
@@ -106,10 +98,8 @@ class Pairs<Format::float16> {
 
   class Target {
    public:
-    FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at)
-        : values_(as<std::uint16_t>(to.values) + at) {}
-    FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding of_first, float second,
-                                 Rounding of_second) {
+    FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at) : values_(as<std::uint16_t>(to.values) + at) {}
+    FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding of_first, float second, Rounding of_second) {
       if (of_first.is_stochastic) {
         as<Word>(reinterpret_cast<char*>(values_))[i] =
             word_of(store_float16(first, of_first), store_float16(second, of_second));
@@ -134,8 +124,7 @@ class Pairs<Format::float16> {
 // Formats of tensors that are updated in pairs; m and v are bfloat16.
 template <Format of_parameter, Format of_gradient>
 struct InPairs {
-  static constexpr Format parameter = of_parameter, gradient = of_gradient, m = Format::bfloat16,
-                          v = Format::bfloat16;
+  static constexpr Format parameter = of_parameter, gradient = of_gradient, m = Format::bfloat16, v = Format::bfloat16;
 };
 
 template <std::size_t count, Format of_parameter, Format of_gradient>

@@ -10,8 +10,7 @@ namespace fused_adam {
 
 namespace mx = mlx::core;
 
-void ConvertMoment::eval_cpu(const std::vector<mx::array>& inputs,
-                             std::vector<mx::array>& outputs) {
+void ConvertMoment::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   for (auto& output : outputs) allocate(output);
   auto& encoder = mx::cpu::get_command_encoder(stream());
   for (auto& input : inputs) encoder.set_input_array(input);

@@ -1,5 +1,5 @@
-// See tensor_update.h. A gradient that is not row-major is brought into a small buffer piece by piece, so it is read from
-// memory once.
+// See tensor_update.h. A gradient that is not row-major is brought into a small buffer piece by piece, so it is read
+// from memory once.
 #include "cpu/tensor_update.h"
 
 #include <algorithm>
@@ -23,20 +23,22 @@ constexpr size_t kPiecesPerUnit = 8;
 constexpr size_t kTiledCost = 2;
 constexpr size_t kGeneralCost = 4;
 constexpr size_t kCacheLine = 64;
-// Bytes of the sides of a transposed tile, a unit of tiled work: down the gradient's columns, whole cache lines, several of
-// them since memory hands out neighbours faster; along the parameter's rows, a page, since hardware prefetchers take time to
-// take up a row (prefetching rows by hand was slower than they are). So the tile fits in the second-level cache.
+// Bytes of the sides of a transposed tile, a unit of tiled work: down the gradient's columns, whole cache lines,
+// several of them since memory hands out neighbours faster; along the parameter's rows, a page, since hardware
+// prefetchers take time to take up a row (prefetching rows by hand was slower than they are). So the tile fits in the
+// second-level cache.
 constexpr size_t kTileRowBytes = 4 * kCacheLine;
 constexpr size_t kTileColumnBytes = 4096;
-// A tensor has about so many tiles at least, so that there is work for every thread, unless they become smaller than this.
+// A tensor has about so many tiles at least, so that there is work for every thread, unless they become smaller than
+// this.
 constexpr size_t kFewestTiles = 16;
 constexpr size_t kSmallestTileElements = 1 << 14;
-// Below these sides of a matrix, gathering by a table was measured to be faster than tiles: an update's rows are short there.
+// Below these sides of a matrix, gathering by a table was measured to be faster than tiles: an update's rows are short
+// there.
 constexpr TileSides kSmallestTile{4, 12};
 
 // The offset of row-major element `index` of an array with these axes, in elements.
-int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
-                  const std::vector<int64_t>& strides) {
+int64_t offset_of(int64_t index, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
   int64_t offset = 0;
   for (size_t axis = shape.size(); axis-- > 0;) {
     offset += index % shape[axis] * strides[axis];
@@ -45,15 +47,8 @@ int64_t offset_of(int64_t index, const std::vector<int64_t>& shape,
   return offset;
 }
 
-// Elements after which blocks of quantized state begin anew: a row, unless its blocks are all whole or it is the only one.
-size_t row_of(const mx::array& parameter, const TensorFormats& formats) {
-  if (!formats.is_quantized()) return parameter.size();
-  size_t length = parameter.shape(-1);
-  return length % kBlockElements == 0 ? parameter.size() : length;
-}
-
-// A thread's own room for a transposed tile of the widest gradients, kept for its next ones: too much for the stacks that
-// macOS gives to threads.
+// A thread's own room for a transposed tile of the widest gradients, kept for its next ones: too much for the stacks
+// that macOS gives to threads.
 char* tile_buffer() {
   struct Free {
     void operator()(char* bytes) const { ::operator delete(bytes, std::align_val_t(kCacheLine)); }
@@ -68,7 +63,7 @@ char* tile_buffer() {
 
 TensorUpdate::TensorUpdate(const NodeTensor& tensor, const TensorFormats& formats)
     : size_(tensor.in[Role::parameter]->size()),
-      row_(row_of(*tensor.in[Role::parameter], formats)),
+      row_(formats.is_quantized() ? block_row(*tensor.in[Role::parameter]) : size_),
       formats_(formats) {
   auto &parameter = *tensor.in[Role::parameter], &gradient = *tensor.in[Role::gradient];
   auto &m = *tensor.in[Role::m], &v = *tensor.in[Role::v];
@@ -76,8 +71,7 @@ TensorUpdate::TensorUpdate(const NodeTensor& tensor, const TensorFormats& format
   allocate_outputs(tensor);
   auto source = [&](size_t values, size_t auxiliary = Role::kCount) {
     bool has_auxiliary = auxiliary < Role::kCount && tensor.in[auxiliary];
-    return Source{tensor.in[values]->data<char>(),
-                  has_auxiliary ? tensor.in[auxiliary]->data<char>() : nullptr};
+    return Source{tensor.in[values]->data<char>(), has_auxiliary ? tensor.in[auxiliary]->data<char>() : nullptr};
   };
   auto target = [&](size_t values, size_t auxiliary) {
     return Target{tensor.out[values]->data<char>(),
@@ -135,8 +129,7 @@ size_t TensorUpdate::cost() const {
   return size_;
 }
 
-void TensorUpdate::update_unit(size_t unit, AdamScalars<float> scalars,
-                               AdamConstants constants) const {
+void TensorUpdate::update_unit(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
   switch (layout_.kind) {
     case LayoutKind::linear:
       return update_linear(unit, scalars, constants);
@@ -147,8 +140,8 @@ void TensorUpdate::update_unit(size_t unit, AdamScalars<float> scalars,
   }
 }
 
-// The tiles' grid begins before the matrix by the distance of its first element from a cache line, so that the edges of tiles
-// fall on the edges of lines: MLX's buffers begin in the middle of one.
+// The tiles' grid begins before the matrix by the distance of its first element from a cache line, so that the edges of
+// tiles fall on the edges of lines: MLX's buffers begin in the middle of one.
 void TensorUpdate::cut_into_tiles() {
   auto past_line = [](const char* values, size_t bytes) {
     return reinterpret_cast<uintptr_t>(values) % kCacheLine / bytes;
@@ -159,12 +152,10 @@ void TensorUpdate::cut_into_tiles() {
   // Whole rows have no edges within, and tiles of quantized state begin where blocks do.
   bool is_shifted = across > 1 && !formats_.is_quantized();
   tiles_.column_shift = is_shifted ? past_line(base_.parameter.values, parameter_bytes_) : 0;
-  tiles_.columns =
-      divide_up(divide_up(columns + tiles_.column_shift, across), kBlockElements) * kBlockElements;
+  tiles_.columns = divide_up(divide_up(columns + tiles_.column_shift, across), kBlockElements) * kBlockElements;
   size_t most = kTileRowBytes / gradient_bytes_ * (most_columns + kBlockElements);
   size_t wanted = std::clamp(size_ / kFewestTiles, kSmallestTileElements, most);
-  tiles_.rows =
-      std::min(divide_up(wanted / tiles_.columns, line), most / tiles_.columns / line) * line;
+  tiles_.rows = std::min(divide_up(wanted / tiles_.columns, line), most / tiles_.columns / line) * line;
   tiles_.across = divide_up(columns + tiles_.column_shift, tiles_.columns);
   tiles_.down = divide_up(layout_.rows + tiles_.row_shift, tiles_.rows);
   units_ = size_t(layout_.batches()) * tiles_.down * tiles_.across;
@@ -179,10 +170,7 @@ RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) cons
   int64_t parameter = state_offset * int64_t(parameter_bytes_);
   int64_t state = state_offset * int64_t(state_bytes_);
   int64_t correction = state_offset * int64_t(sizeof(int16_t)), scale = 0;
-  if (formats_.is_quantized()) {
-    size_t row = state_offset / row_, column = state_offset % row_;
-    scale = (row * divide_up(row_, kBlockElements) + column / kBlockElements) * sizeof(uint16_t);
-  }
+  if (formats_.is_quantized()) scale = scale_index(state_offset, row_) * sizeof(uint16_t);
   move(run.parameter, parameter, correction);
   run.gradient.values += gradient_offset * int64_t(gradient_bytes_);
   move(run.m, state, scale);
@@ -210,18 +198,14 @@ void TensorUpdate::update(RunPointers run, size_t first, size_t n, AdamScalars<f
 }
 
 // Elements of a unit of linear work, which ends where a row does if rows matter.
-size_t TensorUpdate::linear_unit() const {
-  return row_ == size_ ? kRun : std::max<size_t>(1, kRun / row_) * row_;
-}
+size_t TensorUpdate::linear_unit() const { return row_ == size_ ? kRun : std::max<size_t>(1, kRun / row_) * row_; }
 
-void TensorUpdate::update_linear(size_t unit, AdamScalars<float> scalars,
-                                 AdamConstants constants) const {
+void TensorUpdate::update_linear(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
   size_t start = unit * linear_unit();
   update(at(start, start), start, std::min(linear_unit(), size_ - start), scalars, constants);
 }
 
-void TensorUpdate::update_tile(size_t unit, AdamScalars<float> scalars,
-                               AdamConstants constants) const {
+void TensorUpdate::update_tile(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
   char* transposed = tile_buffer();
   int64_t batch = unit / (tiles_.down * tiles_.across);
   // A tile's part of the grid, which begins before the matrix.
@@ -229,16 +213,14 @@ void TensorUpdate::update_tile(size_t unit, AdamScalars<float> scalars,
     size_t first = std::max(index * side, shift) - shift;
     return std::pair(first, std::min((index + 1) * side - shift, length) - first);
   };
-  auto [row, rows] =
-      part(unit / tiles_.across % tiles_.down, tiles_.rows, tiles_.row_shift, layout_.rows);
-  auto [column, columns] =
-      part(unit % tiles_.across, tiles_.columns, tiles_.column_shift, layout_.columns);
+  auto [row, rows] = part(unit / tiles_.across % tiles_.down, tiles_.rows, tiles_.row_shift, layout_.rows);
+  auto [column, columns] = part(unit % tiles_.across, tiles_.columns, tiles_.column_shift, layout_.columns);
   int64_t gradient = offset_of(batch, layout_.shape, layout_.strides[1]) + int64_t(row) +
                      int64_t(column) * layout_.gradient_column_stride;
-  transpose_(base_.gradient.values + gradient * int64_t(gradient_bytes_),
-             layout_.gradient_column_stride, rows, columns, transposed);
-  int64_t first = offset_of(batch, layout_.shape, layout_.strides[0]) +
-                  int64_t(row) * layout_.row_stride + int64_t(column);
+  transpose_(base_.gradient.values + gradient * int64_t(gradient_bytes_), layout_.gradient_column_stride, rows, columns,
+             transposed);
+  int64_t first =
+      offset_of(batch, layout_.shape, layout_.strides[0]) + int64_t(row) * layout_.row_stride + int64_t(column);
   // Whole rows that follow each other are one run.
   size_t length = int64_t(columns) == layout_.row_stride ? rows * columns : columns;
   for (size_t done = 0; done < rows * columns; done += length, first += layout_.row_stride) {
@@ -248,11 +230,9 @@ void TensorUpdate::update_tile(size_t unit, AdamScalars<float> scalars,
   }
 }
 
-void TensorUpdate::update_general(size_t unit, AdamScalars<float> scalars,
-                                  AdamConstants constants) const {
+void TensorUpdate::update_general(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
   alignas(kCacheLine) char buffers[kArrays][GatherPieces::kMost * sizeof(float)];
-  const char* bases[kArrays] = {base_.parameter.values, base_.gradient.values, base_.m.values,
-                                base_.v.values};
+  const char* bases[kArrays] = {base_.parameter.values, base_.gradient.values, base_.m.values, base_.v.values};
   size_t bytes[kArrays] = {parameter_bytes_, gradient_bytes_, state_bytes_, state_bytes_};
   size_t end = std::min((unit + 1) * kPiecesPerUnit, pieces_.count());
   for (size_t index = unit * kPiecesPerUnit; index < end; ++index) {

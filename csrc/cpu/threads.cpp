@@ -1,4 +1,5 @@
-// See threads.h. Workers claim indices from a shared counter, so a busy pool only means that the caller does more itself.
+// See threads.h. Workers claim indices from a shared counter, so a busy pool only means that the caller does more
+// itself.
 #include "cpu/threads.h"
 
 #include <algorithm>
@@ -141,8 +142,8 @@ size_t num_threads() { return thread_count(); }
 
 void set_num_threads(size_t count) {
   if (count < 1 || count > kMostThreads) {
-    throw std::invalid_argument("[set_num_threads] count must be from 1 to " +
-                                std::to_string(kMostThreads) + " but got " + std::to_string(count));
+    throw std::invalid_argument("[set_num_threads] count must be from 1 to " + std::to_string(kMostThreads) +
+                                " but got " + std::to_string(count));
   }
   thread_count() = count;
 }

@@ -1,6 +1,6 @@
-// Transposes a tile of a column-major matrix, in blocks that fit into registers. Included by cpu/kernels.cpp alone, once per
-// instruction set. A vector holds 16 bytes of each of several columns, so that all shuffles stay within 16 bytes: such are
-// the ones that every processor does at once, and 16-byte loads seldom cross a cache line.
+// Transposes a tile of a column-major matrix, in blocks that fit into registers. Included by cpu/kernels.cpp alone,
+// once per instruction set. A vector holds 16 bytes of each of several columns, so that all shuffles stay within 16
+// bytes: such are the ones that every processor does at once, and 16-byte loads seldom cross a cache line.
 #pragma once
 
 #include <cstddef>
@@ -43,8 +43,7 @@ struct Block {
   };
 
   template <std::size_t count>
-  static FUSED_ADAM_INLINE typename Parts<count>::Type load_parts(const Element* from,
-                                                                  std::ptrdiff_t stride) {
+  static FUSED_ADAM_INLINE typename Parts<count>::Type load_parts(const Element* from, std::ptrdiff_t stride) {
     if constexpr (count == 1) {
       typename Parts<1>::Type part;
       __builtin_memcpy(&part, from, sizeof part);
@@ -64,15 +63,14 @@ struct Block {
   // The lower (from = 0) or upper (from = kRows / 2) halves of each part of two vectors, in turn.
   template <std::size_t from, std::size_t... i>
   static FUSED_ADAM_INLINE Vector interleave(Vector a, Vector b, std::index_sequence<i...>) {
-    return __builtin_shufflevector(
-        a, b, (i % 2 * kColumns + i / kRows * kRows + from + i % kRows / 2)...);
+    return __builtin_shufflevector(a, b, (i % 2 * kColumns + i / kRows * kRows + from + i % kRows / 2)...);
   }
 };
 
-// See Transpose in cpu_kernels.h.
+// See Transpose in cpu/kernels.h.
 template <typename Element>
-void transpose(const char* from_bytes, std::ptrdiff_t from_stride, std::size_t rows,
-               std::size_t columns, char* to_bytes) {
+void transpose(const char* from_bytes, std::ptrdiff_t from_stride, std::size_t rows, std::size_t columns,
+               char* to_bytes) {
   using Tile = Block<Element>;
   constexpr std::size_t kLine = 64 / sizeof(Element);
   // Columns ahead of the block: lines of so many columns are on their way while one block is transposed.

@@ -7,7 +7,8 @@
 
 namespace fused_adam {
 
-// Fixed for the life of an optimizer. The complements are formed in double by the host, as mlx.optimizers does in Python.
+// Fixed for the life of an optimizer. The complements are formed in double by the host, as mlx.optimizers does in
+// Python.
 struct AdamConstants {
   float beta1;
   float one_minus_beta1;
@@ -29,8 +30,8 @@ struct AdamScalars {
   T gradient_scale;
 };
 
-// The array that hands them to a kernel holds step_size alone, the others being 1; or all in the order of the fields, and
-// last whether the step is applied: 0 leaves everything as it was.
+// The array that hands them to a kernel holds step_size alone, the others being 1; or all in the order of the fields,
+// and last whether the step is applied: 0 leaves everything as it was.
 enum ScalarCounts { kStepSizeOnly = 1, kAllScalars = 5 };
 
 template <typename T>
@@ -42,8 +43,7 @@ struct AdamState {
 
 // Turns one element's old state into its new one. T is float in the kernels, and mlx::core::array in the fallback.
 template <typename T>
-ADAM_FUNCTION AdamState<T> adam_rule(AdamState<T> old, T gradient, AdamScalars<T> scalars,
-                                     AdamConstants c) {
+ADAM_FUNCTION AdamState<T> adam_rule(AdamState<T> old, T gradient, AdamScalars<T> scalars, AdamConstants c) {
   using adam_math::sqrt;
   gradient = gradient * scalars.gradient_scale;
   T kept_m = c.beta1 * old.m;

@@ -1,9 +1,10 @@
-// Names that differ among C++, MSL and CUDA, for the headers that all three include: functions, exact square root, bits.
+// Names that differ among C++, MSL and CUDA, for the headers that all three include: functions, exact square root,
+// bits.
 //
-// Every floating-point operation is rounded once, on every device, so that results are equal bit for bit. On Metal that takes
-// two things: no fused multiply-add, which its compiler forms unless told otherwise, and the correctly rounded square root
-// instead of the fast one, which plain sqrt means there. Where products are summed, they are statements of their own, so that
-// a compiler which fuses within an expression only finds none to fuse.
+// Every floating-point operation is rounded once, on every device, so that results are equal bit for bit. On Metal that
+// takes two things: no fused multiply-add, which its compiler forms unless told otherwise, and the correctly rounded
+// square root instead of the fast one, which plain sqrt means there. Where products are summed, they are statements of
+// their own, so that a compiler which fuses within an expression only finds none to fuse.
 #pragma once
 
 #if defined(__METAL_VERSION__)

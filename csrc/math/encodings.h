@@ -1,9 +1,10 @@
-// How a float32 value is stored: the only place where storage formats are written down. By value, so C++14, MSL and CUDA.
+// How a float32 value is stored: the only place that defines storage formats. Arguments are passed by value, so the code
+// is valid C++14, MSL and CUDA.
 //
-//   float32             as it is
-//   bfloat16, float16   rounded to nearest even, or stochastically
-//   bfloat16, correction a bfloat16 and, in an int16 beside it, what rounding took away: together the float32, exactly
-//   int8, uint8         quantized m and v, with a scale for each block of neighbours in a row (docs/state-codes.md)
+//   float32               as it is
+//   bfloat16, float16     rounded to nearest even, or stochastically
+//   bfloat16, correction  a bfloat16 and, in an int16 beside it, its rounding error: together the float32, exactly
+//   int8, uint8           quantized m and v, with a scale for each block of neighbours in a row (docs/state-codes.md)
 #pragma once
 
 #include "math/device_math.h"
@@ -23,7 +24,8 @@ ADAM_FUNCTION unsigned store_bfloat16(float x, Rounding rounding) {
   return x != x ? 0x7FC0u : rounded;
 }
 
-// In integers but for the subnormals, whose arithmetic is of normal float32 numbers (the method of F. Giesen's conversions).
+// In integers but for the subnormals, whose arithmetic is of normal float32 numbers (the method of F. Giesen's
+// conversions).
 ADAM_FUNCTION float load_float16(unsigned short h) {
   unsigned normal = ((h & 0x7FFFu) << 13) + ((127u - 15u) << 23);
   unsigned special = normal + ((128u - 16u) << 23);
@@ -58,8 +60,8 @@ struct SplitFloat {
   unsigned correction;  // the lower 16 bits count
 };
 
-// To nearest; ties go away from zero, since a correction has 2^16 values and ties to even would need one more. So it is what the
-// lower half of the bits is as a signed number.
+// To nearest; ties go away from zero, since a correction has 2^16 values and ties to even would need one more. So it is
+// what the lower half of the bits is as a signed number.
 ADAM_FUNCTION SplitFloat split(float x) {
   unsigned u = bits_of(x);
   bool is_special = (u & 0x7F800000u) == 0x7F800000u;
@@ -82,8 +84,8 @@ ADAM_FUNCTION float join(unsigned bfloat16, int correction) {
 
 enum BlockSize { kBlockElements = 32 };
 
-// A power of two, stored as the upper half of its float32 bits: a bfloat16. Never below 2^-126, so that every level but 0 is
-// a normal float32: GPUs may flush others to zero.
+// A power of two, stored as the upper half of its float32 bits: a bfloat16. Never below 2^-126, so that every level but
+// 0 is a normal float32: GPUs may flush others to zero.
 struct BlockScale {
   unsigned stored;
   float inverse;
@@ -102,25 +104,23 @@ ADAM_FUNCTION BlockScale scale_above(float x) {
   return {exponent << 7, float_of((254u - exponent) << 23)};
 }
 
-// The fourth power of x, but straight between powers of 16: a float's bits, read as an integer, are its logarithm but straight
-// between powers of two, so four times the bits are those of the power. From 8 on it is straight between integers too.
-ADAM_FUNCTION float bent_power(float x) { return float_of(4u * bits_of(x) - 0xBE800000u); }
-ADAM_FUNCTION float bent_root(float y) { return float_of((bits_of(y) >> 2) + 0x2FA00000u); }
+// The fourth power of x, made piecewise linear: linear between powers of 16. A float's bits, read as an integer, are its
+// logarithm made linear between powers of two, so four times the bits are those of the power. From 8 on it is linear
+// between integers too.
+ADAM_FUNCTION float piecewise_power(float x) { return float_of(4u * bits_of(x) - 0xBE800000u); }
+ADAM_FUNCTION float piecewise_root(float y) { return float_of((bits_of(y) >> 2) + 0x2FA00000u); }
 
-// From the bits of a block's largest magnitude: such that the largest level reaches it. More than 2^127 counts as that for v,
-// whose largest level might pass the largest float, and more than its root for m: where v has overflowed, an update is small.
+// From the bits of a block's largest magnitude: such that the largest level reaches it. More than 2^127 counts as that
+// for v, whose largest level might pass the largest float, and more than its root for m: where v has overflowed, an
+// update is small.
 ADAM_FUNCTION BlockScale scale_for(unsigned largest, unsigned cap, float largest_level) {
   return scale_above(float_of(largest < cap ? largest : cap) * (1.0f / largest_level));
 }
-ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) {
-  return scale_for(largest, 0x5F000000u, 327151616.0f);
-}
-ADAM_FUNCTION BlockScale scale_of_v(unsigned largest) {
-  return scale_for(largest, 0x7F000000u, 4697620480.0f);
-}
+ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) { return scale_for(largest, 0x5F000000u, 327151616.0f); }
+ADAM_FUNCTION BlockScale scale_of_v(unsigned largest) { return scale_for(largest, 0x7F000000u, 4697620480.0f); }
 
-// The integer below or above a root from 8 to 512: the upper one with the probability that makes the mean of the powers right,
-// since the power is straight between them. Infinity and NaN have large roots.
+// The integer below or above a root from 8 to 512: the upper one with the probability that makes the mean of the powers
+// right, since the power is linear between them. Infinity and NaN have large roots.
 ADAM_FUNCTION int one_of_two(float root, float largest, Rounding rounding) {
   unsigned random = rounding.is_stochastic ? rounding.random : 0x8000u;
   float sum = root + float(int(random >> 1)) * (1.0f / 32768.0f);
@@ -130,25 +130,25 @@ ADAM_FUNCTION int one_of_two(float root, float largest, Rounding rounding) {
 // m = sign(q) * (P(|q| + 8) - P(8)) * scale, with P the power above.
 ADAM_FUNCTION int store_int8(float x, float inverse, Rounding rounding) {
   float y = float_of(bits_of(x) & 0x7FFFFFFFu) * inverse;
-  int q = one_of_two(bent_root(y + 4096.0f), 135.0f, rounding) - 8;
+  int q = one_of_two(piecewise_root(y + 4096.0f), 135.0f, rounding) - 8;
   return x < 0.0f ? -q : q;
 }
 
 ADAM_FUNCTION float load_int8(int q, float scale) {
-  float level = bent_power(float((q < 0 ? -q : q) + 8)) - 4096.0f;
+  float level = piecewise_power(float((q < 0 ? -q : q) + 8)) - 4096.0f;
   return (q < 0 ? -level : level) * scale;
 }
 
 // v = P(q + 7) * scale, and 0 for q = 0, which only 0 becomes.
 ADAM_FUNCTION int store_uint8(float x, float inverse, Rounding rounding) {
-  float root = bent_root(x * inverse);
+  float root = piecewise_root(x * inverse);
   root = root > 8.0f ? root : 8.0f;
   int q = one_of_two(root, 262.0f, rounding) - 7;
   return x == 0.0f ? 0 : q;
 }
 
 ADAM_FUNCTION float load_uint8(int q, float scale) {
-  float level = bent_power(float(q + 7));
+  float level = piecewise_power(float(q + 7));
   return (q == 0 ? 0.0f : level) * scale;
 }
 

@@ -1,4 +1,4 @@
-// The random bits of stochastic rounding, by value: C++14, MSL and CUDA.
+// The random bits of stochastic rounding. Arguments are passed by value: valid C++14, MSL and CUDA.
 // A hash of (seed, step, tensor number, element number), so they depend on no thread, layout, device or history.
 #pragma once
 
@@ -21,14 +21,13 @@ struct RoundingKey {
 };
 
 // The key of a tensor's elements in one step.
-ADAM_FUNCTION RoundingKey rounding_key(unsigned seed_low, unsigned seed_high, unsigned step,
-                                       unsigned tensor) {
+ADAM_FUNCTION RoundingKey rounding_key(unsigned seed_low, unsigned seed_high, unsigned step, unsigned tensor) {
   unsigned first = mixed(mixed(mixed(mixed(seed_low) ^ seed_high) ^ step) ^ tensor);
   return {first, mixed(first ^ 0x9E3779B9u)};
 }
 
-// 32 bits for one element (its row-major index, modulo 2^32): the lower 16 are for v, the upper 16 for m. The second part of
-// the key enters between the rounds, so that two keys' sequences are not one sequence shifted.
+// 32 bits for one element (its row-major index, modulo 2^32): the lower 16 are for v, the upper 16 for m. The second
+// part of the key enters between the rounds, so that two keys' sequences are not one sequence shifted.
 ADAM_FUNCTION unsigned random_bits(RoundingKey key, unsigned element) {
   unsigned x = element + key.first;
   x ^= x >> 16;
@@ -69,10 +68,11 @@ struct TensorRounding {
   unsigned advance;
 };
 
-// Quantized state has the same start in every step and goes on by the golden ratio, whose multiples fill the unit interval
-// evenly: the same mean as with fresh bits and less noise. `step` is read only if something is rounded stochastically.
-ADAM_FUNCTION TensorRounding tensor_rounding(RoundingRequest request, unsigned step,
-                                             unsigned tensor, bool is_quantized) {
+// Quantized state has the same start in every step and goes on by the golden ratio, whose multiples fill the unit
+// interval evenly: the same mean as with fresh bits and less noise. `step` is read only if something is rounded
+// stochastically.
+ADAM_FUNCTION TensorRounding tensor_rounding(RoundingRequest request, unsigned step, unsigned tensor,
+                                             bool is_quantized) {
   RoundingKey fresh = rounding_key(request.seed_low, request.seed_high, step, tensor);
   if (!is_quantized) return {request.results, fresh, fresh, 0u};
   RoundingKey fixed = rounding_key(request.seed_low, request.seed_high, 0u, tensor);

@@ -1,19 +1,15 @@
-// The Metal back end: which kernel, which buffers, which grid; no arithmetic. The kernels are metal/adam.metal, compiled
-// from the embedded text at first use, since command line tools lack an offline Metal compiler.
+// The Metal back end: which kernel, which buffers, which grid; no arithmetic. The kernels are metal/adam.metal.
 #include <algorithm>
 #include <cstdlib>
-#include <functional>
 #include <iterator>
 #include <limits>
-#include <numeric>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "adam_args.h"
 #include "math/encodings.h"
 #include "metal/library.h"
+#include "metal/pieces.h"
 #include "metal/shaders.h"
 #include "mlx/backend/metal/device.h"
 #include "op/adam_update.h"
@@ -28,100 +24,86 @@ namespace mx = mlx::core;
 
 namespace {
 
-// Elements of one dispatch of adam_linear or adam_general, so that what counts them fits 32 bits and pieces stay aligned.
+// Elements of one dispatch of adam_linear or adam_general, so that what counts them fits 32 bits and pieces stay
+// aligned.
 constexpr int64_t kLargestDispatch = int64_t{1} << 30;
 
 // Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
 constexpr TileSides kSmallestTile{16, 16};
 
-// What the shader calls a format of an update; codes of m and v go by one name.
-const char* metal_type(Format format) {
-  switch (format) {
-    case Format::float32:
-      return "float";
-    case Format::bfloat16:
-      return "bfloat";
-    case Format::float16:
-      return "half";
-    case Format::bfloat16_remainder:
-      return "BfloatRemainder";
-    case Format::int8:
-    case Format::uint8:
-      return "Codes";
-  }
-  throw std::logic_error("[AdamUpdate] format has no name in the shader");
-}
+enum Kernel { kLinear, kTiled, kGeneral32, kGeneral64, kGroup, kKernels };
+constexpr ShaderKernel kShaderKernels[] = {
+    {"adam_linear", "adam_linear"},
+    {"adam_tiled", "adam_tiled"},
+    {"adam_general_32", "adam_general", ", int"},
+    {"adam_general_64", "adam_general", ", int64_t"},
+    // Last, since tensors with auxiliary arrays have none.
+    {"adam_group", "adam_group"},
+};
+static_assert(std::size(kShaderKernels) == kKernels);
 
-enum Kernel { kLinear, kGroup, kTiled, kGeneral32, kGeneral64, kKernels };
-constexpr const char* kKernelNames[] = {"adam_linear", "adam_group", "adam_tiled",
-                                        "adam_general_32", "adam_general_64"};
+// The buffers of each Role.
+constexpr int kInputBuffers[] = {kParameter, kGradient, kM, kV, kCorrection, kMScale, kVScale};
+constexpr int kOutputBuffers[] = {kNewParameter, -1, kNewM, kNewV, kNewCorrection, kNewMScale, kNewVScale};
 
-using Axes = std::vector<int64_t>;
-
-// Where a dispatch begins, in elements: in the values of each input, in what is row-major, and in scales.
+// Where a dispatch begins in the arrays of each Role, in elements.
 struct Starts {
-  int64_t in[AdamUpdate::kFirstExtraInput];
-  int64_t out;
-  int64_t scale;
+  int64_t in[Role::kCount];
+  int64_t out[Role::kCount];
 };
 
 struct BoundTensor {
-  const mx::array* in;  // parameter, gradient, m, v and extras
-  mx::array* out;       // parameter, m, v and extras
+  NodeTensor arrays;
   TensorFormats formats;
-  Layout layout;
   uint32_t number;
+  Layout layout;
 
-  const mx::array& parameter() const { return in[0]; }
+  const mx::array& parameter() const { return *arrays.in[Role::parameter]; }
   int64_t size() const { return int64_t(parameter().size()); }
-  size_t extras() const { return extra_count(formats); }
 
-  // Elements after which blocks of codes begin anew: a row, unless its blocks are all whole or there are none.
-  int64_t row() const {
-    if (!formats.has_codes()) return size();
-    int64_t length = parameter().shape(-1);
-    return length % kBlockElements == 0 ? size() : length;
-  }
+  // Elements after which blocks of quantized state begin anew.
+  int64_t row() const { return formats.is_quantized() ? block_row(parameter()) : size(); }
 
   // Elements that a thread updates.
   int64_t run() const {
-    bool is_short = formats.parameter == Format::float32 && formats.gradient == Format::float32 &&
-                    formats.m == Format::float32;
+    bool is_short =
+        formats.parameter == Format::float32 && formats.gradient == Format::float32 && formats.m == Format::float32;
     return is_short ? kShortRun : kLongRun;
   }
 
   // Threads for so many rows of so many elements.
   int64_t threads(int64_t rows, int64_t columns) const {
-    if (!formats.has_codes()) return divide_up(rows * columns, run());
+    if (!formats.is_quantized()) return divide_up(rows * columns, run());
     return rows * int64_t(divide_up(columns, kBlockElements)) * kBlockThreads;
   }
 
-  // Where the scale of the block lies that begins with a row-major element.
-  int64_t scale(int64_t element) const {
-    if (!formats.has_codes()) return 0;
-    return element / row() * int64_t(divide_up(row(), kBlockElements)) +
-           element % row() / kBlockElements;
+  // A dispatch that begins with a row-major element.
+  Starts at(int64_t element) const {
+    int64_t scale = formats.is_quantized() ? scale_index(element, row()) : 0;
+    Starts starts;
+    for (size_t role = 0; role < Role::kCount; ++role) {
+      starts.in[role] = starts.out[role] = role < Role::m_scale ? element : scale;
+    }
+    return starts;
   }
-
-  Starts at(int64_t start) const { return {{start, start, start, start}, start, scale(start)}; }
 
   // Whether kRunBytes may be loaded and stored at once wherever a run begins.
   bool vectors() const {
-    auto aligned = [](const mx::array& x) { return x.offset() % kRunBytes == 0; };
     auto whole_runs = [&](int64_t stride) { return stride % run() == 0; };
-    bool strides_fit = row() == size() || whole_runs(row());
+    bool fit = row() == size() || whole_runs(row());
     if (layout.kind == LayoutKind::tiled) {
-      strides_fit =
-          strides_fit && whole_runs(layout.row_stride) && whole_runs(layout.gradient_column_stride);
+      fit = fit && whole_runs(layout.row_stride) && whole_runs(layout.gradient_column_stride);
       for (auto& strides : layout.strides) {
-        strides_fit = strides_fit && std::all_of(strides.begin(), strides.end(), whole_runs);
+        fit = fit && std::all_of(strides.begin(), strides.end(), whole_runs);
       }
     }
     // Scales are read one by one.
-    size_t remainders = formats.has_remainder();
-    return strides_fit &&
-           std::all_of(in, in + AdamUpdate::kFirstExtraInput + remainders, aligned) &&
-           std::all_of(out, out + AdamUpdate::kFirstExtraOutput + remainders, aligned);
+    for (size_t role = 0; role < Role::m_scale; ++role) {
+      for (const mx::array* x : {arrays.in[role], static_cast<const mx::array*>(arrays.out[role])}) {
+        fit = fit && (!x || x->offset() % kRunBytes == 0);
+      }
+    }
+    return fit;
   }
 
   bool needs_64_bits() const {
@@ -132,79 +114,34 @@ struct BoundTensor {
       }
       return sum;
     };
-    return std::any_of(std::begin(layout.strides), std::end(layout.strides), [&](auto& strides) {
-      return span(strides) > std::numeric_limits<int32_t>::max();
-    });
+    return std::any_of(std::begin(layout.strides), std::end(layout.strides),
+                       [&](auto& strides) { return span(strides) > std::numeric_limits<int32_t>::max(); });
   }
 };
 
-// The kernels of one node, all of whose tensors share their formats and so one compiled library.
-class Kernels {
- public:
-  Kernels(mx::Stream stream, const char* rule, const TensorFormats& formats)
-      : device_(mx::metal::device(stream.device)), has_extras_(extra_count(formats) > 0) {
-    variant_ = rule;
-    for (auto format : {formats.parameter, formats.gradient, formats.m}) {
-      variant_ += std::string(", ") + metal_type(format);
-    }
-  }
-
-  // Compiles what is not compiled yet; `use` may follow.
-  void fetch(Kernel kernel) {
-    pipelines_[kernel] = metal_kernel(
-        device_, "fused_adam<" + variant_ + ">", [&] { return source(); }, kKernelNames[kernel],
-        "AdamUpdate", kThreads);
-  }
-
-  MTL::ComputePipelineState* use(Kernel kernel) const { return pipelines_[kernel]; }
-
- private:
-  std::string source() const {
-    std::ostringstream text;
-    text << kAdamShader;
-    auto instantiate = [&](Kernel kernel, const char* of, const char* index) {
-      auto instance = std::string(of) + "<" + variant_ + index + ">";
-      text << "template [[host_name(\"" << kKernelNames[kernel] << "\")]] [[kernel]] decltype("
-           << instance << ") " << instance << ";\n";
-    };
-    instantiate(kLinear, "adam_linear", "");
-    if (!has_extras_) instantiate(kGroup, "adam_group", "");
-    instantiate(kTiled, "adam_tiled", "");
-    instantiate(kGeneral32, "adam_general", ", int");
-    instantiate(kGeneral64, "adam_general", ", int64_t");
-    return text.str();
-  }
-
-  mx::metal::Device& device_;
-  bool has_extras_;
-  std::string variant_;
-  MTL::ComputePipelineState* pipelines_[kKernels] = {};
-};
-
-// As layout_of has it; but rows of a single code, whose axis it would drop, keep all axes.
+// As layout_of has it; but rows of a single quantized element, whose axis it would drop, keep all axes.
 Layout layout_of_rows(const BoundTensor& t) {
-  auto layout = layout_of(t.in[0], t.in[1], t.in[2], t.in[3], kSmallestTile, t.row() == t.size());
+  auto& in = t.arrays.in;
+  auto layout = layout_of(*in[Role::parameter], *in[Role::gradient], *in[Role::m], *in[Role::v], kSmallestTile,
+                          t.row() == t.size());
   if (layout.kind == LayoutKind::linear || t.row() > 1) return layout;
   layout = {LayoutKind::general};
   layout.shape.assign(t.parameter().shape().begin(), t.parameter().shape().end());
-  for (size_t i = 0; i < std::size(layout.strides); ++i) {
-    layout.strides[i].assign(t.in[i].strides().begin(), t.in[i].strides().end());
+  for (size_t role = 0; role < std::size(layout.strides); ++role) {
+    layout.strides[role].assign(in[role]->strides().begin(), in[role]->strides().end());
   }
   return layout;
 }
 
-// Encodes the dispatches of one node.
-class Encoding {
+// Encodes the dispatches of one node. All of its tensors share their formats and so one library.
+class AdamEncoder {
  public:
   // Without a step, nothing is rounded stochastically, and the kernels do not read it.
-  Encoding(mx::Stream stream, const Kernels& kernels, AdamConstants constants,
-           const AdamRounding& rounding, const mx::array& scalars, const mx::array* step)
+  AdamEncoder(mx::Stream stream, ShaderLibrary& library, const AdamNode& node, const mx::array& scalars,
+              const mx::array* step)
       : encoder_(mx::metal::get_command_encoder(stream)),
-        kernels_(kernels),
-        constants_(constants),
-        rounding_{unsigned(rounding.parameter * kRoundParameter + rounding.m * kRoundM +
-                           rounding.v * kRoundV),
-                  unsigned(rounding.seed), unsigned(rounding.seed >> 32)},
+        library_(library),
+        step_args_{node.constants, node.rounding, unsigned(scalars.size())},
         scalars_(scalars),
         step_(step ? *step : scalars) {}
 
@@ -217,18 +154,16 @@ class Encoding {
       int64_t columns = std::min(row - start % row, kLargestDispatch);
       piece = rows > 0 ? std::min(rows * row, left) : columns;
       use(kLinear);
-      encoder_.set_bytes(
-          LinearArgs{constants_, scalar_count(), rounding_, t.number, unsigned(start),
-                     unsigned(piece), unsigned(std::min(row, piece)), t.vectors()},
-          kArgs);
-      bind(t, kFirstTensor, t.at(start));
-      bind_extras(t, t.at(start));
+      encoder_.set_bytes(LinearArgs{step_args_, t.number, unsigned(start), unsigned(std::min(row, piece)), t.vectors()},
+                         kArgs);
+      bind(t, t.at(start));
+      bind_unused(t);
       dispatch_threads(rows > 0 ? t.threads(piece / row, row) : t.threads(1, piece));
     }
   }
 
   void group(const std::vector<BoundTensor>& tensors) {
-    GroupArgs args{constants_, scalar_count(), rounding_, {}, {}, {}, {}};
+    GroupArgs args{step_args_, {}, {}, {}, {}};
     use(kGroup);
     int64_t threads = 0;
     for (size_t i = 0; i < kGroupTensors; ++i) {
@@ -240,7 +175,7 @@ class Encoding {
       args.vectors[i] = t.vectors();
       threads += divide_up(args.sizes[i], t.run());
       args.thread_ends[i] = unsigned(threads);
-      bind(t, int(kFirstTensor + i * kBuffersPerTensor), t.at(0));
+      bind(t, t.at(0), int(i * kBuffersPerTensor));
     }
     encoder_.set_bytes(args, kArgs);
     dispatch_threads(threads);
@@ -249,11 +184,11 @@ class Encoding {
   void tiled(const BoundTensor& t) {
     auto& layout = t.layout;
     // The matrix's own strides come last, as the kernel expects.
-    auto parameter_strides = layout.strides[0];
-    auto gradient_strides = layout.strides[1];
+    auto parameter_strides = layout.strides[Role::parameter];
+    auto gradient_strides = layout.strides[Role::gradient];
     parameter_strides.push_back(layout.row_stride);
     gradient_strides.push_back(layout.gradient_column_stride);
-    if (t.formats.has_codes()) {
+    if (t.formats.is_quantized()) {
       // Then those in blocks: rows of so many columns follow each other in memory.
       int64_t blocks = divide_up(layout.columns, kBlockElements);
       for (size_t i = 0; i <= layout.shape.size(); ++i) {
@@ -261,12 +196,11 @@ class Encoding {
       }
     }
     use(kTiled);
-    encoder_.set_bytes(
-        TiledArgs{constants_, scalar_count(), rounding_, t.number, unsigned(layout.rows),
-                  unsigned(layout.columns), unsigned(layout.shape.size()), t.vectors()},
-        kArgs);
-    bind(t, kFirstTensor, t.at(0));
-    bind_extras(t, t.at(0));
+    encoder_.set_bytes(TiledArgs{step_args_, t.number, unsigned(layout.rows), unsigned(layout.columns),
+                                 unsigned(layout.shape.size()), t.vectors()},
+                       kArgs);
+    bind(t, t.at(0));
+    bind_unused(t);
     encoder_.set_vector_bytes(layout.shape, kShape);
     encoder_.set_vector_bytes(parameter_strides, kParameterStrides);
     encoder_.set_vector_bytes(gradient_strides, kGradientStrides);
@@ -277,106 +211,80 @@ class Encoding {
   }
 
   void general(const BoundTensor& t, Kernel kernel) {
-    BoundTensor padded = t;
-    while (padded.layout.shape.size() < 2) {
-      padded.layout.shape.insert(padded.layout.shape.begin(), 1);
-      for (auto& strides : padded.layout.strides) strides.insert(strides.begin(), 0);
+    auto layout = t.layout;
+    auto& shape = layout.shape;
+    auto& strides = layout.strides;
+    while (shape.size() < 2) {
+      shape.insert(shape.begin(), 1);
+      for (auto& axes : strides) axes.insert(axes.begin(), 0);
     }
-    general(padded, kernel, padded.layout.shape, t.at(0));
+    Axes row_major(shape.size(), 1);
+    for (size_t axis = shape.size() - 1; axis-- > 0;) {
+      row_major[axis] = row_major[axis + 1] * shape[axis + 1];
+    }
+    // The grid along the last axis.
+    auto threads = [&](int64_t columns) { return t.formats.is_quantized() ? t.threads(1, columns) : columns; };
+    auto fits = [&](const Axes& shape) {
+      int64_t columns = shape.back();
+      return size_of(shape) / columns * std::max(threads(columns), columns) <= kLargestDispatch;
+    };
+    int64_t unit = t.formats.is_quantized() ? kBlockElements : 1;
+    for (auto& piece : pieces_of(shape, unit, fits)) {
+      int64_t first = offset_of(piece.start, row_major);
+      auto starts = t.at(first);
+      use(kernel);
+      encoder_.set_bytes(GeneralArgs{step_args_, t.number, unsigned(first), unsigned(shape.size())}, kArgs);
+      encoder_.set_vector_bytes(piece.shape, kShape);
+      for (size_t role = 0; role < std::size(strides); ++role) {
+        starts.in[role] = offset_of(piece.start, strides[role]);
+        encoder_.set_vector_bytes(strides[role], int(kParameterStrides + role));
+      }
+      bind(t, starts);
+      bind_unused(t);
+      int64_t x = threads(piece.shape.back()), y = *(piece.shape.end() - 2);
+      int64_t z = size_of(piece.shape) / piece.shape.back() / y;
+      int64_t group_x = std::min<int64_t>(x, kThreads);
+      int64_t group_y = std::min(y, kThreads / group_x);
+      int64_t group_z = std::min(z, kThreads / (group_x * group_y));
+      encoder_.dispatch_threads(MTL::Size(x, y, z), MTL::Size(group_x, group_y, group_z));
+    }
   }
 
  private:
-  // Halves the outermost axis until the number of elements fits a dispatch.
-  void general(const BoundTensor& t, Kernel kernel, Axes shape, Starts starts) {
-    int64_t size = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
-    int64_t columns = shape.back(), rows = size / columns;
-    bool has_codes = t.formats.has_codes();
-    int64_t x = has_codes ? t.threads(1, columns) : columns;
-    auto& strides = t.layout.strides;
-    if (rows * std::max(x, columns) > kLargestDispatch) {
-      size_t axis =
-          std::find_if(shape.begin(), shape.end(), [](auto n) { return n > 1; }) - shape.begin();
-      int64_t length = shape[axis], half = length / 2;
-      if (has_codes && axis + 1 == shape.size()) half -= half % kBlockElements;
-      shape[axis] = half;
-      general(t, kernel, shape, starts);
-      for (size_t i = 0; i < AdamUpdate::kFirstExtraInput; ++i) {
-        starts.in[i] += half * strides[i][axis];
-      }
-      starts.out += size / length * half;
-      starts.scale = t.scale(starts.out);
-      shape[axis] = length - half;
-      return general(t, kernel, shape, starts);
-    }
-    use(kernel);
-    encoder_.set_bytes(GeneralArgs{constants_, scalar_count(), rounding_, t.number,
-                                   unsigned(starts.out), unsigned(shape.size())},
-                       kArgs);
-    bind(t, kFirstTensor, starts);
-    bind_extras(t, starts);
-    encoder_.set_vector_bytes(shape, kShape);
-    int strides_index = kParameterStrides;
-    for (auto& axes : strides) encoder_.set_vector_bytes(axes, strides_index++);
-    int64_t y = *(shape.end() - 2), z = rows / y;
-    int64_t group_x = std::min<int64_t>(x, kThreads);
-    int64_t group_y = std::min(y, kThreads / group_x);
-    int64_t group_z = std::min(z, kThreads / (group_x * group_y));
-    encoder_.dispatch_threads(MTL::Size(x, y, z), MTL::Size(group_x, group_y, group_z));
-  }
-
-  unsigned scalar_count() const { return unsigned(scalars_.size()); }
-
   void use(Kernel kernel) {
-    encoder_.set_compute_pipeline_state(kernels_.use(kernel));
+    encoder_.set_compute_pipeline_state(library_.kernel(kernel));
     encoder_.set_input_array(scalars_, kScalars);
     encoder_.set_input_array(step_, kStep);
   }
 
-  void bind(const BoundTensor& t, int index, const Starts& starts) {
-    for (size_t i = 0; i < AdamUpdate::kFirstExtraInput; ++i) {
-      read(t.in[i], index++, starts.in[i]);
-    }
-    for (size_t i = 0; i < AdamUpdate::kFirstExtraOutput; ++i) {
-      write(t.out[i], index++, starts.out);
-    }
-  }
-
-  // Every buffer of a kernel must be bound: those that the formats have no use for, to the scalars.
-  void bind_extras(const BoundTensor& t, const Starts& starts) {
-    auto in = t.in + AdamUpdate::kFirstExtraInput;
-    auto out = t.out + AdamUpdate::kFirstExtraOutput;
-    if (t.formats.has_remainder()) {
-      read(*in++, kRemainder, starts.out);
-      write(*out++, kNewRemainder, starts.out);
-    } else {
-      for (int unused : {kRemainder, kNewRemainder}) read(scalars_, unused, 0);
-    }
-    if (t.formats.has_codes()) {
-      read(in[0], kMScale, starts.scale);
-      read(in[1], kVScale, starts.scale);
-      write(out[0], kNewMScale, starts.scale);
-      write(out[1], kNewVScale, starts.scale);
-    } else {
-      for (int unused : {kMScale, kVScale, kNewMScale, kNewVScale}) read(scalars_, unused, 0);
+  // `shift` is for the tensors of a group.
+  void bind(const BoundTensor& t, const Starts& starts, int shift = 0) {
+    for (size_t role = 0; role < Role::kCount; ++role) {
+      if (auto in = t.arrays.in[role]) {
+        encoder_.set_input_array(*in, kInputBuffers[role] + shift, starts.in[role] * int64_t(in->itemsize()));
+      }
+      if (auto out = t.arrays.out[role]) {
+        encoder_.set_output_array(*out, kOutputBuffers[role] + shift, starts.out[role] * int64_t(out->itemsize()));
+      }
     }
   }
 
-  void read(const mx::array& x, int index, int64_t start) {
-    encoder_.set_input_array(x, index, start * int64_t(x.itemsize()));
-  }
-  void write(mx::array& x, int index, int64_t start) {
-    encoder_.set_output_array(x, index, start * int64_t(x.itemsize()));
+  // Every buffer of a kernel must be bound: those of arrays that the formats do not have, to the scalars.
+  void bind_unused(const BoundTensor& t) {
+    for (size_t role = Role::correction; role < Role::kCount; ++role) {
+      if (t.arrays.in[role]) continue;
+      encoder_.set_input_array(scalars_, kInputBuffers[role]);
+      encoder_.set_input_array(scalars_, kOutputBuffers[role]);
+    }
   }
 
   void dispatch_threads(int64_t count) {
-    encoder_.dispatch_threads(MTL::Size(count, 1, 1),
-                              MTL::Size(std::min<int64_t>(count, kThreads), 1, 1));
+    encoder_.dispatch_threads(MTL::Size(count, 1, 1), MTL::Size(std::min<int64_t>(count, kThreads), 1, 1));
   }
 
   mx::metal::CommandEncoder& encoder_;
-  const Kernels& kernels_;
-  AdamConstants constants_;
-  RoundingArgs rounding_;
+  ShaderLibrary& library_;
+  StepArgs step_args_;
   const mx::array& scalars_;
   const mx::array& step_;
 };
@@ -384,47 +292,44 @@ class Encoding {
 }  // namespace
 
 void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  check_layouts(inputs);
+  auto tensors = node_.tensors(inputs, &outputs);
+  check_layouts(tensors);
+  auto& formats = node_.formats;
   std::vector<BoundTensor> row_major, tiled, general;
-  for (size_t i = 0; i < outputs.size() / outputs_per_tensor(); ++i) {
-    auto in = &inputs[common_inputs() + i * inputs_per_tensor()];
-    BoundTensor t{
-        in, &outputs[i * outputs_per_tensor()], formats_, {}, rounding_.any() ? numbers_[i] : 0};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    BoundTensor t{tensors[i], formats, node_.numbers.empty() ? 0 : node_.numbers[i], {}};
     if (t.size() == 0) continue;
     t.layout = layout_of_rows(t);
     auto kind = t.layout.kind;
-    auto& list = kind == LayoutKind::linear  ? row_major
-                 : kind == LayoutKind::tiled ? tiled
-                                             : general;
+    auto& list = kind == LayoutKind::linear ? row_major : kind == LayoutKind::tiled ? tiled : general;
     list.push_back(std::move(t));
   }
   auto general_kernel = [&](const BoundTensor& t) {
-    return wide_indices_ || t.needs_64_bits() ? kGeneral64 : kGeneral32;
+    return node_.wide_indices || t.needs_64_bits() ? kGeneral64 : kGeneral32;
   };
-  bool is_group = row_major.size() > 1 && extra_count(formats_) == 0;
+  bool is_group = row_major.size() > 1 && !formats.has_auxiliaries();
 
   // Every kernel before any buffer changes hands: a GPU that lacks one leaves parameters and state as they were.
-  Kernels kernels(stream(), rule_ == UpdateRule::adam ? "AdamRule" : "TrafficRule", formats_);
-  if (!row_major.empty()) kernels.fetch(is_group ? kGroup : kLinear);
-  if (!tiled.empty()) kernels.fetch(kTiled);
-  for (auto& t : general) kernels.fetch(general_kernel(t));
+  std::string types = metal_type(formats.parameter);
+  for (auto format : {formats.gradient, formats.m}) types += std::string(", ") + metal_type(format);
+  ShaderLibrary library(stream(), "AdamUpdate", "fused_adam", kAdamShader,
+                        std::span(kShaderKernels).first(kKernels - formats.has_auxiliaries()), types, kThreads);
+  if (!row_major.empty()) library.kernel(is_group ? kGroup : kLinear);
+  if (!tiled.empty()) library.kernel(kTiled);
+  for (auto& t : general) library.kernel(general_kernel(t));
 
-  SoleInputs sole_inputs(inputs, outputs);
-  for (size_t i = 0; i < outputs.size() / outputs_per_tensor(); ++i) {
-    allocate_outputs(&inputs[common_inputs() + i * inputs_per_tensor()],
-                     &outputs[i * outputs_per_tensor()], extra_count(formats_));
-  }
-  Encoding encoding(stream(), kernels, constants_, rounding_, inputs[0],
-                    rounding_.any() ? &inputs[1] : nullptr);
+  Donation donation(inputs, outputs);
+  for (auto& tensor : tensors) allocate_outputs(tensor);
+  AdamEncoder encoder(stream(), library, node_, node_.scalars(inputs), node_.step(inputs));
   if (is_group) {
-    encoding.group(row_major);
+    encoder.group(row_major);
   } else {
-    for (auto& t : row_major) encoding.linear(t);
+    for (auto& t : row_major) encoder.linear(t);
   }
-  for (auto& t : tiled) encoding.tiled(t);
-  for (auto& t : general) encoding.general(t, general_kernel(t));
-  count_updates(stream(), outputs.size() / outputs_per_tensor());
-  sole_inputs.commit();
+  for (auto& t : tiled) encoder.tiled(t);
+  for (auto& t : general) encoder.general(t, general_kernel(t));
+  count_updates(stream(), tensors.size());
+  donation.commit();
 }
 
 Backend gpu_backend() { return {"metal", nullptr, kGroupTensors}; }

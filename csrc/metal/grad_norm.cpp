@@ -2,15 +2,14 @@
 #include "op/grad_norm.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <map>
-#include <numeric>
-#include <string>
+#include <span>
 #include <vector>
 
 #include "adam_args.h"
 #include "grad_norm_args.h"
 #include "metal/library.h"
+#include "metal/pieces.h"
 #include "metal/shaders.h"
 #include "mlx/backend/metal/device.h"
 #include "op/allocate.h"
@@ -26,111 +25,72 @@ namespace {
 // Elements of a piece of a gradient, so that what counts them fits 32 bits; whole spans and vectors.
 constexpr int64_t kLargestPiece = int64_t{1} << 30;
 
-const char* metal_type(mx::Dtype dtype) {
-  return dtype == mx::float32 ? "float" : dtype == mx::bfloat16 ? "bfloat" : "half";
-}
+enum Kernel { kDense, kGeneral, kTotal };
+constexpr ShaderKernel kShaderKernels[] = {
+    {"norm_dense", "norm_dense"}, {"norm_general", "norm_general"}, {"norm_total", nullptr}};
 
-using Axes = std::vector<int64_t>;
-
-struct Piece {
+struct GradientPiece {
   const mx::array* gradient;
   int64_t start;  // in elements
   int64_t size;
-  Axes shape = {};  // of a piece that is not dense
+  Axes shape = {};  // unless it is dense
   Axes strides = {};
 
+  int64_t start_bytes() const { return start * int64_t(gradient->itemsize()); }
   int64_t partials() const { return divide_up(size, kNormSpan); }
 };
 
-void add_dense(const mx::array& gradient, std::vector<Piece>& pieces) {
-  int64_t size = gradient.size();
-  for (int64_t start = 0; start < size; start += kLargestPiece) {
-    pieces.push_back({&gradient, start, std::min(kLargestPiece, size - start)});
-  }
-}
+// All of one dtype.
+struct Gradients {
+  ShaderLibrary library;
+  std::vector<GradientPiece> dense = {};
+  std::vector<GradientPiece> general = {};
 
-// Halves the outermost axis until the number of elements fits.
-void add_general(const mx::array& gradient, int64_t start, Axes shape, const Axes& strides,
-                 std::vector<Piece>& pieces) {
-  int64_t size = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
-  if (size <= kLargestPiece) {
-    pieces.push_back({&gradient, start, size, std::move(shape), strides});
-    return;
-  }
-  size_t axis =
-      std::find_if(shape.begin(), shape.end(), [](auto n) { return n > 1; }) - shape.begin();
-  int64_t length = shape[axis], half = length / 2;
-  shape[axis] = half;
-  add_general(gradient, start, shape, strides, pieces);
-  shape[axis] = length - half;
-  add_general(gradient, start + half * strides[axis], shape, strides, pieces);
-}
-
-// The kernels for gradients of one dtype.
-struct Kernels {
-  MTL::ComputePipelineState* dense;
-  MTL::ComputePipelineState* general;
-  MTL::ComputePipelineState* total;
-
-  Kernels(mx::metal::Device& device, mx::Dtype dtype) {
-    std::string type = metal_type(dtype);
-    auto source = [&] {
-      std::string text = kGradNormShader;
-      for (std::string name : {"norm_dense", "norm_general"}) {
-        auto instance = name + "<" + type + ">";
-        text += "template [[host_name(\"" + name + "\")]] [[kernel]] decltype(" + instance + ") " +
-                instance + ";\n";
+  void add(const mx::array& gradient) {
+    auto layout = layout_of_one(gradient);
+    if (layout.kind == LayoutKind::linear) {
+      int64_t size = gradient.size();
+      for (int64_t start = 0; start < size; start += kLargestPiece) {
+        dense.push_back({&gradient, start, std::min(kLargestPiece, size - start)});
       }
-      return text;
-    };
-    auto get = [&](const char* name) {
-      return metal_kernel(device, "fused_adam_norm<" + type + ">", source, name, "SumOfSquares",
-                          kNormThreads);
-    };
-    dense = get("norm_dense");
-    general = get("norm_general");
-    total = get("norm_total");
+    } else {
+      auto& strides = layout.strides[0];
+      auto fits = [](const Axes& shape) { return size_of(shape) <= kLargestPiece; };
+      for (auto& piece : pieces_of(layout.shape, 1, fits)) {
+        general.push_back({&gradient, offset_of(piece.start, strides), size_of(piece.shape), piece.shape, strides});
+      }
+    }
+    library.kernel(layout.kind == LayoutKind::linear ? kDense : kGeneral);
+  }
+
+  int64_t partials() const {
+    int64_t count = 0;
+    for (auto* pieces : {&dense, &general}) {
+      for (auto& piece : *pieces) count += piece.partials();
+    }
+    return count;
   }
 };
 
-class Encoding {
+using GradientsByDtype = std::map<mx::Dtype::Val, Gradients>;
+
+class NormEncoder {
  public:
-  Encoding(mx::metal::CommandEncoder& encoder, mx::array& partials)
-      : encoder_(encoder), partials_(partials) {}
+  NormEncoder(mx::metal::CommandEncoder& encoder, mx::array& partials) : encoder_(encoder), partials_(partials) {}
 
-  // At most kNormGradients, of one dtype.
-  void dense(const std::vector<Piece>& pieces, const Kernels& kernels) {
-    NormDenseArgs args{};
-    int64_t groups = 0;
-    encoder_.set_compute_pipeline_state(kernels.dense);
-    for (size_t i = 0; i < kNormGradients; ++i) {
-      // A slot without a gradient has no threadgroups, but every buffer of the kernel must be bound.
-      bool is_used = i < pieces.size();
-      auto& piece = pieces[is_used ? i : 0];
-      int64_t offset = piece.start * int64_t(piece.gradient->itemsize());
-      args.sizes[i] = is_used ? unsigned(piece.size) : 0;
-      args.vectors[i] = (piece.gradient->offset() + offset) % kRunBytes == 0;
-      groups += is_used ? piece.partials() : 0;
-      args.group_ends[i] = unsigned(groups);
-      encoder_.set_input_array(*piece.gradient, int(kFirstGradient + i), offset);
+  // Each dispatch writes partial sums of its own, so none waits for another.
+  void partials(GradientsByDtype& by_dtype) {
+    auto concurrent = encoder_.start_concurrent();
+    for (auto& [_, gradients] : by_dtype) {
+      for (size_t i = 0; i < gradients.dense.size(); i += kNormGradients) {
+        dense(std::span(gradients.dense).subspan(i), gradients.library);
+      }
+      for (auto& piece : gradients.general) general(piece, gradients.library);
     }
-    encoder_.set_bytes(args, kNormArgs);
-    dispatch(groups);
   }
 
-  void general(const Piece& piece, const Kernels& kernels) {
-    encoder_.set_compute_pipeline_state(kernels.general);
-    encoder_.set_bytes(NormGeneralArgs{unsigned(piece.size), unsigned(piece.shape.size())},
-                       kNormArgs);
-    encoder_.set_input_array(*piece.gradient, kNormGradient,
-                             piece.start * int64_t(piece.gradient->itemsize()));
-    encoder_.set_vector_bytes(piece.shape, kNormShape);
-    encoder_.set_vector_bytes(piece.strides, kNormStrides);
-    dispatch(piece.partials());
-  }
-
-  void total(mx::array& sum, const Kernels& kernels) {
-    encoder_.set_compute_pipeline_state(kernels.total);
+  void total(mx::array& sum, ShaderLibrary& library) {
+    encoder_.set_compute_pipeline_state(library.kernel(kTotal));
     encoder_.set_bytes(NormTotalArgs{unsigned(next_)}, kNormArgs);
     encoder_.set_input_array(partials_, kNormPartials);
     encoder_.set_output_array(sum, kNormTotal);
@@ -138,6 +98,34 @@ class Encoding {
   }
 
  private:
+  // The first kNormGradients of the pieces.
+  void dense(std::span<const GradientPiece> pieces, ShaderLibrary& library) {
+    NormDenseArgs args{};
+    int64_t groups = 0;
+    encoder_.set_compute_pipeline_state(library.kernel(kDense));
+    for (size_t i = 0; i < kNormGradients; ++i) {
+      // A slot without a gradient has no threadgroups, but every buffer of the kernel must be bound.
+      bool is_used = i < pieces.size();
+      auto& piece = pieces[is_used ? i : 0];
+      args.sizes[i] = is_used ? unsigned(piece.size) : 0;
+      args.vectors[i] = (piece.gradient->offset() + piece.start_bytes()) % kRunBytes == 0;
+      groups += is_used ? piece.partials() : 0;
+      args.group_ends[i] = unsigned(groups);
+      encoder_.set_input_array(*piece.gradient, int(kFirstGradient + i), piece.start_bytes());
+    }
+    encoder_.set_bytes(args, kNormArgs);
+    dispatch(groups);
+  }
+
+  void general(const GradientPiece& piece, ShaderLibrary& library) {
+    encoder_.set_compute_pipeline_state(library.kernel(kGeneral));
+    encoder_.set_bytes(NormGeneralArgs{unsigned(piece.size), unsigned(piece.shape.size())}, kNormArgs);
+    encoder_.set_input_array(*piece.gradient, kNormGradient, piece.start_bytes());
+    encoder_.set_vector_bytes(piece.shape, kNormShape);
+    encoder_.set_vector_bytes(piece.strides, kNormStrides);
+    dispatch(piece.partials());
+  }
+
   // Each threadgroup writes the next of the partial sums.
   void dispatch(int64_t groups) {
     mx::array written({int(groups)}, mx::float32, nullptr, {});
@@ -155,33 +143,22 @@ class Encoding {
 }  // namespace
 
 void SumOfSquares::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  struct Group {
-    Kernels kernels;
-    std::vector<Piece> dense;
-    std::vector<Piece> general;
+  GradientsByDtype by_dtype;
+  auto gradients_of = [&](mx::Dtype dtype) -> Gradients& {
+    auto entry = by_dtype.find(dtype.val());
+    if (entry == by_dtype.end()) {
+      ShaderLibrary library(stream(), "SumOfSquares", "fused_adam_norm", kGradNormShader, kShaderKernels,
+                            metal_type(format_of(dtype)), kNormThreads);
+      entry = by_dtype.try_emplace(dtype.val(), Gradients{std::move(library)}).first;
+    }
+    return entry->second;
   };
-  auto& device = mx::metal::device(stream().device);
-  std::map<mx::Dtype::Val, Group> groups;
   for (auto& gradient : inputs) {
-    auto dtype = gradient.dtype();
-    auto entry = groups.find(dtype.val());
-    if (entry == groups.end()) {
-      entry = groups.try_emplace(dtype.val(), Group{Kernels(device, dtype), {}, {}}).first;
-    }
-    if (gradient.size() == 0) continue;
-    auto layout = layout_of_one(gradient);
-    if (layout.kind == LayoutKind::linear) {
-      add_dense(gradient, entry->second.dense);
-    } else {
-      add_general(gradient, 0, layout.shape, layout.strides[0], entry->second.general);
-    }
+    auto& gradients = gradients_of(gradient.dtype());
+    if (gradient.size() > 0) gradients.add(gradient);
   }
   int64_t count = 0;
-  for (auto& [_, group] : groups) {
-    for (auto* pieces : {&group.dense, &group.general}) {
-      for (auto& piece : *pieces) count += piece.partials();
-    }
-  }
+  for (auto& [_, gradients] : by_dtype) count += gradients.partials();
   auto& sum = outputs[0];
   allocate(sum);
   // Of one element at least, since every buffer of a kernel must be bound.
@@ -189,19 +166,9 @@ void SumOfSquares::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx
   allocate(partials);
   auto& encoder = mx::metal::get_command_encoder(stream());
   encoder.add_temporary(partials);
-  Encoding encoding(encoder, partials);
-  {
-    // Each dispatch writes sums of its own, so none waits for another.
-    auto concurrent = encoder.start_concurrent();
-    for (auto& [_, group] : groups) {
-      for (size_t i = 0; i < group.dense.size(); i += kNormGradients) {
-        auto end = group.dense.begin() + std::min(i + kNormGradients, group.dense.size());
-        encoding.dense({group.dense.begin() + i, end}, group.kernels);
-      }
-      for (auto& piece : group.general) encoding.general(piece, group.kernels);
-    }
-  }
-  encoding.total(sum, groups.begin()->second.kernels);
+  NormEncoder norm(encoder, partials);
+  norm.partials(by_dtype);
+  norm.total(sum, by_dtype.begin()->second.library);
 }
 
 }  // namespace fused_adam

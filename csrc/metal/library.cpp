@@ -5,21 +5,64 @@
 
 namespace fused_adam {
 
-MTL::ComputePipelineState* metal_kernel(mlx::core::metal::Device& device,
-                                        const std::string& library,
-                                        const std::function<std::string()>& source,
-                                        const std::string& name, const char* op,
-                                        unsigned long threads) {
+namespace mx = mlx::core;
+
+const char* metal_type(Format format) {
+  switch (format) {
+    case Format::float32:
+      return "float";
+    case Format::bfloat16:
+      return "bfloat";
+    case Format::float16:
+      return "half";
+    case Format::bfloat16_correction:
+      return "BfloatCorrection";
+    case Format::int8:
+    case Format::uint8:
+      return "QuantizedState";
+  }
+  throw std::logic_error("format has no name in the shaders");
+}
+
+ShaderLibrary::ShaderLibrary(mx::Stream stream, const char* op, const char* name, const char* shader,
+                             std::span<const ShaderKernel> kernels, const std::string& types,
+                             unsigned long threads_per_threadgroup)
+    : device_(mx::metal::device(stream.device)),
+      op_(op),
+      shader_(shader),
+      kernels_(kernels),
+      types_(types),
+      name_(std::string(name) + "<" + types + ">"),
+      threads_(threads_per_threadgroup),
+      loaded_(kernels.size()) {}
+
+std::string ShaderLibrary::source() const {
+  std::string text = shader_;
+  for (auto& kernel : kernels_) {
+    if (!kernel.of_template) continue;
+    auto instance = std::string(kernel.of_template) + "<" + types_ + kernel.more_types + ">";
+    text += std::string("template [[host_name(\"") + kernel.name + "\")]] [[kernel]] decltype(" + instance + ") " +
+            instance + ";\n";
+  }
+  return text;
+}
+
+MTL::ComputePipelineState* ShaderLibrary::kernel(size_t index) {
+  if (loaded_[index]) return loaded_[index];
+  std::string name = kernels_[index].name;
   try {
-    auto kernel = device.get_kernel(name, device.get_library(library, source));
-    if (kernel->maxTotalThreadsPerThreadgroup() < threads) {
-      throw std::runtime_error("this GPU runs too few of its threads together");
+    auto kernel = device_.get_kernel(name, device_.get_library(name_, [this] { return source(); }));
+    auto most = kernel->maxTotalThreadsPerThreadgroup();
+    if (most < threads_) {
+      throw std::runtime_error("this GPU supports only " + std::to_string(most) + " threads per threadgroup, " +
+                               std::to_string(threads_) + " needed");
     }
-    return kernel;
+    return loaded_[index] = kernel;
   } catch (const std::exception& error) {
-    throw std::runtime_error("[" + std::string(op) + "] Metal kernel " + name + " of " + library +
-                             " must compile and load but got: " + error.what() +
-                             "\nNothing was updated. MLX_FUSED_ADAM_BACKEND=stock does without");
+    throw std::runtime_error("[" + std::string(op_) + "] failed to load Metal kernel " + name + " of " + name_ + ": " +
+                             error.what() +
+                             "\nNothing was updated. Set MLX_FUSED_ADAM_BACKEND=stock to train "
+                             "without Metal kernels");
   }
 }
 

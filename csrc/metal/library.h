@@ -1,19 +1,48 @@
-// Compiling a Metal kernel from text on the user's machine, once, with an error that says what to do when it fails.
+// Compiles a shader's kernels on the user's machine, from the embedded text, once for each combination of types:
+// command line tools lack an offline Metal compiler.
 #pragma once
 
-#include <functional>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "mlx/backend/metal/device.h"
+#include "op/formats.h"
 
 namespace fused_adam {
 
-// The kernel of this name in the library, whose text `source` gives when the library is not known yet. `op` is the operation,
-// for errors; a GPU that cannot run so many threads together is an error too.
-MTL::ComputePipelineState* metal_kernel(mlx::core::metal::Device& device,
-                                        const std::string& library,
-                                        const std::function<std::string()>& source,
-                                        const std::string& name, const char* op,
-                                        unsigned long threads);
+// The type in a shader that is named after a format.
+const char* metal_type(Format format);
+
+// A kernel by its name for the host: an instance of a template for the library's types and `more_types`, or no
+// template.
+struct ShaderKernel {
+  const char* name;
+  const char* of_template;  // nullptr: `name` itself is a kernel
+  const char* more_types = "";
+};
+
+class ShaderLibrary {
+ public:
+  // `types`, separated by commas, tell the libraries of a shader apart. `op` is for errors.
+  ShaderLibrary(mlx::core::Stream stream, const char* op, const char* name, const char* shader,
+                std::span<const ShaderKernel> kernels, const std::string& types, unsigned long threads_per_threadgroup);
+
+  // Compiles the library where no kernel has been asked for yet. Throws where this GPU lacks the kernel or so many
+  // threads.
+  MTL::ComputePipelineState* kernel(size_t index);
+
+ private:
+  std::string source() const;
+
+  mlx::core::metal::Device& device_;
+  const char* op_;
+  const char* shader_;
+  std::span<const ShaderKernel> kernels_;
+  std::string types_;
+  std::string name_;
+  unsigned long threads_;
+  std::vector<MTL::ComputePipelineState*> loaded_;
+};
 
 }  // namespace fused_adam

@@ -22,12 +22,12 @@ constexpr size_t kLargestGrouped = 1 << 16;
 
 // ---- Validation ----
 
-void check_auxiliary(const char* what, const std::optional<mx::array>& x, mx::Dtype dtype,
-                     const mx::Shape& shape, const std::string& name) {
+void check_auxiliary(const char* what, const std::optional<mx::array>& x, mx::Dtype dtype, const mx::Shape& shape,
+                     const std::string& name) {
   if (!x) reject(what, " of ", name, " must be an array of ", dtype, " but got nothing");
   if (x->dtype() != dtype || x->shape() != shape) {
-    reject(what, " of ", name, " must be ", dtype, " of shape ", shape, " but got ", x->dtype(),
-           " of shape ", x->shape());
+    reject(what, " of ", name, " must be ", dtype, " of shape ", shape, " but got ", x->dtype(), " of shape ",
+           x->shape());
   }
 }
 
@@ -39,8 +39,7 @@ void check(const AdamTensor& t, size_t i, const TensorName& name) {
       reject(what, " of ", name(i), " must be float32, bfloat16 or float16 but got ", x.dtype());
     }
     if (x.shape() != shape) {
-      reject(what, " of ", name(i), " must have the parameter's shape ", shape, " but got ",
-             x.shape());
+      reject(what, " of ", name(i), " must have the parameter's shape ", shape, " but got ", x.shape());
     }
   };
   check_values("parameter", t.parameter);
@@ -48,13 +47,11 @@ void check(const AdamTensor& t, size_t i, const TensorName& name) {
   check_values("m", t.m, is_quantized);
   check_values("v", t.v, is_quantized);
   if (!is_quantized && t.m.dtype() != t.v.dtype()) {
-    reject("m and v of ", name(i), " must share one dtype but got ", t.m.dtype(), " and ",
-           t.v.dtype());
+    reject("m and v of ", name(i), " must share one dtype but got ", t.m.dtype(), " and ", t.v.dtype());
   }
   if (t.correction) {
     if (t.parameter.dtype() != mx::bfloat16) {
-      reject("parameter of ", name(i), " must be bfloat16, since it has a remainder, but got ",
-             t.parameter.dtype());
+      reject("parameter of ", name(i), " must be bfloat16, since it has a remainder, but got ", t.parameter.dtype());
     }
     check_auxiliary("remainder", t.correction, mx::int16, shape, name(i));
   }
@@ -71,9 +68,6 @@ void check(const AdamStep& s) {
   if (!(0.0 <= s.beta1 && s.beta1 < 1.0)) reject("beta1 must be in [0, 1) but got ", s.beta1);
   if (!(0.0 <= s.beta2 && s.beta2 < 1.0)) reject("beta2 must be in [0, 1) but got ", s.beta2);
   if (!(0.0 <= s.eps)) reject("eps must be at least 0 but got ", s.eps);
-  if (!std::isfinite(s.weight_decay)) {
-    reject("weight_decay must be finite but got ", s.weight_decay);
-  }
   if (s.rounding != StochasticRounding::nearest && !s.step) {
     reject("step must be given for stochastic rounding but got None");
   }
@@ -89,15 +83,14 @@ mx::array as_scalar(const char* what, const mx::array& x, mx::Dtype dtype, mx::S
 
 mx::array constant(double value) { return mx::array(static_cast<float>(value)); }
 
-// The arrays that nodes get: learning rate and step are often lazy, so their arithmetic is part of the graph: a few scalar
-// operations a step, by MLX itself and therefore equal to those of mlx.optimizers on every device. Where the learning rate is
-// all there is, none are needed.
+// The arrays that nodes get: learning rate and step are often lazy, so their arithmetic is part of the graph: a few
+// scalar operations a step, by MLX itself and therefore equal to those of mlx.optimizers on every device. Where the
+// learning rate is all there is, none are needed.
 class Scalars {
  public:
   Scalars(const AdamStep& step, mx::Stream stream) : step_(step), stream_(stream) {
     auto lr = as_scalar("learning_rate", step.learning_rate, mx::float32, stream);
-    is_step_size_only_ = !step.bias_correction && step.weight_decay == 0.0 &&
-                         !step.gradient_scale && !step.is_applied;
+    is_step_size_only_ = !step.bias_correction && !step.weight_decay && !step.gradient_scale && !step.is_applied;
     fields_ = {lr, constant(1.0), constant(1.0), constant(1.0), constant(1.0)};
     if (step.bias_correction) {
       if (!step.step) reject("step must be given with bias_correction but got None");
@@ -110,8 +103,8 @@ class Scalars {
     }
     if (step.gradient_scale) fields_[3] = given("gradient_scale", *step.gradient_scale);
     if (step.is_applied) fields_[4] = given("is_applied", *step.is_applied);
-    if (step.weight_decay != 0.0) {
-      auto decay = mx::multiply(lr, constant(step.weight_decay), stream);
+    if (step.weight_decay) {
+      auto decay = mx::multiply(lr, given("weight_decay", *step.weight_decay), stream);
       decay_ = mx::subtract(constant(1.0), decay, stream);
     }
   }
@@ -130,9 +123,7 @@ class Scalars {
   bool distinguish_decay() const { return decay_.has_value(); }
 
  private:
-  mx::array given(const char* what, const mx::array& x) const {
-    return as_scalar(what, x, mx::float32, stream_);
-  }
+  mx::array given(const char* what, const mx::array& x) const { return as_scalar(what, x, mx::float32, stream_); }
 
   const AdamStep& step_;
   mx::Stream stream_;
@@ -162,8 +153,7 @@ TensorFormats formats_of(const AdamTensor& t) {
 
 struct ByFormats {
   bool operator()(const TensorFormats& a, const TensorFormats& b) const {
-    return std::tie(a.parameter, a.gradient, a.m, a.v) <
-           std::tie(b.parameter, b.gradient, b.m, b.v);
+    return std::tie(a.parameter, a.gradient, a.m, a.v) < std::tie(b.parameter, b.gradient, b.m, b.v);
   }
 };
 template <typename Value>
@@ -176,8 +166,7 @@ struct Group {
   std::vector<size_t> members;
 };
 
-std::vector<Group> group(const std::vector<AdamTensor>& tensors, size_t tensors_per_node,
-                         bool distinguish_decay) {
+std::vector<Group> group(const std::vector<AdamTensor>& tensors, size_t tensors_per_node, bool distinguish_decay) {
   std::vector<Group> groups;
   MapByFormats<size_t> open[2];
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -240,8 +229,8 @@ bool must_be_row_major(const TensorFormats& formats, size_t role) {
   return role >= Role::correction || (role >= Role::m && formats.is_quantized());
 }
 
-// An update's own results need no look, and what a compiled graph will be given cannot have one: AdamUpdate::check_layouts
-// does it then.
+// An update's own results need no look, and what a compiled graph will be given cannot have one:
+// AdamUpdate::check_layouts does it then.
 mx::array row_major(const mx::array& x, mx::Stream stream) {
   bool is_known = x.is_available()    ? x.flags().row_contiguous
                   : x.has_primitive() ? typeid(x.primitive()) == typeid(AdamUpdate)
@@ -252,8 +241,7 @@ mx::array row_major(const mx::array& x, mx::Stream stream) {
 }  // namespace
 
 std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamStep& step,
-                                    const UsesKernel& uses_kernel, mx::StreamOrDevice s,
-                                    const TensorName& name) {
+                                    const UsesKernel& uses_kernel, mx::StreamOrDevice s, const TensorName& name) {
   for (size_t i = 0; i < tensors.size(); ++i) check(tensors[i], i, name);
   check(step);
   auto stream = mx::to_stream(s);
@@ -270,8 +258,8 @@ std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamS
     counter = as_scalar("step", *step.step, mx::uint32, stream);
   }
 
-  auto constants = AdamConstants{float(step.beta1), float(1.0 - step.beta1), float(step.beta2),
-                                 float(1.0 - step.beta2), float(step.eps)};
+  auto constants = AdamConstants{float(step.beta1), float(1.0 - step.beta1), float(step.beta2), float(1.0 - step.beta2),
+                                 float(step.eps)};
   for (auto& group : groups) {
     bool is_fused = fused.at(group.formats), has_auxiliaries = group.formats.has_auxiliaries();
     bool has_kernel = is_fused || has_auxiliaries;
@@ -305,8 +293,7 @@ std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamS
   return tensors;
 }
 
-std::vector<NodeTensor> AdamNode::tensors(const std::vector<mx::array>& inputs,
-                                          std::vector<mx::array>* outputs) const {
+std::vector<NodeTensor> AdamNode::tensors(const std::vector<mx::array>& inputs, std::vector<mx::array>* outputs) const {
   std::vector<NodeTensor> tensors;
   size_t out = 0;
   for (size_t in = step(inputs) ? 2 : 1; in < inputs.size();) {
@@ -336,14 +323,12 @@ Function AdamUpdate::fallback() {
       auto& parameter = *tensor.in[Role::parameter];
       auto &m = *tensor.in[Role::m], &v = *tensor.in[Role::v];
       AdamState<mx::array> old{as(parameter, mx::float32), as(m, mx::float32), as(v, mx::float32)};
-      auto next =
-          adam_rule(old, as(*tensor.in[Role::gradient], mx::float32), scalars, node.constants);
+      auto next = adam_rule(old, as(*tensor.in[Role::gradient], mx::float32), scalars, node.constants);
       auto result = [&](const mx::array& next, const mx::array& old) {
         auto stored = as(next, old.dtype());
         return is_applied ? mx::where(*is_applied, stored, old) : stored;
       };
-      outputs.insert(outputs.end(),
-                     {result(next.parameter, parameter), result(next.m, m), result(next.v, v)});
+      outputs.insert(outputs.end(), {result(next.parameter, parameter), result(next.m, m), result(next.v, v)});
     }
     return outputs;
   };
@@ -360,8 +345,8 @@ std::vector<mx::Shape> AdamUpdate::output_shapes(const std::vector<mx::array>& i
       if (!tensor.in[role]) continue;
       auto wanted = role < Role::m_scale ? shape : scale_shape(shape);
       if (tensor.in[role]->shape() != wanted) {
-        reject(kNames[role], " must have the ", role < Role::correction ? "parameter's " : "",
-               "shape ", wanted, " but got ", tensor.in[role]->shape());
+        reject(kNames[role], " must have the ", role < Role::correction ? "parameter's " : "", "shape ", wanted,
+               " but got ", tensor.in[role]->shape());
       }
       if (role != Role::gradient) shapes.push_back(wanted);
     }

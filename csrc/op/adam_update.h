@@ -26,20 +26,17 @@ struct AdamStep {
   double beta1 = 0.9;
   double beta2 = 0.999;
   double eps = 1e-8;
-  double weight_decay = 0.0;
+  std::optional<mlx::core::array> weight_decay = std::nullopt;  // none: 0
   bool bias_correction = false;
   StochasticRounding rounding = StochasticRounding::nearest;
   uint64_t seed = 0;
-  std::optional<mlx::core::array> gradient_scale =
-      std::nullopt;  // multiplies gradients, to clip them
-  std::optional<mlx::core::array> is_applied =
-      std::nullopt;  // false: results are the old values, bit for bit
-  bool wide_indices =
-      false;  // 64-bit where 32 bits would do: for checks of what only huge tensors need
+  std::optional<mlx::core::array> gradient_scale = std::nullopt;  // multiplies gradients, to clip them
+  std::optional<mlx::core::array> is_applied = std::nullopt;      // false: results are the old values, bit for bit
+  bool wide_indices = false;  // 64-bit where 32 bits would do: for checks of what only huge tensors need
 };
 
-// One parameter with its gradient and its state. Auxiliary arrays are the correction (int16) of a bfloat16 parameter, and
-// the scales (bfloat16) of quantized m (int8) and v (uint8), of shape `scale_shape`.
+// One parameter with its gradient and its state. Auxiliary arrays are the correction (int16) of a bfloat16 parameter,
+// and the scales (bfloat16) of quantized m (int8) and v (uint8), of shape `scale_shape`.
 struct AdamTensor {
   mlx::core::array parameter;
   mlx::core::array gradient;
@@ -77,8 +74,8 @@ struct NodeTensor {
 };
 
 // A node's constants, and the one place that knows where its arrays are. All of its tensors share their formats.
-// Inputs: scalars (float32; [], or ScalarCounts' kAllScalars), the step (uint32) if any result is rounded stochastically,
-// and the tensors' arrays. Outputs: the tensors' new arrays.
+// Inputs: scalars (float32; [], or ScalarCounts' kAllScalars), the step (uint32) if any result is rounded
+// stochastically, and the tensors' arrays. Outputs: the tensors' new arrays.
 struct AdamNode {
   AdamConstants constants;
   TensorFormats formats;
@@ -88,9 +85,7 @@ struct AdamNode {
 
   std::vector<NodeTensor> tensors(const std::vector<mlx::core::array>& inputs,
                                   std::vector<mlx::core::array>* outputs = nullptr) const;
-  const mlx::core::array& scalars(const std::vector<mlx::core::array>& inputs) const {
-    return inputs[0];
-  }
+  const mlx::core::array& scalars(const std::vector<mlx::core::array>& inputs) const { return inputs[0]; }
   // Null if nothing is rounded stochastically.
   const mlx::core::array* step(const std::vector<mlx::core::array>& inputs) const {
     return rounding.results ? &inputs[1] : nullptr;
@@ -99,13 +94,10 @@ struct AdamNode {
 
 class AdamUpdate : public PrimitiveWithFallback {
  public:
-  AdamUpdate(mlx::core::Stream stream, AdamNode node)
-      : PrimitiveWithFallback(stream), node_(std::move(node)) {}
+  AdamUpdate(mlx::core::Stream stream, AdamNode node) : PrimitiveWithFallback(stream), node_(std::move(node)) {}
 
-  void eval_cpu(const std::vector<mlx::core::array>& inputs,
-                std::vector<mlx::core::array>& outputs) override;
-  void eval_gpu(const std::vector<mlx::core::array>& inputs,
-                std::vector<mlx::core::array>& outputs) override;
+  void eval_cpu(const std::vector<mlx::core::array>& inputs, std::vector<mlx::core::array>& outputs) override;
+  void eval_gpu(const std::vector<mlx::core::array>& inputs, std::vector<mlx::core::array>& outputs) override;
 
   const char* name() const override { return "AdamUpdate"; }
   // Never: mx.compile would merge equal updates, and loses outputs when it merges nodes that have several.

@@ -21,8 +21,7 @@ static bool is_empty(auto& memory) {
 void allocate(mx::array& output) {
   auto memory = mx::allocator::malloc(output.nbytes());
   if (output.nbytes() > 0 && is_empty(memory)) {
-    throw std::runtime_error("[adam_update] memory must be had for " +
-                             std::to_string(output.nbytes()) + " bytes but got none");
+    throw std::runtime_error("[adam_update] failed to allocate " + std::to_string(output.nbytes()) + " bytes");
   }
   output.set_data(std::move(memory));
 }

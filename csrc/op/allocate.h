@@ -1,4 +1,4 @@
-// Memory for results: MLX's allocator, whose answer that there is none is an error here.
+// Allocates results by MLX's allocator; throws if it has no memory.
 #pragma once
 
 #include "mlx/allocator.h"

@@ -13,8 +13,7 @@ namespace mx = mlx::core;
 Donation::Donation(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs)
     : inputs_(inputs),
       outputs_(outputs),
-      may_drop_(
-          std::none_of(outputs.begin(), outputs.end(), [](auto& x) { return x.is_tracer(); })) {
+      may_drop_(std::none_of(outputs.begin(), outputs.end(), [](auto& x) { return x.is_tracer(); })) {
   if (!may_drop_) return;
   for (auto& output : outputs_) {
     if (&output.inputs() != &inputs_) output.inputs().clear();
@@ -35,8 +34,8 @@ void Donation::commit_and_release() {
 }
 
 static void allocate_in_place(const mx::array& input, mx::array& output) {
-  if (input.flags().row_contiguous && input.dtype() == output.dtype() &&
-      input.size() == output.size() && mx::is_donatable(input, output)) {
+  if (input.flags().row_contiguous && input.dtype() == output.dtype() && input.size() == output.size() &&
+      mx::is_donatable(input, output)) {
     output.copy_shared_buffer(input);
   } else {
     allocate(output);

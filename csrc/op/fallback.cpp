@@ -19,16 +19,15 @@ std::vector<mx::array> PrimitiveWithFallback::jvp(const std::vector<mx::array>& 
 
 std::vector<mx::array> PrimitiveWithFallback::vjp(const std::vector<mx::array>& primals,
                                                   const std::vector<mx::array>& cotangents,
-                                                  const std::vector<int>& argnums,
-                                                  const std::vector<mx::array>&) {
+                                                  const std::vector<int>& argnums, const std::vector<mx::array>&) {
   auto all = mx::vjp(fallback(), primals, cotangents).second;
   std::vector<mx::array> asked;
   for (int argnum : argnums) asked.push_back(all[argnum]);
   return asked;
 }
 
-std::pair<std::vector<mx::array>, std::vector<int>> PrimitiveWithFallback::vmap(
-    const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
+std::pair<std::vector<mx::array>, std::vector<int>> PrimitiveWithFallback::vmap(const std::vector<mx::array>& inputs,
+                                                                                const std::vector<int>& axes) {
   auto outputs = mx::vmap(fallback(), axes)(inputs);
   return {outputs, std::vector<int>(outputs.size(), 0)};
 }

@@ -21,11 +21,10 @@ class PrimitiveWithFallback : public mlx::core::Primitive {
                                     const std::vector<mlx::core::array>& tangents,
                                     const std::vector<int>& argnums) override;
   std::vector<mlx::core::array> vjp(const std::vector<mlx::core::array>& primals,
-                                    const std::vector<mlx::core::array>& cotangents,
-                                    const std::vector<int>& argnums,
+                                    const std::vector<mlx::core::array>& cotangents, const std::vector<int>& argnums,
                                     const std::vector<mlx::core::array>& outputs) override;
-  std::pair<std::vector<mlx::core::array>, std::vector<int>> vmap(
-      const std::vector<mlx::core::array>& inputs, const std::vector<int>& axes) override;
+  std::pair<std::vector<mlx::core::array>, std::vector<int>> vmap(const std::vector<mlx::core::array>& inputs,
+                                                                  const std::vector<int>& axes) override;
 };
 
 }  // namespace fused_adam

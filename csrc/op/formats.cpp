@@ -9,9 +9,7 @@ namespace fused_adam {
 
 namespace mx = mlx::core;
 
-bool is_plain(const mx::Dtype& dtype) {
-  return dtype == mx::float32 || dtype == mx::bfloat16 || dtype == mx::float16;
-}
+bool is_plain(const mx::Dtype& dtype) { return dtype == mx::float32 || dtype == mx::bfloat16 || dtype == mx::float16; }
 
 Format format_of(const mx::Dtype& dtype) {
   switch (dtype.val()) {

@@ -6,8 +6,6 @@
 #include <functional>
 #include <numeric>
 
-#include "math/encodings.h"
-
 namespace fused_adam {
 
 namespace mx = mlx::core;
@@ -46,14 +44,16 @@ mx::Shape scale_shape(mx::Shape shape) {
   return shape;
 }
 
-int64_t Layout::batches() const {
-  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+size_t block_row(const mx::array& x) {
+  size_t length = x.shape(-1);
+  return length % kBlockElements == 0 ? x.size() : length;
 }
 
-Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx::array& m,
-                 const mx::array& v, TileSides smallest_tile, bool may_merge_rows) {
-  bool state_is_row_major =
-      parameter.flags().row_contiguous && m.flags().row_contiguous && v.flags().row_contiguous;
+int64_t Layout::batches() const { return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()); }
+
+Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx::array& m, const mx::array& v,
+                 TileSides smallest_tile, bool may_merge_rows) {
+  bool state_is_row_major = parameter.flags().row_contiguous && m.flags().row_contiguous && v.flags().row_contiguous;
   if (parameter.size() <= 1 || (state_is_row_major && gradient.flags().row_contiguous)) {
     return {LayoutKind::linear};
   }
@@ -68,9 +68,7 @@ Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx
   if (!state_is_row_major) return layout;
 
   auto& [parameter_strides, gradient_strides, m_strides, v_strides] = layout.strides;
-  auto suits_tiles = [](int64_t side, int64_t smallest) {
-    return smallest <= side && side <= kLargestTileSide;
-  };
+  auto suits_tiles = [](int64_t side, int64_t smallest) { return smallest <= side && side <= kLargestTileSide; };
   size_t last = layout.shape.size() - 1;
   if (layout.shape.size() == 1 && gradient_strides[0] == 1) return {LayoutKind::linear};
   for (size_t axis = 0; axis < last; ++axis) {
@@ -93,16 +91,14 @@ Layout layout_of_one(const mx::array& x) {
   Layout layout{LayoutKind::general};
   std::vector<size_t> axes(x.ndim());
   std::iota(axes.begin(), axes.end(), size_t{0});
-  std::stable_sort(axes.begin(), axes.end(), [&](size_t a, size_t b) {
-    return std::abs(x.strides(a)) > std::abs(x.strides(b));
-  });
+  std::stable_sort(axes.begin(), axes.end(),
+                   [&](size_t a, size_t b) { return std::abs(x.strides(a)) > std::abs(x.strides(b)); });
   for (size_t axis : axes) {
     layout.shape.push_back(x.shape(axis));
     for (auto& strides : layout.strides) strides.push_back(x.strides(axis));
   }
   merge_axes(layout, true);
-  bool has_gaps =
-      layout.shape.size() > 1 || (layout.shape.size() == 1 && layout.strides[0][0] != 1);
+  bool has_gaps = layout.shape.size() > 1 || (layout.shape.size() == 1 && layout.strides[0][0] != 1);
   return has_gaps ? layout : Layout{LayoutKind::linear};
 }
 

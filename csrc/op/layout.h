@@ -1,11 +1,12 @@
 // The memory layout of the four arrays of one update, reduced to the three cases that the back ends have kernels for.
-// Stock layers hand over every nn.Linear weight gradient column-major, so that case has a kernel of its own.
+// MLX's layers give every nn.Linear weight a column-major gradient, so that case has a kernel of its own.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
+#include "math/encodings.h"
 #include "mlx/array.h"
 
 namespace fused_adam {
@@ -15,9 +16,17 @@ constexpr size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
 // The shape of a quantized moment's scales, one for each block of a row: [..., ceil(last / kBlockElements)].
 mlx::core::Shape scale_shape(mlx::core::Shape shape);
 
+// Elements of a quantized tensor after which blocks begin anew: a row, unless the blocks of every row are full.
+size_t block_row(const mlx::core::array& x);
+
+// Where the scale of a row-major element's block is.
+constexpr size_t scale_index(size_t element, size_t block_row) {
+  return element / block_row * divide_up(block_row, kBlockElements) + element % block_row / kBlockElements;
+}
+
 enum class LayoutKind {
-  linear,  // all four arrays are row-major
-  tiled,  // parameter, m and v are row-major; the gradient's unit stride is along another axis than the last
+  linear,   // all four arrays are row-major
+  tiled,    // parameter, m and v are row-major; the gradient's unit stride is along another axis than the last
   general,  // anything else
 };
 
@@ -47,9 +56,8 @@ struct TileSides {
 
 // A matrix with a side below that of `smallest_tile` is `general`: a tile of it would be mostly edge. Without
 // `may_merge_rows`, the last axis stays the tensor's own.
-Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& gradient,
-                 const mlx::core::array& m, const mlx::core::array& v, TileSides smallest_tile,
-                 bool may_merge_rows = true);
+Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& gradient, const mlx::core::array& m,
+                 const mlx::core::array& v, TileSides smallest_tile, bool may_merge_rows = true);
 
 // The layout of one array, for sums that may take its elements in any order: its axes from the longest stride to the
 // shortest, merged; linear if its elements follow each other without gaps in any order of axes. Never tiled.

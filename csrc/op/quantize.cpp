@@ -17,9 +17,9 @@ std::pair<mx::array, mx::array> quantize_moment(const mx::array& moment, bool is
   auto stream = mx::default_stream(mx::Device::cpu);
   auto values = mx::contiguous(mx::astype(moment, mx::float32, stream), false, stream);
   auto to = is_v ? Format::uint8 : Format::int8;
-  auto outputs = mx::array::make_arrays(
-      {moment.shape(), scale_shape(moment.shape())}, {is_v ? mx::uint8 : mx::int8, mx::bfloat16},
-      std::make_shared<ConvertMoment>(stream, Format::float32, to), {values});
+  auto outputs =
+      mx::array::make_arrays({moment.shape(), scale_shape(moment.shape())}, {is_v ? mx::uint8 : mx::int8, mx::bfloat16},
+                             std::make_shared<ConvertMoment>(stream, Format::float32, to), {values});
   return {outputs[0], outputs[1]};
 }
 
@@ -30,14 +30,12 @@ mx::array dequantize_moment(const mx::array& quantized, const mx::array& scales)
   }
   auto shape = scale_shape(quantized.shape());
   if (quantized.ndim() == 0 || scales.dtype() != mx::bfloat16 || scales.shape() != shape) {
-    reject("scales must be bfloat16 of shape ", shape, " but got ", scales.dtype(), " of shape ",
-           scales.shape());
+    reject("scales must be bfloat16 of shape ", shape, " but got ", scales.dtype(), " of shape ", scales.shape());
   }
   auto stream = mx::default_stream(mx::Device::cpu);
-  return mx::array(
-      quantized.shape(), mx::float32,
-      std::make_shared<ConvertMoment>(stream, format_of(dtype), Format::float32),
-      {mx::contiguous(quantized, false, stream), mx::contiguous(scales, false, stream)});
+  return mx::array(quantized.shape(), mx::float32,
+                   std::make_shared<ConvertMoment>(stream, format_of(dtype), Format::float32),
+                   {mx::contiguous(quantized, false, stream), mx::contiguous(scales, false, stream)});
 }
 
 void ConvertMoment::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {

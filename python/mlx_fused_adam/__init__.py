@@ -15,7 +15,7 @@ from ._ext import num_threads, set_num_threads  # noqa: E402
 from ._operation import adam_update  # noqa: E402
 from ._optimizers import Adam, AdamW  # noqa: E402
 from ._state import stock_state  # noqa: E402
-from ._tools.install import Installation, install  # noqa: E402
+from ._tools.install import Installation, install, installed, uninstall  # noqa: E402
 
 # A bad environment variable is an error at import, not in the middle of a training run.
 set_num_threads(_threads.default_num_threads())
@@ -24,6 +24,6 @@ _backends.forced_backend()
 __version__ = _version("mlx-fused-adam")
 
 __all__ = [
-    "Adam", "AdamW", "Installation", "adam_update", "install", "load_optimizer", "num_threads", "save_optimizer",
-    "set_num_threads", "stock_state",
+    "Adam", "AdamW", "Installation", "adam_update", "install", "installed", "load_optimizer", "num_threads",
+    "save_optimizer", "set_num_threads", "stock_state", "uninstall",
 ]  # fmt: skip

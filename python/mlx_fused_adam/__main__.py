@@ -1,4 +1,6 @@
-"""python -m mlx_fused_adam: check this machine; python -m mlx_fused_adam run: train any script with the fused optimizers."""
+"""python -m mlx_fused_adam: check this machine; python -m mlx_fused_adam run: train any script with the fused
+optimizers.
+"""
 
 import argparse
 import sys
@@ -11,9 +13,7 @@ def main() -> int:
         prog="python -m mlx_fused_adam",
         description="Check and time the kernels on this machine. Exits with 1 if a check fails.",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the report as JSON, for bug reports"
-    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, for bug reports")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     launcher = commands.add_parser(
         "run",

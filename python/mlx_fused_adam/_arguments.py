@@ -1,6 +1,7 @@
 """Convert users' arguments (numbers, NumPy arrays, YAML's strings) to what the extension takes, or raise.
 
-Errors read ``[op] what must be X but got Y``. The extension checks arrays (shapes, dtypes, ranges) when it builds the graph.
+Errors read ``[op] what must be X but got Y``. The extension checks arrays (shapes, dtypes, ranges) when it builds the
+graph.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def as_number(op: str, what: str, x: Any, finite: bool = True) -> float:
         TypeError: If ``x`` is not a number.
         ValueError: If it is not real, not finite (where it must be), or not the text of a number.
     """
+    if isinstance(x, mx.array) and x.size == 1:
+        x = x.item()
     if isinstance(x, Complex) and not isinstance(x, Real):
         raise ValueError(f"[{op}] {what} must be real but got {x!r}")
     if not isinstance(x, (Real, str)):
@@ -70,9 +73,7 @@ def as_scalar(what: str, x: Any) -> mx.array:
     if not isinstance(x, Complex):
         raise TypeError(f"[adam_update] step must be a number but got {_described(x)}")
     if not (isinstance(x, Real) and 1 <= x <= _LARGEST_STEP):  # type: ignore[operator]  # Real has no int beside it
-        raise ValueError(
-            f"[adam_update] step must be from 1 to 2**63 - 1 but got {reprlib.repr(x)}"
-        )
+        raise ValueError(f"[adam_update] step must be from 1 to 2**63 - 1 but got {reprlib.repr(x)}")
     return mx.array(float(x), mx.float32)
 
 

@@ -1,8 +1,8 @@
 """The kernel that updates parameters on a device, and the dtypes that it may be used for.
 
-A combination of dtypes is checked when it is first met (_self_check.py). On an error or a mismatch that combination falls
-back to mlx.optimizers' operations, with one warning that gives the reason. MLX_FUSED_ADAM_BACKEND=stock|cpu|metal forces a
-choice. Used by _step.py, _operation.py and _clipping.py.
+A combination of dtypes is checked when it is first met (_self_check.py). On an error or a mismatch that combination
+falls back to mlx.optimizers' operations, with one warning that gives the reason. MLX_FUSED_ADAM_BACKEND=stock|cpu|metal
+forces a choice. Used by _step.py, _operation.py and _clipping.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ _PLAIN: Dtypes = (mx.float32, mx.float32, mx.float32)
 class Backend:
     """A device's kernel, for the combinations of dtypes that pass their check; or none, and why."""
 
-    def __init__(
-        self, name: str | None, reason: str | None, kind: mx.DeviceType, is_forced: bool = False
-    ):
+    def __init__(self, name: str | None, reason: str | None, kind: mx.DeviceType, is_forced: bool = False):
         self.name = name
         self.reason = reason  # why there is no kernel
         self.kind = kind  # of the device where updates run
@@ -45,8 +43,8 @@ class Backend:
         """Whether the kernel updates tensors of these dtypes; checks a combination that is new.
 
         Raises:
-            RuntimeError: If the check fails and the environment forces this back end; or if it fails, on the CPU too, for a
-                state that MLX's operations cannot store.
+            RuntimeError: If the check fails and the environment forces this back end; or if it fails, on the CPU too,
+                for a state that MLX's operations cannot store.
         """
         dtypes: Dtypes = (parameter, gradient, state)
         if remainder is not None:
@@ -152,6 +150,12 @@ def backend_of(place: Place = None) -> Backend:
             if backend is None:
                 backend = _known[kind] = forced_backend() or _find(kind)
     return backend
+
+
+def known_backend() -> str | None:
+    """The description of the default device's back end if its kernel has been checked; nothing is run."""
+    backend = _known.get(_kind(None))
+    return backend.description if backend is not None and (backend.name is None or _PLAIN in backend.verdicts) else None
 
 
 def _kind(place: Place) -> mx.DeviceType:

@@ -1,8 +1,8 @@
 """Save an optimizer to one safetensors file, atomically, and load it.
 
-Atomic: the file is written to a temporary name, flushed to the disk and renamed over the old one. Its metadata describes the
-optimizer: format, class, hyper-parameters, options, step, containers. Loading reads and compares everything before it changes
-anything.
+Atomic: the file is written to a temporary name, flushed to the disk and renamed over the old one. Its metadata
+describes the optimizer: format, class, hyper-parameters, options, step, containers. Loading reads and compares
+everything before it changes anything.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ def save_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW) -> Non
     ``learning_rate`` belong to the state, and are saved with it.
 
     Args:
-        path: The file, under exactly this name: no suffix is appended, and any suffix gives a safetensors file. An existing
-            one is replaced once the new one is complete, and keeps its permissions; a symbolic link is followed.
+        path: The file, under exactly this name: no suffix is appended, and any suffix gives a safetensors file. An
+            existing one is replaced once the new one is complete, and keeps its permissions; a symbolic link is
+            followed.
         optimizer: Its state is evaluated and saved.
 
     Raises:
-        TypeError: If it is not an optimizer of this package, or its state holds something other than arrays and numbers.
+        TypeError: If it is not an optimizer of this package, or its state holds something other than arrays, numbers
+            and strings.
         OSError: If the file cannot be written; the previous one is untouched.
     """
     _check_kind("save_optimizer", optimizer)
@@ -62,36 +64,35 @@ def save_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW) -> Non
         "format_version": "1" if can_be_guessed(optimizer.state) else str(_VERSION),
         "optimizer": json.dumps(_description(optimizer)),
         "step": str(int(optimizer.step)),
-        "state": json.dumps(structure, separators=(",", ":")),
+        "tree": json.dumps(structure, separators=(",", ":")),
     }
     with _errors_named(path):
         _write(path, arrays, metadata)
 
 
-def load_optimizer(
-    path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyperparameters: str = "error"
-) -> None:
+def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyperparameters: str = "error") -> None:
     """Load a saved optimizer; training continues bit for bit as if it had not stopped.
 
-    The file's parameters must be the optimizer's: those of its state if it has one already, and else those of its next
-    ``init`` or update. To train more or fewer parameters than the saved run, use the optimizer with the saved run's first,
-    then freeze or unfreeze, and call ``init(model.trainable_parameters())`` for new ones. Parameters that the model has,
-    but that get no gradient in the first ``update(model, gradients)``, keep the file's state.
+    The file's parameters must be the optimizer's: those of its state if it has one already, and those of its next
+    ``init`` or update. Parameters that the model has, but that get no gradient in the first
+    ``update(model, gradients)``, keep the file's state. To train more or fewer parameters than the saved run, call
+    ``init`` with the saved run's first; then freeze or unfreeze, and call ``init(model.trainable_parameters())`` for
+    new ones.
 
     Args:
         path: A file that :func:`save_optimizer` wrote, or the state of ``mlx.optimizers.Adam`` or ``AdamW`` as
             ``mx.save_safetensors(path, dict(tree_flatten(optimizer.state)))`` writes it. The latter has no
             hyper-parameters to compare, and is converted to the optimizer's options at its next use.
-        optimizer: An optimizer of the saved class. If it has a state already (from ``init``, say), the file's must have the
-            same paths and shapes.
+        optimizer: An optimizer of the saved class. If it has a state already (from ``init``, say), the file's must have
+            the same paths and shapes.
         hyperparameters: What to do where hyper-parameters or options differ: ``"error"``: raise; ``"file"``: take the
-            file's; ``"optimizer"``: keep the optimizer's, and convert the state to its options at its next use; the class
-            may then differ as well. A learning rate belongs to the state: the file's is taken, with ``"optimizer"`` the
-            optimizer's. One that follows a schedule is always the optimizer's. Default: ``"error"``.
+            file's; ``"optimizer"``: keep the optimizer's, convert the state to its options at its next use, and let an
+            Adam load an AdamW's file, or the reverse. The learning rate is part of the state, and loaded with it but
+            for ``"optimizer"``; one that follows a schedule is always the optimizer's. Default: ``"error"``.
 
     Raises:
-        ValueError: If the file is damaged, foreign, of a newer format, or does not fit, naming the mismatch; nothing has
-            changed then. Where the optimizer has no state to compare, its next use raises.
+        ValueError: If the file is damaged, foreign, of a newer format, or does not fit, naming the mismatch; nothing
+            has changed then. Where the optimizer has no state to compare, its next use raises.
         FileNotFoundError: If there is no such file.
         TypeError: If it is not an optimizer of this package.
     """
@@ -108,14 +109,17 @@ def load_optimizer(
         read = _saved_state(path, arrays, metadata)
     else:
         read = _state_of_mlx(path, arrays)
-        saved = own | {"learning_rate": _rounded(read["learning_rate"])}
+        is_scheduled = own["learning_rate"] == "schedule"
+        saved = own if is_scheduled else own | {"learning_rate": _rounded(read["learning_rate"])}
     differing = _differing(path, saved, own, hyperparameters)
-    state = _fitting_state(path, read, optimizer, (saved.keys() | own.keys()) - {"learning_rate"})
-    if hyperparameters == "optimizer" and "learning_rate" in differing:
+    state = _fitting_state(path, read, optimizer)
+    if hyperparameters == "optimizer" and not own["learning_rate"] == saved["learning_rate"] == "schedule":
         state["learning_rate"] = optimizer.state["learning_rate"]
     if hyperparameters == "file":
         optimizer._take_description({k: saved[k] for k in differing if k in saved})
     fit_recorded(state, optimizer._options)
+    for name in (saved.keys() | own.keys()) & state.keys() - optimizer.state.keys():
+        del state[name]  # the value of a schedule that this optimizer does not have
     # The same dict, which a compiled step may have captured; the setter lets the next use convert the state.
     tree = optimizer.state
     optimizer.state = tree
@@ -128,9 +132,7 @@ def load_optimizer(
 
 def _check_kind(op: str, optimizer: Any) -> None:
     if not isinstance(optimizer, (Adam, AdamW)):
-        raise TypeError(
-            f"[{op}] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}"
-        )
+        raise TypeError(f"[{op}] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}")
 
 
 def _description(optimizer: Adam | AdamW) -> dict[str, Any]:
@@ -161,7 +163,8 @@ def _write(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) ->
     if old and not stat.S_ISREG(old.st_mode):
         is_folder = stat.S_ISDIR(old.st_mode)
         raise OSError(errno.EISDIR if is_folder else errno.EINVAL, "not a regular file")
-    # A short name, since the target's may be as long as the file system allows; mx.save_safetensors requires the suffix.
+    # A short name, since the target's may be as long as the file system allows; mx.save_safetensors requires the
+    # suffix.
     name = target.parent / f".save_optimizer-{secrets.token_hex(8)}.safetensors"
     # The system applies the umask.
     os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -171,9 +174,7 @@ def _write(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) ->
         except RuntimeError as error:  # as on a full disk
             raise OSError(f"[save_optimizer] {path} cannot be written: {error}") from error
         if old:
-            with contextlib.suppress(
-                OSError
-            ):  # another owner's, or a file system that has no modes
+            with contextlib.suppress(OSError):  # another owner's, or a file system that has no modes
                 os.chmod(name, stat.S_IMODE(old.st_mode))
         _flush(name)
         os.replace(name, target)
@@ -239,16 +240,14 @@ def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return saved
 
 
-def _saved_state(
-    path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]
-) -> dict[str, Any]:
+def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> dict[str, Any]:
     """The state in the containers that it was saved from; the first release's files do not describe them."""
     state: Any
-    if "state" in metadata:
+    if "tree" in metadata:
         try:
-            state = rebuilt(json.loads(metadata["state"]), arrays)
+            state = rebuilt(json.loads(metadata["tree"]), arrays)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            _reject(path, "the state's structure", f"metadata that cannot be read ({error!r})")
+            _reject(path, "the containers of its state", f"metadata that cannot be read ({error!r})")
     else:
         state = tree_unflatten(list(arrays.items()))
     for name in ("step", "learning_rate"):
@@ -278,9 +277,7 @@ def _rounded(learning_rate: Any) -> float:
     return float(f"{float(learning_rate):.7g}")  # float32's digits
 
 
-def _differing(
-    path: Path, saved: dict[str, Any], own: dict[str, Any], hyperparameters: str
-) -> list[str]:
+def _differing(path: Path, saved: dict[str, Any], own: dict[str, Any], hyperparameters: str) -> list[str]:
     """The names of hyper-parameters and options that differ.
 
     Raises:
@@ -299,9 +296,7 @@ def _differing(
     rates = [x.get("learning_rate") for x in (saved, own)]
     compared = [k for k in differing if k != "learning_rate" or "schedule" in rates]
     if compared and hyperparameters == "error":
-        told = "; ".join(
-            f"{k} (file: {saved.get(k)!r}, optimizer: {own.get(k)!r})" for k in compared
-        )
+        told = "; ".join(f"{k} (file: {saved.get(k)!r}, optimizer: {own.get(k)!r})" for k in compared)
         _reject(
             path,
             "the optimizer's hyper-parameters",
@@ -318,17 +313,14 @@ def _differing(
     return differing
 
 
-def _fitting_state(
-    path: Path, read: dict[str, Any], optimizer: Adam | AdamW, hyperparameters: set[str]
-) -> dict[str, Any]:
+def _fitting_state(path: Path, read: dict[str, Any], optimizer: Adam | AdamW) -> dict[str, Any]:
     """The file's state, in the containers of the optimizer's own if it has one; else its next use compares it."""
     own_values, own = _parted(optimizer.state)
     values, saved = _parted(read)
     for name in own_values.keys() - values.keys() - RECORDED:
-        values[name] = own_values[name]  # a schedule's that the saved run did not have
-    for name in values.keys() & hyperparameters - own_values.keys():
-        del values[name]  # a schedule's that this optimizer does not have
-    if not flattened(own):
+        values[name] = own_values[name]  # of a schedule that the saved run did not have
+    has_met_parameters = not (optimizer._loaded and optimizer._loaded[1] is optimizer.state)
+    if not (has_met_parameters and flattened(own)):
         return values | saved
 
     def takes(part: Any) -> bool:

@@ -1,7 +1,7 @@
 """Clip factor and skip flag of one step, as lazy scalars: from the global norm of all gradients.
 
-One reduction over all gradients (csrc/op/grad_norm.h); the rest is scalar arithmetic on the device, without a host sync.
-Clipping: Pascanu et al. 2013, with the constants of mlx.optimizers.clip_grad_norm.
+One reduction over all gradients (csrc/op/grad_norm.h); the rest is scalar arithmetic on the device, without a host
+sync. Clipping: Pascanu et al. 2013, with the constants of mlx.optimizers.clip_grad_norm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NORM_EPS = 1e-6
 
 # The keys that a state has beside step and learning rate, and their dtypes. They begin at zero.
 _RECORDED_DTYPES = {"grad_norm": mx.float32, "skipped": mx.uint64}
-RECORDED = frozenset(_RECORDED_DTYPES)
+RECORDED: frozenset[str] = frozenset(_RECORDED_DTYPES)
 
 
 class Clipping(NamedTuple):
@@ -43,9 +43,7 @@ class Clipping(NamedTuple):
         is_floating = mx.issubdtype(gradient.dtype, mx.floating)
         return scaled.astype(gradient.dtype) if is_floating else scaled
 
-    def record(
-        self, state: dict[str, Any], before: dict[str, Any], counters: Iterable[str]
-    ) -> None:
+    def record(self, state: dict[str, Any], before: dict[str, Any], counters: Iterable[str]) -> None:
         """Write the norm and the number of skipped steps into a state whose ``counters`` have advanced already."""
         if self.gradient_scale is not None:
             state["grad_norm"] = self.norm
@@ -57,9 +55,7 @@ class Clipping(NamedTuple):
                     state[name] = self.kept(state[name], before[name])
 
 
-def clipping_of(
-    gradients: Sequence[mx.array], options: Options, paths: Callable[[], list[str]]
-) -> Clipping | None:
+def clipping_of(gradients: Sequence[mx.array], options: Options, paths: Callable[[], list[str]]) -> Clipping | None:
     """The clipping that the options ask for, or None.
 
     Raises:

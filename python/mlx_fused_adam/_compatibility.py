@@ -1,6 +1,8 @@
-"""Reject any other MLX than the one that the extension was compiled for, before the extension is loaded and might crash.
+"""Reject any other MLX than the one that the extension was compiled for, before the extension is loaded and might
+crash.
 
-libmlx's C++ interface changes between releases. On Linux the package mlx has no libmlx; a back end (mlx-cpu, say) brings it.
+libmlx's C++ interface changes between releases. On Linux the package mlx has no libmlx; a back end (mlx-cpu, say)
+brings it.
 """
 
 import importlib
@@ -33,13 +35,10 @@ def check_mlx(installed: dict[str, str] | None = None) -> None:
     """Raise ImportError unless the installed mlx, or the given versions, is that of the build and can be imported."""
     for name, found in (installed_mlx() if installed is None else installed).items():
         if found != MLX_VERSION:
-            raise ImportError(
-                f"mlx-fused-adam was built for mlx {MLX_VERSION} but {name} {found} is installed. {_FIX}"
-            )
+            raise ImportError(f"mlx-fused-adam was built for mlx {MLX_VERSION} but {name} {found} is installed. {_FIX}")
     try:
         importlib.import_module("mlx.core")
     except ImportError as error:
         raise ImportError(
-            f"mlx-fused-adam needs mlx {MLX_VERSION} with a back end, but mlx.core cannot be imported: "
-            f"{error}. {_FIX}"
+            f"mlx-fused-adam needs mlx {MLX_VERSION} with a back end, but mlx.core cannot be imported: {error}. {_FIX}"
         ) from error

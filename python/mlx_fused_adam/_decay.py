@@ -1,8 +1,11 @@
-"""The option ``decay_filter``: which parameters weight decay applies to, by a callable or regular expressions on paths."""
+"""The option ``decay_filter``: which parameters weight decay applies to, by a callable or regular expressions on
+paths.
+"""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,16 +24,15 @@ class DecayFilter:
 
     def __init__(self, op: str, wanted: Any) -> None:
         self._op = op
-        self._asked = wanted
+        self.wanted = wanted
         self._known: dict[str, bool] = {}
+        self._warned: set[re.Pattern[str]] = set()
         self._expressions: list[re.Pattern[str]] = []
         if callable(wanted):
             return
         texts = [wanted] if isinstance(wanted, str) else wanted
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(
-                f"[{op}] decay_filter must be a callable or regular expressions but got {wanted!r}"
-            )
+            raise TypeError(f"[{op}] decay_filter must be a callable or regular expressions but got {wanted!r}")
         if not texts:
             raise ValueError(
                 f"[{op}] decay_filter must have a regular expression but got none; for no decay at all "
@@ -40,9 +42,7 @@ class DecayFilter:
             try:
                 self._expressions.append(re.compile(text))
             except re.error as error:
-                raise ValueError(
-                    f"[{op}] decay_filter must be regular expressions but got {text!r}: {error}"
-                ) from None
+                raise ValueError(f"[{op}] decay_filter must be regular expressions but got {text!r}: {error}") from None
 
     @property
     def described(self) -> list[str] | str:
@@ -55,25 +55,21 @@ class DecayFilter:
             if self._expressions:
                 answer: Any = any(e.search(path) for e in self._expressions)
             else:
-                answer = self._asked(path, parameter)
+                answer = self.wanted(path, parameter)
             if not isinstance(answer, bool):
-                raise TypeError(
-                    f"[{self._op}] decay_filter must return True or False but got {answer!r} for {path}"
-                )
+                raise TypeError(f"[{self._op}] decay_filter must return True or False but got {answer!r} for {path}")
             self._known[path] = answer
         return self._known[path]
 
     def check(self, paths: Iterable[str]) -> None:
-        """Reject an expression that matches none of the paths: it is misspelt.
-
-        Raises:
-            ValueError: Naming the expression, and some of the paths.
-        """
+        """Warn once of an expression that matches none of the paths: it is misspelt, or its parameters are frozen."""
         paths = list(paths)
         for expression in self._expressions:
-            if paths and not any(expression.search(path) for path in paths):
+            if paths and expression not in self._warned and not any(expression.search(path) for path in paths):
+                self._warned.add(expression)
                 some = ", ".join(paths[:3]) + (", …" if len(paths) > 3 else "")
-                raise ValueError(
-                    f"[{self._op}] decay_filter must match a parameter's path with each expression but got "
-                    f"{expression.pattern!r}, which matches none of {some}"
+                warnings.warn(
+                    f"[{self._op}] decay_filter {expression.pattern!r} matches none of the parameters' paths: {some}",
+                    UserWarning,
+                    stacklevel=4,
                 )

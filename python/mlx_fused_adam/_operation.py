@@ -54,7 +54,8 @@ def adam_update(
         weight_decay: Decoupled weight decay. Default: ``0.0``.
         bias_correction: Default: ``False``, as in ``mlx.optimizers``.
         seed: If given, 16-bit results are rounded stochastically, to a mean that is right, with bits that depend on
-            ``seed``, ``step`` (then needed) and the element. Derivatives and vmap round to nearest. Default: to nearest.
+            ``seed``, ``step`` (then needed) and the element. Derivatives and vmap round to nearest. Default: to
+            nearest.
         stream: Stream or device (``mx.cpu``, say) to run on. Default: MLX's.
 
     Returns:

@@ -18,7 +18,7 @@ from mlx.utils import tree_map, tree_map_with_path
 
 from . import _ext
 from ._arguments import as_array, as_number, as_scalar, check_betas, check_ranges
-from ._backends import backend_of
+from ._backends import backend_of, known_backend
 from ._clipping import Clipping, check_names, clipping_of, fit_recorded
 from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
@@ -28,25 +28,72 @@ from ._structure import fit_loaded
 from ._tree import Walk, flattened
 
 
+class _Option:
+    """An option as an attribute. An assignment is checked; the next update converts the state and goes by it.
+
+    A step that ``mx.compile`` has traced keeps the options that it was traced with.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: _Fused | None, owner: type) -> Any:
+        return self if optimizer is None else optimizer._options.value_of(self._name)
+
+    def __set__(self, optimizer: _Fused, value: Any) -> None:
+        optimizer._change_options(optimizer._options.replaced({self._name: value}))
+
+
 class _Fused(_MLXOptimizer):
     """Initialize state and apply gradients; comes before mlx.optimizers.Adam or AdamW in the bases."""
 
     betas: list[float]
     eps: float
     bias_correction: bool
-    weight_decay: float
+    state_dtype = _Option()
+    stochastic_rounding = _Option()
+    seed = _Option()
+    master_weights = _Option()
+    max_grad_norm = _Option()
+    skip_nonfinite = _Option()
+    shard_group = _Option()
     _options: Options
     _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
     _decay_filter: DecayFilter | None = None
-    _loaded: tuple[str, dict] | None = (
-        None  # a file and its state, until the first use of that state
-    )
+    _loaded: tuple[str, dict] | None = None  # a file and its state, which has not met its parameters yet
 
     def _set_options(self, options: Options) -> None:
         check_ranges(options.op, self.betas, self.eps)
         self._options = options
         self._parameter_dtypes = {}
         fit_recorded(self._state, options)
+        self._make_arrays()
+        # A schedule's value is lazy, and another thread could not evaluate it.
+        mx.eval(self._state)
+
+    def _change_options(self, options: Options) -> None:
+        fit_recorded(self._state, options)
+        self._options = options
+        self._initialized = False  # so that the next update converts the state
+
+    def _make_arrays(self) -> None:
+        """Make arrays of numbers that were assigned to the state, or that a schedule returned."""
+        if not isinstance(self._state, dict):
+            raise TypeError(f"[{self._options.op}] state must be a dict but got {self._state!r}")
+        for name in ("step", "learning_rate", *self._schedulers):
+            x = self._state.get(name)
+            if x is not None and not isinstance(x, mx.array):
+                self._state[name] = mx.array(x, mx.uint64 if name == "step" else mx.float32)
+
+    def __repr__(self) -> str:
+        """Class, hyper-parameters, options that differ from their defaults, and the back end if it is known."""
+        if "_options" not in vars(self):  # not constructed yet
+            return object.__repr__(self)
+        defaults = Options(self._options.op).described()
+        named = {k: x for k, x in self._description().items() if k not in defaults or x != defaults[k]}
+        given = ", ".join(f"{name}={x!r}" for name, x in named.items() if name != "decay_filter" or x)
+        known = known_backend()
+        return f"{type(self).__name__}({given})" + (f" on {known}" if known else "")
 
     @property
     def backend(self) -> str:
@@ -63,8 +110,8 @@ class _Fused(_MLXOptimizer):
         A state of mlx.optimizers, or of other options, is converted to what the options ask for.
 
         Raises:
-            ValueError: If part of a state or a parameter does not fit, naming its path, or a file that was loaded has no
-                state of a parameter, or one that no parameter takes; no state is changed then.
+            ValueError: If part of a state or a parameter does not fit, or a file that was loaded has no state of a
+                parameter, or one that no parameter takes, naming its path; no state is changed then.
         """
         was_initialized, loaded = self._initialized, self._loaded
         before = tree_map(lambda x: x, self._state)
@@ -80,9 +127,12 @@ class _Fused(_MLXOptimizer):
             if self._decay_filter:
                 self._decay_filter.check(dtypes)
             fit_recorded(self._state, self._options)
+            self._make_arrays()
             self._fit_loaded(parameters, parameters)
             super().init(parameters)
-            tree_map_with_path(convert, parameters, self._state)
+            # A subclass's own state is its own.
+            if getattr(self.init_single, "__func__", None) is _Fused.init_single:
+                tree_map_with_path(convert, parameters, self._state)
         except BaseException:
             self._restore(before, was_initialized, loaded)
             raise
@@ -108,12 +158,13 @@ class _Fused(_MLXOptimizer):
         """
         # A subclass or an instance may have its own rule for single parameters, which changes state as it goes.
         has_own_rule = getattr(self.apply_single, "__func__", None) is not _Fused.apply_single
+        self._make_arrays()
         was_initialized, loaded = self._initialized, self._loaded
         copy_all = has_own_rule or not was_initialized
         before = tree_map(lambda x: x, self._state) if copy_all else dict(self._state)
         written: list[tuple[dict, dict]] = []
         try:
-            if not was_initialized and loaded:
+            if loaded and not was_initialized:
                 self._fit_loaded(_those_with(gradients, parameters), parameters)
             if has_own_rule:
                 if self._options.needs_norm:
@@ -127,7 +178,8 @@ class _Fused(_MLXOptimizer):
                 self.init(_those_with(gradients, parameters))
             step = self.step
             for name, scheduler in self._schedulers.items():
-                self.state[name] = scheduler(step)
+                value = scheduler(step)
+                self.state[name] = value if isinstance(value, mx.array) else mx.array(value, mx.float32)
             self.state["step"] = step + 1
             result, changes, clipping = self._updated(gradients, parameters, self.state)
             written = [(state, dict(state)) for state, _ in changes]
@@ -164,7 +216,9 @@ class _Fused(_MLXOptimizer):
         """The new parameters, each state with its changes, and the clipping; changes nothing."""
         walk = Walk(gradients, parameters, states)
         clipping = clipping_of(walk.gradients, self._options, walk.paths)
-        weight_decay = float(getattr(self, "weight_decay", 0.0))
+        weight_decay = getattr(self, "weight_decay", 0.0)
+        if not isinstance(weight_decay, mx.array):
+            weight_decay = float(weight_decay)
         fused_step = _ext.AdamStep(
             as_scalar("learning_rate", self.learning_rate),
             as_scalar("step", self.step),
@@ -177,7 +231,7 @@ class _Fused(_MLXOptimizer):
             gradient_scale=clipping and clipping.gradient_scale,
             is_applied=clipping and clipping.is_applied,
         )
-        decay_filter = self._decay_filter if weight_decay else None
+        decay_filter = self._decay_filter if isinstance(weight_decay, mx.array) or weight_decay else None
         step = Step(fused_step, self._options, decay_filter, clipping, self._fall_back)
         new, states = step.update(Leaves(walk.gradients, walk.parameters, walk.states, walk.paths))
         walk.fill(new)
@@ -191,17 +245,14 @@ class _Fused(_MLXOptimizer):
     def _fit_loaded(self, trained: Any, parameters: Any) -> None:
         """Put a loaded state in the containers of its first parameters, unless the user has set another since."""
         if self._loaded and self._loaded[1] is self._state and isinstance(trained, dict):
-            makes_empty_states = type(self).init_single is not _Fused.init_single
-            state = fit_loaded(
-                self._loaded[0], self._state, trained, parameters, makes_empty_states
-            )
+            makes_empty_states = getattr(self.init_single, "__func__", None) is not _Fused.init_single
+            op, file = self._options.op, self._loaded[0]
+            state = fit_loaded(op, file, self._state, trained, parameters, makes_empty_states)
             self._state.clear()
             self._state.update(state)
         self._loaded = None
 
-    def _fall_back(
-        self, gradient: mx.array, parameter: mx.array, state: dict, is_decayed: bool
-    ) -> mx.array:
+    def _fall_back(self, gradient: mx.array, parameter: mx.array, state: dict, is_decayed: bool) -> mx.array:
         """Update one parameter as mlx.optimizers does; its Adam is its AdamW without decay."""
         result: mx.array
         if is_decayed:
@@ -212,11 +263,13 @@ class _Fused(_MLXOptimizer):
 
     def _description(self) -> dict[str, Any]:
         """Hyper-parameters and options in JSON's types."""
-        learning_rate: Any = "schedule"
-        if "learning_rate" not in self._schedulers:
-            learning_rate = float(f"{self.learning_rate.item():.7g}")  # float32's digits
+
+        def told(name: str) -> Any:
+            return "schedule" if name in self._schedulers else float(f"{float(getattr(self, name)):.7g}")
+
+        self._make_arrays()
         found = {
-            "learning_rate": learning_rate,
+            "learning_rate": told("learning_rate"),  # in float32's digits
             "betas": [float(beta) for beta in self.betas],
             "eps": float(self.eps),
             "bias_correction": bool(self.bias_correction),
@@ -224,20 +277,22 @@ class _Fused(_MLXOptimizer):
         }
         if hasattr(self, "weight_decay"):
             known = self._decay_filter
-            found["weight_decay"] = float(self.weight_decay)
+            found["weight_decay"] = told("weight_decay")
             found["decay_filter"] = known and known.described
         return found
 
     def _take_description(self, found: dict[str, Any]) -> None:
-        """Take hyper-parameters and options from another optimizer's description; the learning rate belongs to the state."""
-        options = self._options.replaced(found)
+        """Take hyper-parameters and options from another optimizer's description; the learning rate belongs to the
+        state.
+        """
+        options = self._options.replaced({k: x for k, x in found.items() if k != "shard_group"})
         decay_filter = self._decay_filter
         if "decay_filter" in found:
             wanted = found["decay_filter"]
             decay_filter = None if wanted is None else DecayFilter(options.op, wanted)
         self._options, self._decay_filter = options, decay_filter
         for name in ("betas", "eps", "bias_correction", "weight_decay"):
-            if name in found:
+            if name in found and found[name] != "schedule":
                 setattr(self, name, found[name])
 
 
@@ -245,41 +300,43 @@ class Adam(_Fused, _MLXAdam):
     """``mlx.optimizers.Adam`` in one pass over memory.
 
     Arguments, defaults, state tree and methods are those of :class:`mlx.optimizers.Adam`; float32 results on the CPU
-    are bit-identical to it. 16-bit parameters are updated in float32 arithmetic with one rounding at each store, and their
-    ``m`` and ``v`` are bfloat16. The options' auxiliary arrays (scales, ``remainder``) are beside ``m`` and ``v`` in the state;
-    grad and ``vmap`` of an update are not supported with them.
+    are bit-identical to it. 16-bit parameters are updated in float32 arithmetic with one rounding at each store, and
+    their ``m`` and ``v`` are bfloat16. The options' auxiliary arrays (scales, ``remainder``) are beside ``m`` and ``v``
+    in the state; grad and ``vmap`` of an update are not supported with them.
 
     Args:
         learning_rate (float or callable): The learning rate, or a schedule of the step.
         betas (list[float]): Decay rates of ``m`` and ``v``. Default: ``[0.9, 0.999]``.
         eps (float): Added to the denominator. Default: ``1e-8``.
-        bias_correction (bool): Whether to correct ``m`` and ``v`` for their start from zero (Kingma & Ba 2015, section 3).
-            Default: ``False``.
-        state_dtype (str or Dtype, optional): The dtype of ``m`` and ``v``: ``"float32"``, ``"bfloat16"``, or ``"int8"``:
-            quantized to 8 bits, with one scale for 32 neighbours along the last axis. Parameters with fewer than 4096
-            elements, or a last axis shorter than 32, use bfloat16 in place of int8. Default: float32 for float32
-            parameters, bfloat16 for 16-bit ones.
-        stochastic_rounding (bool, optional): The 16-bit results that are rounded stochastically, which is right on average:
-            ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and ``m`` as well;
-            ``False``: none, an error with ``"int8"``, which is always rounded stochastically. Default: ``None``.
-        seed (int): Seed of that rounding. Equal seeds give equal results, on any device and after a resume. Default: ``0``.
+        bias_correction (bool): Whether to correct ``m`` and ``v`` for their start from zero (Kingma & Ba 2015, section
+            3). Default: ``False``.
+        state_dtype (str or Dtype, optional): The dtype of ``m`` and ``v``: ``"float32"``, ``"bfloat16"``, or
+            ``"int8"``: quantized to 8 bits, with one scale for 32 neighbours along the last axis. Parameters with fewer
+            than 4096 elements, or a last axis shorter than 32, use bfloat16 in place of int8. Default: float32 for
+            float32 parameters, bfloat16 for 16-bit ones.
+        stochastic_rounding (bool, optional): The 16-bit results that are rounded stochastically, which is right on
+            average: ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and
+            ``m`` as well; ``False``: none, an error with ``"int8"``, which is always rounded stochastically. Default:
+            ``None``.
+        seed (int): Seed of that rounding. Equal seeds give equal results, on any device and after a resume. Default:
+            ``0``.
         master_weights (bool): Whether the state holds the low 16 bits of each bfloat16 parameter's float32 value
-            (``remainder``, int16), so that training equals that of float32 parameters. The parameter is that value rounded
-            to nearest, ties away from zero. Has no effect on float32 parameters; float16 ones are an error.
+            (``remainder``, int16), so that training equals that of float32 parameters. The parameter is that value
+            rounded to nearest, ties away from zero. Has no effect on float32 parameters; float16 ones are an error.
             Default: ``False``.
-        max_grad_norm (float, optional): The largest global norm of the gradients, greater than 0. Larger gradients are scaled
-            down inside the update, as by ``mlx.optimizers.clip_grad_norm``, with the norm summed in float32. The norm
-            before clipping is ``state["grad_norm"]``, a float32 array. Default: no clipping.
-        skip_nonfinite (bool): Whether to skip a step whose gradients hold NaN or infinity, or whose sum of squares exceeds
-            float32's range (3.4e38): parameters, moments, step and schedules keep their bits, and ``state["skipped"]``,
-            a uint64 array, counts it. Default: ``False``.
-        shard_group (mlx.core.distributed.Group, optional): The processes that parameters and gradients are sharded over, as
-            with ``mlx.nn.fully_shard``. Norm and skipping consider all shards, and a file of :func:`save_optimizer` is
-            loaded by the same rank of as many processes. Default: not sharded.
+        max_grad_norm (float, optional): The largest global norm of the gradients, greater than 0. Larger gradients are
+            scaled down inside the update, as by ``mlx.optimizers.clip_grad_norm``, with the norm summed in float32. The
+            norm before clipping is ``state["grad_norm"]``, a float32 array. Default: no clipping.
+        skip_nonfinite (bool): Whether to skip a step whose gradients hold NaN or infinity, or whose sum of squares
+            exceeds float32's range (3.4e38): parameters, moments, step and schedules keep their bits, and
+            ``state["skipped"]``, a uint64 array, counts it. Default: ``False``.
+        shard_group (mlx.core.distributed.Group, optional): The processes that parameters and gradients are sharded
+            over, as with ``mlx.nn.fully_shard``. Norm and skipping consider all shards, and a file of
+            :func:`save_optimizer` is loaded by the same rank of as many processes. Default: not sharded.
 
     Raises:
-        ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an option's
-            value that is not among its choices or conflicts with another.
+        ValueError: At construction, for betas outside [0, 1), a negative eps, a number that is not finite, or an
+            option's value that is not among its choices or conflicts with another.
         TypeError: At construction, for a value that is not a number, or an unknown option.
     """
 
@@ -298,10 +355,11 @@ class Adam(_Fused, _MLXAdam):
         skip_nonfinite: bool = False,
         shard_group: mx.distributed.Group | None = None,
     ) -> None:
-        super().__init__(*_checked("Adam", learning_rate, betas, eps), bias_correction)
+        super().__init__(*_checked("Adam", learning_rate, betas, eps, bias_correction), bias_correction)
         self._set_options(
             Options(
-                "Adam", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite, shard_group
+                "Adam", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
+                shard_group,
             )
         )  # fmt: skip
 
@@ -310,10 +368,11 @@ class AdamW(_Fused, _MLXAdamW):
     """``mlx.optimizers.AdamW`` in one pass over memory. Arguments and errors are those of :class:`Adam`, and:
 
     Args:
-        weight_decay (float): Decoupled weight decay (Loshchilov & Hutter 2019). Default: ``0.01``.
-        decay_filter (callable, str or list[str], optional): The parameters that weight decay applies to: a callable of path
-            and parameter that returns a bool, called once for each path; or regular expressions, searched for in the path
-            (``"layers.0.mlp.weight"``). Default: all.
+        weight_decay (float or callable): Decoupled weight decay (Loshchilov & Hutter 2019), or a schedule of the step,
+            whose value is then ``state["weight_decay"]``. Default: ``0.01``.
+        decay_filter (callable, str or list[str], optional): The parameters that weight decay applies to: a callable of
+            path and parameter that returns a bool, called once for each path; or regular expressions, searched for in
+            the path (``"layers.0.mlp.weight"``). Default: all.
     """
 
     def __init__(
@@ -321,7 +380,7 @@ class AdamW(_Fused, _MLXAdamW):
         learning_rate: float | Callable[[mx.array], mx.array],
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        weight_decay: float | Callable[[mx.array], mx.array] = 0.01,
         bias_correction: bool = False,
         *,
         state_dtype: str | mx.Dtype | None = None,
@@ -333,17 +392,40 @@ class AdamW(_Fused, _MLXAdamW):
         shard_group: mx.distributed.Group | None = None,
         decay_filter: Callable[[str, mx.array], bool] | Sequence[str] | str | None = None,
     ) -> None:
-        weight_decay = as_number("AdamW", "weight_decay", weight_decay)
-        super().__init__(
-            *_checked("AdamW", learning_rate, betas, eps), weight_decay, bias_correction
-        )
+        if not callable(weight_decay):
+            weight_decay = as_number("AdamW", "weight_decay", weight_decay)
+        checked = _checked("AdamW", learning_rate, betas, eps, bias_correction)
+        super().__init__(*checked, weight_decay, bias_correction)  # type: ignore[arg-type]
         self._set_options(
             Options(
-                "AdamW", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite, shard_group
+                "AdamW", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
+                shard_group,
             )
         )  # fmt: skip
-        if decay_filter is not None:
-            self._decay_filter = DecayFilter("AdamW", decay_filter)
+        self.decay_filter = decay_filter
+
+    @property
+    def weight_decay(self) -> Any:
+        """A number, or with a schedule its value, a scalar array; either may be assigned."""
+        return self.state["weight_decay"] if "weight_decay" in self._schedulers else self._weight_decay
+
+    @weight_decay.setter
+    def weight_decay(self, x: Any) -> None:
+        self._schedulers.pop("weight_decay", None)
+        self._state.pop("weight_decay", None)
+        if callable(x):
+            self._maybe_schedule("weight_decay", x)
+        else:
+            self._weight_decay = x
+
+    @property
+    def decay_filter(self) -> Any:
+        """The parameters that weight decay applies to, as it was given; an assignment counts from the next update."""
+        return self._decay_filter and self._decay_filter.wanted
+
+    @decay_filter.setter
+    def decay_filter(self, wanted: Any) -> None:
+        self._decay_filter = None if wanted is None else DecayFilter("AdamW", wanted)
 
     def decayed(self, parameters: Any) -> list[str]:
         """The paths of the parameters that weight decay applies to; all of them without a ``decay_filter``."""
@@ -351,8 +433,10 @@ class AdamW(_Fused, _MLXAdamW):
         return [path for path, x in flattened(parameters) if known is None or known.decays(path, x)]
 
 
-def _checked(op: str, learning_rate: Any, betas: Any, eps: Any) -> tuple[Any, list[float], float]:
+def _checked(op: str, learning_rate: Any, betas: Any, eps: Any, bias_correction: Any) -> tuple[Any, list[float], float]:
     """The hyper-parameters as numbers; a learning rate that is a schedule or an array is returned as it is."""
+    if not isinstance(bias_correction, int):  # a bool is one; mlx.optimizers takes the string "false" for true
+        raise TypeError(f"[{op}] bias_correction must be True or False but got {bias_correction!r}")
     is_array = isinstance(learning_rate, mx.array) or hasattr(learning_rate, "__array__")
     if not (callable(learning_rate) or is_array):
         learning_rate = as_number(op, "learning_rate", learning_rate)

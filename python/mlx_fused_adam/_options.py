@@ -17,7 +17,8 @@ FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
 _STATE_DTYPES = ("float32", "bfloat16", "int8")
 _LARGEST_SEED = 2**64 - 1
 
-# Smaller parameters keep bfloat16 moments where int8 is asked for: they save next to nothing, and short rows little more.
+# Smaller parameters keep bfloat16 moments where int8 is asked for: they save next to nothing, and short rows little
+# more.
 _SMALLEST_QUANTIZED = 4096
 _SHORTEST_QUANTIZED_ROW = 32
 
@@ -83,10 +84,14 @@ class Options:
             described["shard_group"] = str(self.shard_group)
         return described
 
-    def replaced(self, described: dict[str, Any]) -> Options:
-        """These options with others' values, as ``described`` gives them; the group of processes stays."""
-        known = {k: x for k, x in described.items() if k in vars(self) and k != "shard_group"}
-        return Options(**vars(self) | known)
+    def value_of(self, name: str) -> Any:
+        """An option as it was given."""
+        value = getattr(self, name)
+        return value.group if isinstance(value, ShardGroup) else value
+
+    def replaced(self, given: dict[str, Any]) -> Options:
+        """These options with other values, checked; names that are no options are ignored."""
+        return Options(**vars(self) | {k: x for k, x in given.items() if k in vars(self) and k != "op"})
 
     @property
     def needs_norm(self) -> bool:
@@ -134,7 +139,9 @@ class Options:
 
     @property
     def rounding_request(self) -> str:
-        """The results that are rounded stochastically: "nearest" for none, "v" or "all"; quantized ``m`` goes with ``v``."""
+        """The results that are rounded stochastically: "nearest" for none, "v" or "all"; quantized ``m`` goes with
+        ``v``.
+        """
         return {None: "v", True: "all", False: "nearest"}[self.stochastic_rounding]
 
 
@@ -183,6 +190,4 @@ def _as_state_dtype(op: str, x: Any) -> str | None:
     if name in _STATE_DTYPES:
         return name
     reason = ", since float16 cannot hold v: below 6e-8 it is 0" if name == "float16" else ""
-    raise ValueError(
-        f"[{op}] state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got {name!r}{reason}"
-    )
+    raise ValueError(f"[{op}] state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got {name!r}{reason}")

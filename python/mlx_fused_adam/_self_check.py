@@ -18,11 +18,12 @@ import mlx.core as mx
 
 from ._reference import AdamW
 
-# The dtypes of a parameter, its gradient, its m (with int8, v is uint8), and its remainder if there is one; or of the gradient
-# alone, for the sum of its squares.
+# The dtypes of a parameter, its gradient, its m (with int8, v is uint8), and its remainder if there is one; or of the
+# gradient alone, for the sum of its squares.
 Dtypes = tuple[mx.Dtype, ...]
 
-# Allowed error, relative to each element: a few roundings in float32, one in the 16-bit dtypes, one level of quantized state.
+# Allowed error, relative to each element: a few roundings in float32, one in the 16-bit dtypes, one level of quantized
+# state.
 TOLERANCE = {
     mx.float32: 1e-5,
     mx.bfloat16: 2**-8,
@@ -112,11 +113,9 @@ def run(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> str | Non
     return None
 
 
-def errors(
-    extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes
-) -> Iterator[tuple[str, float]]:
+def errors(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> Iterator[tuple[str, float]]:
     """Yield each kernel's name and its largest error as a multiple of the allowed one."""
-    # On the user's stream, an error of the user's own earlier work would be raised here, taken for ours, and lost.
+    # On the user's stream, an error of earlier work would be raised here, mistaken for the check's, and lost.
     if kind not in _streams:
         _streams[kind] = mx.new_thread_unsafe_stream(kind)
         extension.note_idle_stream(_streams[kind])
@@ -199,18 +198,11 @@ def _update(extension: ModuleType, case: Case, step: int) -> list[Tensor]:
         is_applied=mx.array(False) if case.is_skipped else None,
         wide_indices=case.wide_indices,
     )
-    updated = extension.adam_update(
-        parameters, gradients, states, one_step, uses_kernel=lambda *dtypes: True, name=str
-    )
-    return [
-        Tensor(parameter, gradient, state)
-        for gradient, parameter, state in zip(gradients, *updated, strict=True)
-    ]
+    updated = extension.adam_update(parameters, gradients, states, one_step, uses_kernel=lambda *dtypes: True, name=str)
+    return [Tensor(parameter, gradient, state) for gradient, parameter, state in zip(gradients, *updated, strict=True)]
 
 
-def _reference_update(
-    extension: ModuleType, tensor: Tensor, step: int, gradient_scale: float
-) -> list[mx.array]:
+def _reference_update(extension: ModuleType, tensor: Tensor, step: int, gradient_scale: float) -> list[mx.array]:
     """Parameter, m and v in float32, evaluated, and sharing no buffer with what they come from."""
     reference = AdamW(_LEARNING_RATE, betas=list(_BETAS), **_SETTINGS)
     reference.state["step"] = mx.array(step, mx.uint64)
@@ -241,11 +233,7 @@ def _sample(dtype: mx.Dtype, *shape: int, positive: bool = False) -> mx.array:
     """Values whose size is from 0.25 to 1, so that no sum of an update cancels."""
     x = mx.arange(math.prod(shape)) * 0.7
     size = mx.sin(x) * 0.375 + 0.625
-    return (
-        (size if positive else mx.where(mx.sin(x * 0.3) < 0, -size, size))
-        .reshape(shape)
-        .astype(dtype)
-    )
+    return (size if positive else mx.where(mx.sin(x * 0.3) < 0, -size, size)).reshape(shape).astype(dtype)
 
 
 def _tensor(extension: ModuleType, dtypes: Dtypes, gradient: mx.array) -> Tensor:

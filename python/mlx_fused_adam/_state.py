@@ -1,7 +1,7 @@
 """The state of one parameter, converted from any form to the one that the options ask for, and back to MLX's.
 
-Beside mlx.optimizers' ``m`` and ``v`` it may hold auxiliary arrays: the scales of quantized moments, and a master weight's low
-bits. csrc/math/encodings.h defines their formats; the extension converts moments.
+Beside mlx.optimizers' ``m`` and ``v`` it may hold auxiliary arrays: the scales of quantized moments, and a master
+weight's low bits. csrc/math/encodings.h defines their formats; the extension converts moments.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from ._options import FUSED_DTYPES, Options
 from ._tree import flattened
 
 MOMENTS = ("m", "v")
+# Keys of an optimizer's state that mlx.optimizers does not have.
+SHARED = RECORDED | {"weight_decay"}
 AUXILIARY = ("remainder", "m_scale", "v_scale")
 _QUANTIZED = {"m": mx.int8, "v": mx.uint8}
 _ELEMENTS_PER_SCALE = 32
@@ -48,6 +50,8 @@ def converted(path: str, parameter: mx.array, state: dict, options: Options) -> 
         raise ValueError(f"[{options.op}] parameter of {path} {reason}")
     new = {name: x for name, x in state.items() if name not in AUXILIARY}
     is_fused = parameter.dtype in FUSED_DTYPES
+    if not (is_fused or any(f"{name}_scale" in state for name in MOMENTS)):
+        return new  # mlx.optimizers' own
     wanted = options.dtype_of_moments(parameter) if is_fused else parameter.dtype
     for name in MOMENTS:
         moment = _checked_moment(name, path, state, parameter)
@@ -68,9 +72,7 @@ def converted(path: str, parameter: mx.array, state: dict, options: Options) -> 
             correction = as_array("remainder", state["remainder"], path)
             _check_shape("remainder", path, correction, parameter)
             if correction.dtype != mx.int16:
-                raise ValueError(
-                    f"[adam_update] remainder of {path} must be int16 but got {correction.dtype}"
-                )
+                raise ValueError(f"[adam_update] remainder of {path} must be int16 but got {correction.dtype}")
         else:
             correction = mx.zeros(parameter.shape, mx.int16)
         new["remainder"] = correction
@@ -85,12 +87,13 @@ def is_quantized(state: dict) -> bool:
 def stock_state(optimizer: Any) -> dict[str, Any]:
     """The state tree that ``mlx.optimizers.Adam`` or ``AdamW`` would hold in this optimizer's place.
 
-    ``m`` and ``v`` are in their parameter's dtype, lazily. The low bits of master weights (``remainder``) are left out, since
-    mlx.optimizers has no place for them: training continues from the 16-bit parameters. The optimizer keeps its own state.
+    ``m`` and ``v`` are in their parameter's dtype, lazily. The low bits of master weights (``remainder``) are left out,
+    since mlx.optimizers has no place for them: training continues from the 16-bit parameters. The optimizer keeps its
+    own state.
 
     Args:
-        optimizer: A :class:`mlx_fused_adam.Adam` or ``AdamW`` that has seen the parameters of its state, in an update or in
-            ``init``.
+        optimizer: A :class:`mlx_fused_adam.Adam` or ``AdamW`` that has seen the parameters of its state, in an update
+            or in ``init``.
 
     Returns:
         A new tree, for ``mlx.optimizers.Adam(...).state`` or ``mx.save_safetensors``.
@@ -101,9 +104,7 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
     """
     dtypes = getattr(optimizer, "_parameter_dtypes", None)
     if dtypes is None:
-        raise TypeError(
-            f"[stock_state] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}"
-        )
+        raise TypeError(f"[stock_state] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}")
 
     def without_options(path: str, state: dict) -> dict[str, Any]:
         if path not in dtypes:
@@ -123,7 +124,7 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
         return new
 
     state = map_states(without_options, optimizer.state)
-    return {k: x for k, x in state.items() if not (k in RECORDED and isinstance(x, mx.array))}
+    return {k: x for k, x in state.items() if not (k in SHARED and isinstance(x, mx.array))}
 
 
 def map_states(change: Callable[[str, dict], Any], tree: Any, path: str = "") -> Any:
@@ -151,8 +152,7 @@ def _checked_moment(name: str, path: str, state: dict, parameter: mx.array) -> m
     _check_shape(name, path, moment, parameter)
     if moment.dtype != _QUANTIZED[name] and not mx.issubdtype(moment.dtype, mx.floating):
         raise ValueError(
-            f"[adam_update] {name} of {path} must be floating or {_QUANTIZED[name]} with a scale but got "
-            f"{moment.dtype}"
+            f"[adam_update] {name} of {path} must be floating or {_QUANTIZED[name]} with a scale but got {moment.dtype}"
         )
     return moment
 
@@ -176,8 +176,7 @@ def _checked_scale(name: str, path: str, quantized: mx.array, state: dict) -> mx
 def _check_shape(name: str, path: str, x: mx.array, parameter: mx.array) -> None:
     if x.shape != parameter.shape:
         raise ValueError(
-            f"[adam_update] {name} of {path} must have the parameter's shape {parameter.shape} but got "
-            f"{x.shape}"
+            f"[adam_update] {name} of {path} must have the parameter's shape {parameter.shape} but got {x.shape}"
         )
 
 

@@ -1,4 +1,6 @@
-"""One step over all leaves: the fused operation takes all those that it can store, mlx.optimizers each of the others."""
+"""One step over all leaves: the fused operation takes all those that it can store, mlx.optimizers each of the
+others.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from ._state import AUXILIARY, MOMENTS, is_quantized
 
 # New parameters, and what is new in their states.
 Results = tuple[Sequence[mx.array], Sequence[dict]]
-# Updates one leaf as mlx.optimizers does: (gradient, parameter, state, is_decayed) -> parameter. Changes the state it is given.
+# Updates one leaf as mlx.optimizers does: (gradient, parameter, state, is_decayed) -> parameter. Changes the state it
+# is given.
 FallBack = Callable[[mx.array, mx.array, dict, bool], mx.array]
 
 
@@ -119,9 +122,7 @@ class Step(NamedTuple):
         """Update leaves by mlx.optimizers."""
         parameters, states = [], []
         decayed = self._decayed(leaves) or [True] * len(leaves.parameters)
-        for path, gradient, parameter, old, is_decayed in zip(
-            leaves.paths(), *leaves[:3], decayed, strict=True
-        ):
+        for path, gradient, parameter, old, is_decayed in zip(leaves.paths(), *leaves[:3], decayed, strict=True):
             if is_quantized(old):
                 raise ValueError(
                     f"[{self.options.op}] state of {path} must not be quantized for a parameter of "

@@ -1,7 +1,8 @@
 """Containers of a saved state: describe them in JSON, rebuild them, and fit a loaded state to its parameters.
 
-mlx.utils.tree_unflatten guesses containers from names: digits become lists, dots become levels. A file of save_optimizer
-therefore describes its tree; a state from any other file moves into its parameters' containers, by path, at its first use.
+mlx.utils.tree_unflatten guesses containers from names: digits become lists, dots become levels. A file of
+save_optimizer therefore describes its tree; a state from any other file moves into the containers of its parameters,
+by path, at its first use.
 """
 
 from __future__ import annotations
@@ -38,9 +39,7 @@ def described(tree: Any) -> tuple[Any, dict[str, mx.array]]:
             return {"value": x}
         path = prefix[1:]  # as mlx.utils.tree_flatten names it
         if not isinstance(x, mx.array) and not hasattr(x, "__array__"):
-            raise TypeError(
-                f"[save_optimizer] state of {path} must be an array, a number or a string but got {x!r}"
-            )
+            raise TypeError(f"[save_optimizer] state of {path} must be an array, a number or a string but got {x!r}")
         while path in arrays:  # as {"a.b": …} beside {"a": {"b": …}}
             path += "'"
         arrays[path] = x if isinstance(x, mx.array) else mx.array(x)
@@ -127,10 +126,12 @@ def fitted(state: dict[str, Any], parameters: Any, takes: Callable[[Any], bool])
 
     new = take(state, parameters, "")
     others = {k: x for k, x in state.items() if not all(id(a) in taken for a in _leaves(x))}
-    unused = [path for path, found in by_path.items() for x in found if id(x["m"]) not in taken]
-    # Beside the parameters, a subclass may keep what it likes.
+    states = [(path, x) for path, found in by_path.items() for x in found]
+    unused = [path for path, x in states if id(x["m"]) not in taken]
+    # What a subclass keeps in a parameter's place; beside the parameters, it may keep what it likes.
+    known = taken | {id(a) for _, x in states for a in _leaves(x)}
     mixed = {k: x for k, x in others.items() if k in new}
-    unused += [path for path, x in flattened(mixed) if id(x) not in taken]
+    unused += [path for path, x in flattened(mixed) if id(x) not in known]
     return Fit(others | new, lacking, unused)
 
 
@@ -140,7 +141,7 @@ def is_one_state(part: Any) -> bool:
 
 
 def fit_loaded(
-    file: str, state: dict[str, Any], trained: Any, parameters: Any, makes_empty_states: bool
+    op: str, file: str, state: dict[str, Any], trained: Any, parameters: Any, makes_empty_states: bool
 ) -> dict[str, Any]:
     """The state that ``file`` held, in the containers of the parameters that its first use trains.
 
@@ -156,17 +157,22 @@ def fit_loaded(
     fit = fitted(state, trained, takes)
     if fit.lacking:
         raise ValueError(
-            f"[load_optimizer] {file} must hold the state of {fit.lacking[0]} but got none: use the optimizer with "
-            "the parameters of the saved run first, then unfreeze others and call init"
+            f"[{op}] parameters must be those of {file} but got {_named(fit.lacking)}, which has no state there; to "
+            "start from zero, call init with the file's parameters first, and then with all"
         )
     if fit.unused and parameters is not trained:
         fit = fitted(state, parameters, takes)
     if fit.unused:
         raise ValueError(
-            f"[load_optimizer] {file} must hold the state of these parameters alone but got that of {fit.unused[0]}, "
-            "which none of them takes: use the optimizer with the parameters of the saved run first, then freeze some"
+            f"[{op}] parameters must be those of {file} but got nothing at {_named(fit.unused)}, which has a state "
+            "there; if it is frozen now, call init with all parameters of the file first"
         )
     return fit.state
+
+
+def _named(paths: list[str]) -> str:
+    first, *others = sorted(paths)
+    return (first or "the root") + (f" and {len(others)} more" if others else "")
 
 
 def _key(key: Any) -> str | int:

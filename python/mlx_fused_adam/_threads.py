@@ -1,7 +1,8 @@
-"""The default number of threads of a CPU update: MLX_FUSED_ADAM_NUM_THREADS, or the CPUs that the process may use.
+"""The default number of threads of a CPU update: MLX_FUSED_ADAM_NUM_THREADS, else OMP_NUM_THREADS, else the
+CPUs that the process may use.
 
-Those are the CPUs of its affinity mask (taskset, batch systems) or the quota of its control group (containers), rounded up,
-whichever is less.
+Those are the CPUs of its affinity mask (taskset, batch systems) or the quota of its control group (containers), rounded
+up, whichever is less.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ MOST_THREADS = 256
 
 
 def default_num_threads(environment: Mapping[str, str] = os.environ) -> int:
-    """The environment's setting, else the CPUs that the process may use, from 1 to 256.
+    """The environment's settings, else the CPUs that the process may use, from 1 to 256.
 
     Raises:
         ValueError: If the setting is not a whole number in that range.
     """
     setting = environment.get("MLX_FUSED_ADAM_NUM_THREADS", "")
     if not setting:
-        return min(available_cpus(), MOST_THREADS)
+        # What PyTorch, NumPy and batch systems go by; a list is for nested regions, of which the first counts here.
+        others = environment.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        wanted = int(others) if others.isascii() and others.isdigit() and int(others) > 0 else available_cpus()
+        return min(wanted, MOST_THREADS)
     if not (setting.isascii() and setting.isdigit() and 1 <= int(setting) <= MOST_THREADS):
         raise ValueError(
-            f"[num_threads] MLX_FUSED_ADAM_NUM_THREADS must be from 1 to {MOST_THREADS} "
-            f"but got {setting!r}"
+            f"[num_threads] MLX_FUSED_ADAM_NUM_THREADS must be from 1 to {MOST_THREADS} but got {setting!r}"
         )
     return int(setting)
 

@@ -36,8 +36,8 @@ class Walk:
             for what, tree in (("parameters", parameters), ("state", states)):
                 if (path := _missing(gradients, tree)) is not None:
                     raise ValueError(
-                        f"[adam_update] {what} must have what the gradients have but got nothing "
-                        f"at {path}"
+                        f"[adam_update] {what} must have what the gradients have but got nothing at {path}"
+                        + ("; after unfreezing, call init(model.trainable_parameters())" if what == "state" else "")
                     ) from error
             raise
 

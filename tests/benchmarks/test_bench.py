@@ -1,4 +1,6 @@
-"""The benchmark: it runs, has the results it promises, and times no wrong step. No test looks at how long anything takes."""
+"""The benchmark: it runs, has the results it promises, and times no wrong step. No test looks at how long anything
+takes.
+"""
 
 import argparse
 import importlib.util
@@ -65,9 +67,7 @@ def test_json_names_machine_and_versions(quick_run: Path) -> None:
 
 def test_json_names_the_command_and_why_its_results_are_not_to_be_quoted(quick_run: Path) -> None:
     settings = text.load_json(quick_run / "run.json")["settings"]
-    assert settings["command"].startswith(
-        "python bench/run.py --quick --device cpu --json run.json"
-    )
+    assert settings["command"].startswith("python bench/run.py --quick --device cpu --json run.json")
     assert settings["seconds"] == 0.1
     reasons = "; ".join(settings["not_publishable"])
     assert "not all cases" in reasons and "0.1 s were spent on a case" in reasons
@@ -110,9 +110,7 @@ def test_every_case_of_a_suite_has_all_results(quick_run: Path, suite: str) -> N
             if name in ("fused", "fused, compiled", *names.OPTIONS) and not whole:
                 extra = results["peak_extra_bytes_per_parameter"] * case["parameters"]
                 assert extra <= FEW_BYTES, where
-            assert ("peak_extra_bytes_per_parameter" in results) == (
-                not whole and name != "torch"
-            ), where
+            assert ("peak_extra_bytes_per_parameter" in results) == (not whole and name != "torch"), where
 
 
 def test_options_take_the_bytes_that_they_promise(quick_run: Path) -> None:
@@ -187,10 +185,7 @@ def test_tables_plot_and_markdown_are_saved(quick_run: Path) -> None:
 
 def ignore_layout(self: implementations.MlxAdam) -> None:
     """Read a column-major gradient in memory order."""
-    gradients = {
-        path: g.T.reshape(g.shape) if g.ndim == 2 else g
-        for path, g in self.problem.gradients.items()
-    }
+    gradients = {path: g.T.reshape(g.shape) if g.ndim == 2 else g for path, g in self.problem.gradients.items()}
     self.apply(gradients)
 
 
@@ -217,9 +212,7 @@ def give_nan(self: implementations.MlxAdam) -> None:
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES.values(), ids=str)
-@pytest.mark.parametrize(
-    "broken_step", [ignore_layout, keep_v, forget_last_element, do_nothing, give_nan]
-)
+@pytest.mark.parametrize("broken_step", [ignore_layout, keep_v, forget_last_element, do_nothing, give_nan])
 def test_a_wrong_step_is_rejected(broken_step, dtype: mx.Dtype, monkeypatch) -> None:
     tensors = problem.Problem.random(MATRIX, dtype)
     implementation = implementations.MlxAdam(mlx.optimizers.Adam, tensors, compiled=False)
@@ -245,9 +238,7 @@ def halve_a_scale(self: implementations.OptionAdam) -> None:
     self.state["weight"]["m_scale"] = mx.concatenate([scale[:-1], scale[-1:] / 2])
 
 
-@pytest.mark.parametrize(
-    "broken_step", [keep_remainder, shift_quantized_v, halve_a_scale, do_nothing]
-)
+@pytest.mark.parametrize("broken_step", [keep_remainder, shift_quantized_v, halve_a_scale, do_nothing])
 def test_a_wrong_step_of_an_option_is_rejected(broken_step, monkeypatch) -> None:
     tensors = problem.Problem.random([shapes.ParameterShape("weight", (64, 80))], mx.bfloat16)
     implementation = implementations.OptionAdam(names.MASTER_INT8, tensors)
@@ -278,9 +269,7 @@ def test_an_option_whose_compiled_step_is_wrong_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("broken_step", [do_nothing, give_nan])
-def test_a_rejected_implementation_is_not_timed_and_fails_the_run(
-    broken_step, monkeypatch, capsys
-) -> None:
+def test_a_rejected_implementation_is_not_timed_and_fails_the_run(broken_step, monkeypatch, capsys) -> None:
     timed: list[str] = []
 
     def record(steps, *_):
@@ -353,9 +342,7 @@ def test_timing_is_median_and_quartiles() -> None:
     ],
     ids=["GPT-2", "SmolLM-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "LoRA"],
 )
-def test_models_have_their_published_size(
-    tensors: list[shapes.ParameterShape], count: int, size: int
-) -> None:
+def test_models_have_their_published_size(tensors: list[shapes.ParameterShape], count: int, size: int) -> None:
     assert len({tensor.path for tensor in tensors}) == count
     assert sum(tensor.size for tensor in tensors) == size
 
@@ -490,9 +477,7 @@ def test_peak_memory_is_of_the_step_alone() -> None:
     mx.eval(held)
     task = LinearTask(4, 128, 1)
     parameters = sum(shape.size for shape in task.shapes())
-    peaks = {
-        name: whole_steps.memory_of_step(task, name, "cpu").peak for name in implementations.PLAIN
-    }
+    peaks = {name: whole_steps.memory_of_step(task, name, "cpu").peak for name in implementations.PLAIN}
     for name, peak in peaks.items():
         assert 16 * parameters < peak < 40 * parameters, name
     assert peaks["fused, compiled"] < 0.8 * peaks["mlx.optimizers, compiled"]

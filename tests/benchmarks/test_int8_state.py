@@ -46,10 +46,7 @@ def test_bfloat16_v_sticks_at_a_quarter_without_stochastic_rounding() -> None:
 def test_the_choice_makes_no_large_update_where_flashoptims_does() -> None:
     source = gradients.lognormal(1.5, 600, 20)
     exact = int8_state.exact_updates(source)
-    found = {
-        name: int8_state.errors(source, exact, m, v)
-        for name, (m, v) in int8_state.CANDIDATES.items()
-    }
+    found = {name: int8_state.errors(source, exact, m, v) for name, (m, v) in int8_state.CANDIDATES.items()}
     assert found["FlashOptim's: softsign, square"]["worst"] > 1000
     assert found[int8_state.CHOSEN]["worst"] < 4
     assert found[int8_state.CHOSEN]["mean"] < 0.12

@@ -89,8 +89,7 @@ def test_more_macs_are_needed_for_more_parameters_and_fewer_if_larger():
     for setup in scale.SETUPS:
         for again in (False, True):
             counts = [
-                [scale.fewest_ranks(setup, size, mac, again) or 10**6 for mac in scale.MACS]
-                for size in scale.BLOCKS_OF
+                [scale.fewest_ranks(setup, size, mac, again) or 10**6 for mac in scale.MACS] for size in scale.BLOCKS_OF
             ]
             assert all(row == sorted(row, reverse=True) for row in counts)
             assert all(list(column) == sorted(column) for column in zip(*counts, strict=True))

@@ -1,4 +1,4 @@
-"""The file that save_optimizer leaves: permissions, links, names, and what happens where a file system cannot do something."""
+"""The file that save_optimizer leaves: permissions, links, names, and file systems that cannot do something."""
 
 import errno
 import os
@@ -63,9 +63,7 @@ def test_a_symbolic_link_is_followed(target, tmp_path):
     assert loaded.step.item() == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["o" * 255, "é" * 127, "o" * 243 + ".safetensors", "opt", "o.npz", "a b.ckpt"]
-)
+@pytest.mark.parametrize("name", ["o" * 255, "é" * 127, "o" * 243 + ".safetensors", "opt", "o.npz", "a b.ckpt"])
 def test_the_file_has_exactly_the_name_that_is_given(name, tmp_path):
     saved(tmp_path / name)
     fused.load_optimizer(tmp_path / name, fused.AdamW(**SETTINGS))
@@ -132,9 +130,7 @@ except OSError as error:
 @pytest.mark.cpu_only
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     (tmp_path / "o").write_text("old")
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, tmp_path / "o"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path / "o"], capture_output=True, text=True)
     assert f"[save_optimizer] {tmp_path / 'o'} cannot be written" in done.stdout, done.stderr
     assert os.listdir(tmp_path) == ["o"] and (tmp_path / "o").read_text() == "old"
 
@@ -180,9 +176,7 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(code, calls, tmp_path):
     fused.load_optimizer(tmp_path / "o", fused.AdamW(**SETTINGS))
 
 
-@pytest.mark.parametrize(
-    ("code", "is_error"), [("EINVAL", False), ("ENOTSUP", False), ("EIO", True)]
-)
+@pytest.mark.parametrize(("code", "is_error"), [("EINVAL", False), ("ENOTSUP", False), ("EIO", True)])
 def test_a_file_that_cannot_be_flushed(code, is_error, calls, tmp_path):
     calls.answers = {"file": getattr(errno, code)}
     if is_error:

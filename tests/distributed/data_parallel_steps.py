@@ -1,7 +1,8 @@
-"""One of several processes that train replicas of a model, with each option: writes the parameters and states it ends with.
+"""One of several processes that train replicas of a model, with each option: writes the parameters and states it ends
+with.
 
-Run by test_data_parallel.py: mlx.launch -n 2 --backend ring -- python data_parallel_steps.py FOLDER [eager] [compiled]. Each
-rank takes its part of every batch, and nn.average_gradients joins the gradients.
+Run by test_data_parallel.py: mlx.launch -n 2 --backend ring -- python data_parallel_steps.py FOLDER [eager] [compiled].
+Each rank takes its part of every batch, and nn.average_gradients joins the gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -28,9 +29,9 @@ LEARNING_RATE = 1e-2
 
 
 class Setup(NamedTuple):
-    """What the replicas are trained with, by the name that its results have in the file."""
+    """The optimizers that train the replicas, by the name that its results have in the file."""
 
-    kind: type[stock.Adam]
+    kind: type[optim.Adam]
     options: dict[str, Any] = {}
     dtype: mx.Dtype = mx.float32
     has_bad_gradient: bool = False  # NaN, on the last rank alone
@@ -46,9 +47,7 @@ SETUPS = {
     "max_grad_norm": Setup(fused.AdamW, {"max_grad_norm": 0.5}),
     "skip_nonfinite": Setup(fused.AdamW, {"skip_nonfinite": True}, has_bad_gradient=True),
     "bfloat16": Setup(fused.AdamW, dtype=mx.bfloat16),
-    "stochastic_rounding": Setup(
-        fused.AdamW, {"stochastic_rounding": True, "seed": 3}, dtype=mx.bfloat16
-    ),
+    "stochastic_rounding": Setup(fused.AdamW, {"stochastic_rounding": True, "seed": 3}, dtype=mx.bfloat16),
     "master_weights": Setup(fused.AdamW, {"master_weights": True}, dtype=mx.bfloat16),
     "all": Setup(
         fused.AdamW,
@@ -66,8 +65,8 @@ SETUPS = {
 }
 # Those that are compiled too: each takes every rank its compiler's time.
 COMPILED = ("AdamW", "stochastic_rounding", "all")
-# Those that stock can do as well; its results are called "stock, Adam" in the file.
-STOCK = {"Adam": stock.Adam, "AdamW": stock.AdamW, "bias_correction": stock.AdamW}
+# Those of mlx.optimizers as well; its results are called "mlx.optimizers, Adam" in the file.
+BOTH = {"Adam": optim.Adam, "AdamW": optim.AdamW, "bias_correction": optim.AdamW}
 
 
 def runs_of(ways: Iterable[str]) -> list[tuple[str, str]]:
@@ -76,7 +75,9 @@ def runs_of(ways: Iterable[str]) -> list[tuple[str, str]]:
 
 
 class Model(nn.Module):
-    """A matrix large enough for 8-bit codes, and tensors too small for them. Nothing that mx.compile would compile for long."""
+    """A matrix large enough for 8-bit codes, and tensors too small for them. Nothing that mx.compile would compile for
+    long.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,10 +129,7 @@ def main() -> None:
     folder, ways = Path(sys.argv[1]), sys.argv[2:]
     group = join_ring(folder)
     runs = [(name, SETUPS[name], how) for name, how in runs_of(ways)]
-    runs += [
-        (f"stock, {name}", SETUPS[name]._replace(kind=kind), "eager")
-        for name, kind in STOCK.items()
-    ]
+    runs += [(f"mlx.optimizers, {name}", SETUPS[name]._replace(kind=kind), "eager") for name, kind in BOTH.items()]
     ends = {
         f"{name}/{how}/{path}": x
         for name, setup, how in runs

@@ -2,8 +2,8 @@
 
 Run by test_sharded.py: mlx.launch -n 2 --backend ring -- python fully_sharded_steps.py FOLDER eager,compiled
 [FOLDER OF OTHER RANKS].
-MLX's ring has no sum_scatter, which nn.fully_shard needs: all_sum and a slice stand in for it. The result is the same, and
-twice as much is sent.
+MLX's ring has no sum_scatter, which nn.fully_shard needs: all_sum and a slice stand in for it. The result is the same,
+and twice as much is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -65,7 +65,9 @@ def mean_loss(model: Model, x: mx.array, y: mx.array) -> mx.array:
 
 
 def batches(dtype: mx.Dtype, has_bad_gradient: bool) -> list[tuple[mx.array, mx.array]]:
-    """Of all ranks together. The bad gradient is that of the last row: it is in the last rank's shard alone."""
+    """The batches of all ranks together. The bad gradient is that of the last row: it is in the last rank's shard
+    alone.
+    """
     rng = np.random.default_rng(0)
     found = []
     for i in range(STEPS):
@@ -82,7 +84,7 @@ class Training:
     def __init__(
         self,
         group: Group,
-        new_optimizer: Callable[[], stock.Adam],
+        new_optimizer: Callable[[], optim.Adam],
         dtype: mx.Dtype = mx.float32,
         is_compiled: bool = False,
     ) -> None:
@@ -115,19 +117,17 @@ class Training:
         return {path.replace(".module.", "."): x for path, x in tree_flatten(tree)}
 
 
-def ours(group: Group | None, options: dict[str, Any]) -> Callable[[], fused.AdamW]:
+def fused_adamw(group: Group | None, options: dict[str, Any]) -> Callable[[], fused.AdamW]:
     return lambda: fused.AdamW(LEARNING_RATE, shard_group=group, **options)
 
 
-def resumed(
-    path: Path, group: Group, options: dict[str, Any], dtype: mx.Dtype
-) -> tuple[Tree, Tree]:
+def resumed(path: Path, group: Group, options: dict[str, Any], dtype: mx.Dtype) -> tuple[Tree, Tree]:
     """The ends of a run that went through, and of one that was saved on its way and went on in new objects."""
-    through = Training(group, ours(group, options), dtype)
+    through = Training(group, fused_adamw(group, options), dtype)
     through.run(last=SAVED_STEP)
     fused.save_optimizer(path, through.optimizer)
     parameters = tree_flatten(through.model.parameters())
-    again = Training(group, ours(group, options), dtype)
+    again = Training(group, fused_adamw(group, options), dtype)
     again.model.update(tree_unflatten(parameters))
     fused.load_optimizer(path, again.optimizer)
     for training in (through, again):
@@ -135,8 +135,8 @@ def resumed(
     return through.end(), again.end()
 
 
-def refusal(path: Path, optimizer: fused.AdamW) -> str:
-    """What load_optimizer says of a file that is not this rank's; nothing, if it takes it."""
+def rejection(path: Path, optimizer: fused.AdamW) -> str:
+    """The error of load_optimizer for a file that is not this rank's; empty if it takes it."""
     try:
         fused.load_optimizer(path, optimizer)
     except ValueError as error:
@@ -151,9 +151,9 @@ def main() -> None:
     mx.distributed.sum_scatter = sum_scatter
     ends: dict[str, Tree] = {}
     runs = {
-        "stock/eager": lambda: stock.AdamW(LEARNING_RATE),
-        "ours/eager": ours(None, {}),
-        **{f"guard/{how}": ours(group, GUARD) for how in ways},
+        "mlx.optimizers/eager": lambda: optim.AdamW(LEARNING_RATE),
+        "fused/eager": fused_adamw(None, {}),
+        **{f"clipping/{how}": fused_adamw(group, GUARD) for how in ways},
     }
     for name, new_optimizer in runs.items():
         training = Training(group, new_optimizer, is_compiled=name.endswith("compiled"))
@@ -162,20 +162,20 @@ def main() -> None:
 
     # The second has no option that looks at the gradients: its files say all the same whose shards they are.
     setups = {"everything": (EVERYTHING, mx.bfloat16), "plain": ({}, mx.float32)}
-    refused = {}
+    rejected = {}
     for name, (options, dtype) in setups.items():
         path = folder / f"{name}{rank}.safetensors"
         ends[f"{name}/through"], ends[f"{name}/resumed"] = resumed(path, group, options, dtype)
         mx.eval(mx.distributed.all_sum(mx.zeros(size), group=group))  # all have saved
         other_rank = folder / f"{name}{(rank + 1) % size}.safetensors"
-        refused[f"{name}, other rank"] = refusal(other_rank, ours(group, options)())
-        refused[f"{name}, unsharded"] = refusal(path, ours(None, options)())
+        rejected[f"{name}, other rank"] = rejection(other_rank, fused_adamw(group, options)())
+        rejected[f"{name}, unsharded"] = rejection(path, fused_adamw(None, options)())
         for other in others:
             file = other / f"{name}{rank % 2}.safetensors"
-            refused[f"{name}, other number"] = refusal(file, ours(group, options)())
+            rejected[f"{name}, other number"] = rejection(file, fused_adamw(group, options)())
     flat = {f"{name}/{path}": x for name, end in ends.items() for path, x in end.items()}
     mx.save_safetensors(str(folder / f"end{rank}.safetensors"), flat)
-    (folder / f"refused{rank}.json").write_text(json.dumps(refused))
+    (folder / f"rejected{rank}.json").write_text(json.dumps(rejected))
 
 
 if __name__ == "__main__":

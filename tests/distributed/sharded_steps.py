@@ -1,6 +1,7 @@
 """One of several processes that each hold a shard of every gradient: trains, and writes what it ends with.
 
-Run by test_sharded.py: mlx.launch -n 2 --backend ring -- python sharded_steps.py FOLDER. A gradient of the last rank is bad.
+Run by test_sharded.py: mlx.launch -n 2 --backend ring -- python sharded_steps.py FOLDER. A gradient of the last rank is
+bad.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ OPTIONS = dict(weight_decay=0.1, bias_correction=True, max_grad_norm=2.0, skip_n
 
 
 def tree(rng: np.random.Generator) -> dict[str, mx.array]:
-    return {
-        name: mx.array(rng.normal(size=shape).astype(np.float32)) for name, shape in SHAPES.items()
-    }
+    return {name: mx.array(rng.normal(size=shape).astype(np.float32)) for name, shape in SHAPES.items()}
 
 
 def shard(tree: dict[str, mx.array], rank: int, size: int) -> dict[str, mx.array]:
@@ -70,11 +69,11 @@ def main() -> None:
     fused.save_optimizer(folder / f"optimizer{rank}.safetensors", optimizer)
     resumed = fused.AdamW(1e-2, **OPTIONS, shard_group=group)
     fused.load_optimizer(folder / f"optimizer{rank}.safetensors", resumed)
-    refused = ""
+    rejected = ""
     try:
         fused.load_optimizer(folder / f"optimizer{rank}.safetensors", fused.AdamW(1e-2, **OPTIONS))
     except ValueError as error:
-        refused = str(error)
+        rejected = str(error)
     mx.save_safetensors(
         str(folder / f"shard{rank}.safetensors"),
         {f"{name}.{part}": x for name in SHAPES for part, x in
@@ -87,7 +86,7 @@ def main() -> None:
         "skipped": optimizer.state["skipped"].item(),
         "step": optimizer.step.item(),
         "resumed": resumed.state["skipped"].item(),
-        "refused": refused,
+        "rejected": rejected,
     }
     (folder / f"record{rank}.json").write_text(json.dumps(record))
 

@@ -1,4 +1,6 @@
-"""Replicas of a model on several machines, joined by nn.average_gradients over MLX's own ring of sockets; and the example."""
+"""Replicas of a model on several machines, joined by nn.average_gradients over MLX's own ring of sockets; and the
+example.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from distributed.data_parallel_steps import LEARNING_RATE, SETUPS, STEPS, STOCK, runs_of, train
+from distributed.data_parallel_steps import BOTH, LEARNING_RATE, SETUPS, STEPS, runs_of, train
+from support.arrays import assert_same_bits
 from support.launched import (
-    assert_same_bits,
     failed_ranks,
     launch,
     launch_well,
@@ -58,12 +60,12 @@ def test_all_ranks_end_with_the_same_bits(ends_of, size, name, how):
         assert first["state.skipped"].item() == 1
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("size", WAYS)
-def test_float32_ends_with_the_bits_of_stock(ends_of, size, name):
+def test_float32_ends_with_the_bits_of_mlx_optimizers(ends_of, size, name):
     for rank, end in enumerate(ends_of(size)):
-        stocks = of_run(end, f"stock, {name}/eager")
-        assert_same_bits(of_run(end, f"{name}/eager"), stocks, f"rank {rank}")
+        expected = of_run(end, f"mlx.optimizers, {name}/eager")
+        assert_same_bits(of_run(end, f"{name}/eager"), expected, f"rank {rank}")
 
 
 @pytest.mark.parametrize(("size", "name", "how"), RUNS)
@@ -87,7 +89,8 @@ def test_the_end_is_near_that_of_one_process_on_whole_batches(ends_of, size, nam
 
 # ---- The example ----
 
-TINY = ["--steps", "6", "--batch-size", "4", "--context", "16", "--dims", "16", "--heads", "2", "--layers", "1", "--device",
+TINY = ["--steps", "6", "--batch-size", "4", "--context", "16", "--dims", "16", "--heads", "2", "--layers", "1",
+        "--device",
         "cpu"]  # fmt: skip
 LOSS = re.compile(r"step 6 of 6: loss ([\d.]+)")
 
@@ -106,9 +109,7 @@ def test_the_example_trains_replicas_and_rank_0_alone_prints():
     output = launch_well(2, EXAMPLE, *TINY)
     assert output.splitlines()[-1] == "Parameters and state of all 2 ranks: bit-identical", output
     assert output.count("step 6 of 6") == 1, output
-    alone = subprocess.run(
-        [sys.executable, EXAMPLE, *TINY], capture_output=True, text=True, timeout=240
-    )
+    alone = subprocess.run([sys.executable, EXAMPLE, *TINY], capture_output=True, text=True, timeout=240)
     assert alone.returncode == 0, alone.stderr
     assert alone.stdout.splitlines()[-1] == "One rank: no others to compare with"
     losses = [float(LOSS.search(text).group(1)) for text in (output, alone.stdout)]
@@ -119,14 +120,12 @@ def test_the_example_fails_where_ranks_differ(tmp_path):
     program = tmp_path / "apart.py"
     program.write_text(APART.format(folder=str(EXAMPLE.parent), arguments=TINY))
     output = launch(2, program)
-    assert re.search(r"[1-9]\d* tensors differ between ranks, the first is parameters\.", output), (
-        output
-    )
+    assert re.search(r"[1-9]\d* tensors differ between ranks, the first is parameters\.", output), output
     assert failed_ranks(output, 2), output
     assert "exited with code 1" in output
 
 
-def test_the_example_refuses_a_batch_that_ranks_cannot_share():
+def test_the_example_rejects_a_batch_that_ranks_cannot_share():
     output = launch(2, EXAMPLE, *TINY, "--batch-size", "3")
     assert "error: --batch-size 3 is not a multiple of the 2 ranks" in output, output
     assert failed_ranks(output, 2), output

@@ -1,6 +1,6 @@
 """Gradients sharded over processes, on MLX's own ring of sockets: norm and decision are those of all shards together.
 
-First gradients that are given; then nn.fully_shard, with stock beside ours, and each rank's checkpoint.
+First gradients that are given; then nn.fully_shard, with mlx.optimizers beside, and each rank's checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from mlx.optimizers import clip_grad_norm
 import mlx_fused_adam as fused
 from distributed import fully_sharded_steps as fsdp
 from distributed.sharded_steps import BAD_STEP, OPTIONS, SHAPES, whole_problem
-from support.launched import assert_same_bits, launch_well, needs_launch, of_run
+from support.arrays import assert_same_bits
+from support.launched import launch_well, needs_launch, of_run
 from support.mlx_release import since_mlx
 
 pytestmark = [pytest.mark.cpu_only, needs_launch]
@@ -54,14 +55,12 @@ def test_shards_end_as_the_whole(size, tmp_path):
         assert not math.isfinite(record["norms"][BAD_STEP])
         assert record["skipped"] == record["resumed"] == 1
         assert record["step"] == len(steps) - 1
-        assert f"rank {rank} of {size}" in record["refused"], record["refused"]
+        assert f"rank {rank} of {size}" in record["rejected"], record["rejected"]
     shards = [mx.load(str(tmp_path / f"shard{rank}.safetensors")) for rank in range(size)]
     for name in SHAPES:
         for part, x in ({"p": parameters[name]} | optimizer.state[name]).items():
             found = np.concatenate([np.array(s[f"{name}.{part}"]) for s in shards])
-            np.testing.assert_allclose(
-                found, np.array(x), rtol=1e-5, atol=1e-7, err_msg=f"{name}.{part}"
-            )
+            np.testing.assert_allclose(found, np.array(x), rtol=1e-5, atol=1e-7, err_msg=f"{name}.{part}")
 
 
 # ---- nn.fully_shard ----
@@ -71,7 +70,7 @@ needs_fully_shard = since_mlx("0.32.1", "it has nn.fully_shard")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[int, Path]:
-    """What the ranks of each size have written; the later ones have tried the files of the earlier."""
+    """The folders that the ranks of each size have written; the later ones have tried the files of the earlier."""
     found: dict[int, Path] = {}
     for size in SIZES:
         folder = tmp_path_factory.mktemp(f"of{size}")
@@ -91,28 +90,28 @@ def ends(folders, size) -> list[dict[str, mx.array]]:
 
 
 @needs_fully_shard
-def test_fully_sharded_float32_ends_with_the_bits_of_stock(ends, size):
+def test_fully_sharded_float32_ends_with_the_bits_of_mlx_optimizers(ends, size):
     for rank, end in enumerate(ends):
-        found = of_run(end, "ours/eager")
+        found = of_run(end, "fused/eager")
         assert found["model.left.weight"].shape == (fsdp.OUTPUTS // size, fsdp.INPUTS)
         assert found["state.left.weight.m"].shape == (fsdp.OUTPUTS // size, fsdp.INPUTS)
-        assert_same_bits(found, of_run(end, "stock/eager"), f"rank {rank}")
+        assert_same_bits(found, of_run(end, "mlx.optimizers/eager"), f"rank {rank}: ")
 
 
 @needs_fully_shard
 @pytest.mark.parametrize("size", [2], indirect=True)
 def test_fully_sharded_and_compiled_ends_with_the_bits_of_eager(ends):
     for rank, end in enumerate(ends):
-        found, expected = (of_run(end, f"guard/{how}") for how in ("compiled", "eager"))
-        assert_same_bits(found, expected, f"rank {rank}")
+        found, expected = (of_run(end, f"clipping/{how}") for how in ("compiled", "eager"))
+        assert_same_bits(found, expected, f"rank {rank}: ")
 
 
 @needs_fully_shard
-@pytest.mark.parametrize("name", ["ours", "guard"])
+@pytest.mark.parametrize("name", ["fused", "clipping"])
 def test_fully_sharded_ends_near_one_process_on_whole_batches(ends, name):
     with mx.stream(mx.cpu):
-        options = fsdp.GUARD if name == "guard" else {}
-        whole = fsdp.Training(mx.distributed.init(), fsdp.ours(None, options))
+        options = fsdp.GUARD if name == "clipping" else {}
+        whole = fsdp.Training(mx.distributed.init(), fsdp.fused_adamw(None, options))
         whole.run()
     shards = [of_run(end, f"{name}/eager") for end in ends]
     bound = 0.01 * fsdp.LEARNING_RATE  # sums have another order
@@ -125,12 +124,10 @@ def test_fully_sharded_ends_near_one_process_on_whole_batches(ends, name):
 @needs_fully_shard
 @pytest.mark.parametrize(("size", "how"), RUNS, indirect=["size"])
 def test_fully_sharded_norm_and_decision_are_the_group_s(ends, how):
-    first, *others = (of_run(end, f"guard/{how}") for end in ends)
+    first, *others = (of_run(end, f"clipping/{how}") for end in ends)
     for rank, end in enumerate([first, *others]):
         for name in ("state.grad_norm", "state.skipped", "state.step"):
-            np.testing.assert_array_equal(
-                np.array(end[name]), np.array(first[name]), f"rank {rank}"
-            )
+            np.testing.assert_array_equal(np.array(end[name]), np.array(first[name]), f"rank {rank}")
         norms = np.array(end["norms"])
         np.testing.assert_allclose(end["state.grad_norm"].item(), norms[-1], rtol=1e-5)
         assert norms[-1] > fsdp.MAX_NORM  # or nothing would be clipped
@@ -149,29 +146,29 @@ def test_a_rank_s_checkpoint_goes_on_bit_for_bit(ends, name):
     for rank, end in enumerate(ends):
         through = of_run(end, f"{name}/through")
         assert through["state.step"].item() >= fsdp.STEPS - 1
-        assert_same_bits(of_run(end, f"{name}/resumed"), through, f"rank {rank}")
+        assert_same_bits(of_run(end, f"{name}/resumed"), through, f"rank {rank}: ")
 
 
 @needs_fully_shard
 @pytest.mark.parametrize("name", ["everything", "plain"])
-def test_a_checkpoint_of_other_ranks_is_refused_with_both_named(folders, name):
+def test_a_checkpoint_of_other_ranks_is_rejected_with_both_named(folders, name):
     few, many = SIZES
     for size in SIZES:
         for rank in range(size):
-            refused = json.loads((folders[size] / f"refused{rank}.json").read_text())
+            rejected = json.loads((folders[size] / f"rejected{rank}.json").read_text())
             mine = f"must hold the state of rank {rank} of {size} but got that of "
             other = f"rank {(rank + 1) % size} of {size}"
-            assert f"{mine}{other}" in refused[f"{name}, other rank"], refused
+            assert f"{mine}{other}" in rejected[f"{name}, other rank"], rejected
             if size == many:
                 other = f"rank {rank % few} of {few}"
-                assert f"{mine}{other}" in refused[f"{name}, other number"], refused
+                assert f"{mine}{other}" in rejected[f"{name}, other number"], rejected
             unsharded = "must hold the state of unsharded parameters but got that of "
-            assert f"{unsharded}rank {rank} of {size}" in refused[f"{name}, unsharded"], refused
+            assert f"{unsharded}rank {rank} of {size}" in rejected[f"{name}, unsharded"], rejected
 
 
 @needs_fully_shard
 def test_mlx_keeps_what_it_gathers_and_checkpoint_gathers_again(monkeypatch):
-    """What docs/scale.md counts beside the shards: MLX's doing. Half of the whole parameters are the shard's gradients."""
+    """MLX does what docs/scale.md counts beside the shards. Half of the whole parameters are the shard's gradients."""
     monkeypatch.setenv("MLX_BFS_MAX_WIDTH", "4")  # or it would run ahead
     output = launch_well(2, MEMORY_PROGRAM)
     peaks = json.loads(output[output.index("{") :])

@@ -1,12 +1,12 @@
-"""The documents: Sphinx builds docs/ without a warning, Python snippets run, shell snippets and links name what is there."""
+"""The documents: Sphinx builds docs/ without a warning, Python snippets run, shell snippets and links name what is
+there.
+"""
 
 import importlib.util
 import itertools
 import json
 import re
 import shlex
-import subprocess
-import sys
 import textwrap
 from html.parser import HTMLParser
 from importlib.metadata import metadata
@@ -16,10 +16,13 @@ import pytest
 import yaml
 
 import mlx_fused_adam
+from support import tools
+from support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tests/emulator/README.md", *PAGES]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/emulator/README.md", *PAGES]
+needs_sphinx = tools.needs("furo", "myst_parser", "sphinx")
 FOREIGN_MODULES = {"mlx_lm"}  # that documents run, and tests do not install
 
 
@@ -61,12 +64,8 @@ def is_assignment(word: str) -> bool:
 def site(tmp_path_factory) -> Path:
     """The built documentation; any warning is an error."""
     out = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
-    done = subprocess.run(
-        [*build, "-d", str(out / "doctrees"), str(ROOT / "docs"), str(out / "html")],
-        capture_output=True,
-        text=True,
-    )
+    build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", out / "doctrees"]
+    done = run_python(*build, ROOT / "docs", out / "html")
     assert done.returncode == 0, done.stderr
     return out / "html"
 
@@ -86,6 +85,7 @@ class Text(HTMLParser):
         return " ".join("".join(self._parts).split())
 
 
+@needs_sphinx
 def test_the_documentation_builds_without_a_warning(site: Path) -> None:
     for page in PAGES:
         html = (site / Path(page).with_suffix(".html").name).read_text(encoding="utf-8")
@@ -93,6 +93,7 @@ def test_the_documentation_builds_without_a_warning(site: Path) -> None:
         assert f"<title>{title}" in html, page
 
 
+@needs_sphinx
 @pytest.mark.parametrize("name", mlx_fused_adam.__all__)
 def test_every_public_name_is_in_the_api_page_with_its_docstring(site: Path, name: str) -> None:
     html = (site / "api.html").read_text(encoding="utf-8")
@@ -107,9 +108,14 @@ def test_every_public_name_is_in_the_api_page_with_its_docstring(site: Path, nam
     assert " ".join(words) in shown, f"{name}: {shown}"
 
 
+@needs_sphinx
 def test_links_out_of_docs_hand_out_the_file(site: Path) -> None:
-    targets = {"state-codes": "csrc/math/encodings.h", "benchmarks": "bench/results/cpu.md"}
-    for page, target in targets.items():
+    for page, target in (
+        ("state-codes", "csrc/math/encodings.h"),
+        ("options", "bench/results/precision.md"),
+        ("benchmarks", "bench/results/cpu.md"),
+        ("index", "CHANGELOG.md"),  # README's link
+    ):
         html = (site / f"{page}.html").read_text(encoding="utf-8")
         (found,) = re.findall(rf'href="(_downloads/[^"]*/{Path(target).name})"', html)
         assert (site / found).read_bytes() == (ROOT / target).read_bytes()
@@ -118,9 +124,7 @@ def test_links_out_of_docs_hand_out_the_file(site: Path) -> None:
 @pytest.mark.parametrize("document", WITH_PYTHON)
 def test_snippets_can_be_pasted_in_order(document: str, tmp_path: Path) -> None:
     code = "\n".join(snippets(document, "python"))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -128,10 +132,19 @@ def test_the_documents_that_should_have_snippets_do() -> None:
     assert {"README.md", "docs/start.md", "docs/options.md"} <= set(WITH_PYTHON)
 
 
+def anchors(document: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    text = re.sub(r"^ *```.*?^ *```", "", text_of(document), flags=re.DOTALL | re.M)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", text_of(document)):
-        assert (ROOT / document).parent.joinpath(target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text_of(document)):
+        path = (ROOT / document).parent.joinpath(target) if target else ROOT / document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(str(path)), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -166,24 +179,33 @@ def test_shell_snippets_name_what_is_there(document: str) -> None:
             paths = [word for word in words[1:] if word.startswith("tests/")]
             assert all((ROOT / path).exists() for path in paths), command
         if words[:2] == ["pip", "install"]:
-            for names in re.findall(r"\.\[([\w,-]+)\]", command):
+            for names in re.findall(r"(?:\.|mlx-fused-adam)\[([\w,-]+)\]", command):
                 assert set(names.split(",")) <= extras, command
 
 
-def test_the_options_that_the_launcher_s_page_gives_are_taken() -> None:
+def test_the_options_that_commands_and_yaml_give_are_taken() -> None:
     page = "docs/mlx-lm.md"
-    given = [json.loads(x) for x in re.findall(r"'(\{.*?\})'", text_of(page))]
+    given = [json.loads(x) for x in re.findall(r"'(\{.*?\})'", text_of(page) + text_of("README.md"))]
     given += [yaml.safe_load(x)["optimizer_config"]["adamw"] for x in snippets(page, "yaml")]
-    assert len(given) >= 6
+    assert len(given) >= 8
     for options in given:
         mlx_fused_adam.AdamW(1e-5, **options)
 
 
-def test_the_issue_form_asks_for_the_report() -> None:
+def test_the_issue_form_asks_for_the_report_but_can_do_without() -> None:
+    """Where the package cannot be imported, there is no report, and no code that shows more."""
     form = yaml.safe_load(text_of(".github/ISSUE_TEMPLATE/bug.yml"))
     fields = {field["id"]: field for field in form["body"]}
-    assert "`python -m mlx_fused_adam --json`" in fields["report"]["attributes"]["description"]
-    assert fields["report"]["validations"]["required"]
+    description = fields["report"]["attributes"]["description"]
+    assert "`python -m mlx_fused_adam --json`" in description and "imported" in description
+    required = {name for name, x in fields.items() if x.get("validations", {}).get("required")}
+    assert required == {"what", "stock"}
+
+
+def test_ci_runs_the_tests_as_documented() -> None:
+    first, second = re.findall(r"^\((.*)\)$", text_of(".ci/run"), re.MULTILINE)
+    assert f"`{first}`" in text_of("README.md") or f"{first}\n" in text_of("README.md")
+    assert f"| `{second}` |" in text_of("CONTRIBUTING.md")
 
 
 def test_ci_builds_the_documentation_as_documented() -> None:

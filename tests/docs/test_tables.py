@@ -79,14 +79,10 @@ def test_published_results_are_those_of_the_documented_commands() -> None:
 MEASURED = re.compile(r"(\d[\d.,]*) ?(ms|µs|[MG]B\b|×|times|%)|× ?(\d[\d.,]*)")
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "index.md", "start.md", "options.md", "mlx-lm.md", "benchmarks.md"]
-)
+@pytest.mark.parametrize("document", ["README.md", "index.md", "start.md", "options.md", "mlx-lm.md", "benchmarks.md"])
 def test_prose_has_no_measured_number_that_is_in_no_table(document: str) -> None:
     """So a number that a new run changes is noticed. "31 % less" is 69 % in a table."""
-    tables = " ".join(
-        match[0] for text in DOCUMENTS.values() for match in documents.BLOCK.finditer(text)
-    )
+    tables = " ".join(match[0] for text in DOCUMENTS.values() for match in documents.BLOCK.finditer(text))
     known = set(re.findall(r"\d[\d.,]*", tables))
     prose = documents.BLOCK.sub("", DOCUMENTS[document])
     for value, unit, factor in MEASURED.findall(prose):
@@ -101,9 +97,7 @@ def test_no_markup_follows_a_comment_that_begins_a_line(document: str) -> None:
     assert not re.findall(r"^<!-- bench:[a-z0-9-]+ -->[^\n]*[`*\[].*", DOCUMENTS[document], re.M)
 
 
-def test_a_number_changed_in_a_document_or_in_results_is_seen(
-    tmp_path, monkeypatch, capsys
-) -> None:
+def test_a_number_changed_in_a_document_or_in_results_is_seen(tmp_path, monkeypatch, capsys) -> None:
     changed = copy.deepcopy(RESULTS)
     for case in changed["cases"]:
         case["implementations"][FUSED]["median_s"] *= 1.5

@@ -30,9 +30,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 
 
-def train(
-    folder: Path, *arguments: str, code: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, *arguments: str, code: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *(code or [str(SCRIPT)]), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
@@ -83,9 +81,7 @@ def test_mlx_s_own_optimizer_trains_alike(tmp_path: Path, process_backend: str) 
 
 def test_options_of_the_optimizer_change_the_bytes_of_its_state(tmp_path: Path) -> None:
     def bytes_per_parameter(*options: str) -> tuple[float, float]:
-        output = train_well(
-            tmp_path, *TINY, "--dims", "64", "--steps", "1", "--sample", "0", *options
-        )
+        output = train_well(tmp_path, *TINY, "--dims", "64", "--steps", "1", "--sample", "0", *options)
         count = int(re.search(r"^([\d,]+) parameters,", output)[1].replace(",", ""))
         found = re.search(r"^parameters: ([\d.]+) MB, optimizer state: ([\d.]+) MB$", output, re.M)
         return tuple(float(x) * 1e6 / count for x in found.groups())
@@ -117,9 +113,7 @@ def saved(folder: Path) -> dict[str, np.ndarray]:
     model, optimizer = sorted(folder.iterdir())
     assert re.fullmatch(r"model-\d+\.safetensors", model.name)
     assert optimizer.name == "optimizer.safetensors"
-    arrays = {
-        f"{file.name}: {k}": x for file in (model, optimizer) for k, x in mx.load(str(file)).items()
-    }
+    arrays = {f"{file.name}: {k}": x for file in (model, optimizer) for k, x in mx.load(str(file)).items()}
     return {k: np.array(x.reshape(-1).view(mx.uint8)) for k, x in arrays.items()}
 
 

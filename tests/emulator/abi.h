@@ -1,5 +1,6 @@
 // What a compiled shader and the emulator's runtime know of each other.
-// The shader (built by compile_shader.py) exports a table of its kernels and calls the emulator_* functions; grid.cpp defines them.
+// The shader (built by compile_shader.py) exports a table of its kernels and calls the emulator_* functions; grid.cpp
+// defines them.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +19,7 @@ struct Thread {
   Position threadgroup_position_in_grid;
   Position threadgroups_per_grid;
   Position threads_per_grid;
-  Position
-      threads_per_threadgroup;  // of this threadgroup, which is smaller at the edge of the grid
+  Position threads_per_threadgroup;  // of this threadgroup, which is smaller at the edge of the grid
   Position dispatch_threads_per_threadgroup;
   uint32_t thread_index_in_threadgroup;
   uint32_t thread_index_in_simdgroup;
@@ -47,7 +47,7 @@ enum class Role {
 
 struct Parameter {
   Role role;
-  int index;  // of a buffer or of threadgroup memory; -1: the lowest that no other parameter names
+  int index;            // of a buffer or of threadgroup memory; -1: the lowest that no other parameter names
   size_t pointee_size;  // what a reference must find behind it; 0 for a pointer
   size_t pointee_align;
 };
@@ -76,7 +76,8 @@ extern "C" {
 // `line` tells barriers apart: all threads of a threadgroup must meet at the same one.
 void emulator_threadgroup_barrier(int mem_flags, int line);
 void emulator_simdgroup_barrier(int mem_flags, int line);
-// Gives every lane of the simdgroup the values of all 32 (lanes[i], each `size` bytes); returns the mask of lanes that took part.
+// Gives every lane of the simdgroup the values of all 32 (lanes[i], each `size` bytes); returns the mask of lanes that
+// took part.
 uint32_t emulator_simd_exchange(const void* value, size_t size, void* lanes, int line);
 uint32_t emulator_simd_lane();
 // Checks an atomic access like any other, except that atomics do not race with each other.

@@ -1,5 +1,5 @@
-// The Python module _emulator: runs a kernel of any MSL source on NumPy arrays, for calibration and for the tests of the
-// emulator itself, and steers what the emulated extension does.
+// The Python module _emulator: runs a kernel of any MSL source on NumPy arrays, for calibration and for the tests of
+// the emulator itself, and steers what the emulated extension does.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
@@ -28,9 +28,8 @@ using Sides = std::tuple<uint64_t, uint64_t, uint64_t>;
 
 emulator::Size to_size(Sides s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
 
-void run(const std::string& source, const std::string& kernel, const std::vector<Buffer>& buffers,
-         Sides grid, Sides threads_per_threadgroup,
-         const std::vector<std::pair<int, size_t>>& threadgroup_memory,
+void run(const std::string& source, const std::string& kernel, const std::vector<Buffer>& buffers, Sides grid,
+         Sides threads_per_threadgroup, const std::vector<std::pair<int, size_t>>& threadgroup_memory,
          const std::vector<std::string>& include_dirs) {
   static std::map<std::string, std::shared_ptr<emulator::Library>> loaded;
   auto& library = loaded[source + emulator::variant_key()];
@@ -77,8 +76,8 @@ mx::array sparse_zeros(std::vector<int64_t> shape, mx::Dtype dtype) {
   size_t count = 1;
   for (int64_t n : shape) count *= size_t(n);
   size_t page = 4096, bytes = count * mx::size_of(dtype);
-  char* range = static_cast<char*>(mmap(nullptr, page + bytes, PROT_READ | PROT_WRITE,
-                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  char* range = static_cast<char*>(
+      mmap(nullptr, page + bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (range == MAP_FAILED) throw std::bad_alloc();
   // MLX's CPU allocator keeps the size in front of the data; the data itself begins at a page.
   char* header = range + page - sizeof(size_t);
@@ -103,8 +102,8 @@ NB_MODULE(_emulator, m) {
   m.doc() = "The Metal emulator: runs MSL kernels on the CPU and checks every access.";
   nb::module_::import_("mlx.core");
   m.def("run", &run, "source"_a, "kernel"_a, "buffers"_a, "grid"_a, "threads_per_threadgroup"_a,
-        "threadgroup_memory"_a = std::vector<std::pair<int, size_t>>(),
-        "include_dirs"_a = std::vector<std::string>(), nb::call_guard<nb::gil_scoped_release>());
+        "threadgroup_memory"_a = std::vector<std::pair<int, size_t>>(), "include_dirs"_a = std::vector<std::string>(),
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("sparse_zeros", &sparse_zeros, "shape"_a, "dtype"_a,
         "Zeros of any size: only pages that are touched take memory.");
   m.def("run_only_threadgroups", &emulator::run_only_threadgroups, "first"_a, "end"_a,
@@ -117,7 +116,5 @@ NB_MODULE(_emulator, m) {
         "error met while "
         "encoding has left it too high. With that count wrong for ever, a later evaluation could "
         "wait for ever.");
-  m.def(
-      "dispatches", [] { return emulator::statistics().by_kernel; },
-      "How often each kernel has been run.");
+  m.def("dispatches", [] { return emulator::statistics().by_kernel; }, "How often each kernel has been run.");
 }

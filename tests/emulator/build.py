@@ -1,7 +1,7 @@
 """Builds the extension with the emulated Metal back end, and the module _emulator, into a folder kept between runs.
 
-CMake and ninja decide what is out of date. conftest.py enters the environment, in which the package is the emulated one in
-this process and in those that it starts, for DEVICE=emulated; FUSED_ADAM_EMULATED_GPU=1 DEVICE=gpu calls it a GPU.
+CMake and ninja decide what is out of date. conftest.py enters the environment, in which the package is the emulated one
+in this process and in those that it starts, for DEVICE=emulated; FUSED_ADAM_EMULATED_GPU=1 DEVICE=gpu calls it a GPU.
 Run: python tests/emulator/build.py [--environment COMMAND…], which builds, or runs a command in that environment.
 """
 
@@ -27,6 +27,10 @@ def folder() -> Path:
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     tag = f"emulated-{sys.implementation.cache_tag}-{environment}"
     return Path(os.environ.get("FUSED_ADAM_EMULATOR_BUILD", ROOT / "build" / tag))
+
+
+def is_built() -> bool:
+    return any(folder().glob("_ext.*.so"))
 
 
 def _run(*command: str | Path) -> None:
@@ -63,7 +67,9 @@ def _load(target: str, module_name: str) -> ModuleType:
 
 
 def load_extension() -> ModuleType:
-    """The emulated counterpart of mlx_fused_adam._ext, beside that one in the same process (or that one, if entered)."""
+    """The emulated counterpart of mlx_fused_adam._ext, beside that one in the same process (or that one, if
+    entered).
+    """
     if str(environment()) in sys.path:
         return importlib.import_module("mlx_fused_adam._ext")
     return _load("_ext", "mlx_fused_adam_emulated._ext")
@@ -97,9 +103,7 @@ def enter() -> None:
             link.symlink_to(path)
     before = os.environ.get("PYTHONPATH")
     if str(environment()) not in (before or "").split(os.pathsep):
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(environment()), *([before] if before else [])]
-        )
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(environment()), *([before] if before else [])])
     if str(environment()) not in sys.path:
         sys.path.insert(0, str(environment()))
     imported = importlib.import_module("mlx_fused_adam._ext")

@@ -19,8 +19,8 @@ CheckerState checker;
 
 char* arena_slot(size_t slot) {
   if (!checker.arena) {
-    void* range = mmap(nullptr, kSlots * kSlotSize, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* range =
+        mmap(nullptr, kSlots * kSlotSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED) throw std::runtime_error("[emulator] cannot reserve address space");
     checker.arena = static_cast<char*>(range);
   }
@@ -40,8 +40,7 @@ std::string source_line(const void* code) {
   if (!dladdr(code, &info) || !info.dli_fname) return "";
   std::ostringstream command;
   command << "addr2line -i -e '" << info.dli_fname << "' 0x" << std::hex
-          << static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase) - 1
-          << " 2>/dev/null";
+          << static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase) - 1 << " 2>/dev/null";
   FILE* pipe = popen(command.str().c_str(), "r");
   if (!pipe) return "";
   // From the innermost inlined function outwards: the first line that is not the shim's own.
@@ -65,8 +64,7 @@ struct Accessed {
 
   [[noreturn]] void fail(const std::string& problem) const {
     const char* verbs[] = {"reads ", "writes ", "atomically updates "};
-    emulator::fail(verbs[int(access)] + std::to_string(size) + " bytes " + problem +
-                   source_line(code));
+    emulator::fail(verbs[int(access)] + std::to_string(size) + " bytes " + problem + source_line(code));
   }
 };
 
@@ -79,8 +77,7 @@ void check_device_cells(Region& region, size_t offset, const Accessed& a, bool i
     DeviceCell& cell = region.cells[i];
     if (a.access == Access::read) {
       if (cell.writer == 0 && !is_input) {
-        a.fail(byte(offset) + region.description() +
-               ", which is not declared as input and not yet written");
+        a.fail(byte(offset) + region.description() + ", which is not declared as input and not yet written");
       }
       if (cell.writer != 0 && cell.writer != self) {
         a.fail(byte(offset) + region.description() + ", which another thread writes: a data race");
@@ -89,8 +86,7 @@ void check_device_cells(Region& region, size_t offset, const Accessed& a, bool i
     } else {
       uint32_t writer = a.access == Access::atomic ? kAtomic : self;
       if (cell.writer != 0 && cell.writer != writer) {
-        a.fail(byte(offset) + region.description() +
-               ", which another thread writes too: a data race");
+        a.fail(byte(offset) + region.description() + ", which another thread writes too: a data race");
       }
       if (cell.reader != 0 && cell.reader != self) {
         a.fail(byte(offset) + region.description() + ", which another thread reads: a data race");
@@ -103,8 +99,7 @@ void check_device_cells(Region& region, size_t offset, const Accessed& a, bool i
 void check_region(Region& region, const Accessed& a) {
   size_t offset = a.address - region.begin;
   if (a.address < region.begin) {
-    a.fail(std::to_string(region.begin - a.address) + " bytes before the start of " +
-           region.description());
+    a.fail(std::to_string(region.begin - a.address) + " bytes before the start of " + region.description());
   }
   if (offset + a.size > region.size) {
     a.fail(byte(offset) + region.description() + ", which ends at " + std::to_string(region.size));
@@ -150,20 +145,17 @@ void check_threadgroup(ThreadgroupBlock& block, const Accessed& a) {
   if (variable == block.variables.begin()) a.fail("outside every threadgroup variable");
   --variable;
   if (offset + a.size > variable->end) {
-    a.fail(byte(offset - variable->begin) + "threadgroup memory " + variable->name +
-           ", which ends at " + std::to_string(variable->end - variable->begin));
+    a.fail(byte(offset - variable->begin) + "threadgroup memory " + variable->name + ", which ends at " +
+           std::to_string(variable->end - variable->begin));
   }
-  auto where = [&] {
-    return byte(offset - variable->begin) + "threadgroup memory " + variable->name;
-  };
+  auto where = [&] { return byte(offset - variable->begin) + "threadgroup memory " + variable->name; };
   uint32_t self = checker.thread_in_threadgroup;
   uint32_t simd_epoch = checker.simd_epochs[self / kSimdWidth];
   for (size_t i = offset; i < offset + a.size; ++i) {
     ThreadgroupCell& cell = block.cells[i];
     bool is_written = cell.write_epoch >= checker.first_epoch;
     if (a.access == Access::read && !is_written) a.fail(where() + ", which is uninitialised");
-    if (is_written && cell.writer != self &&
-        !is_ordered(cell.writer, cell.write_epoch, cell.write_simd_epoch)) {
+    if (is_written && cell.writer != self && !is_ordered(cell.writer, cell.write_epoch, cell.write_simd_epoch)) {
       a.fail(where() + ", which another thread writes with no barrier between: a data race");
     }
     if (a.access == Access::read) {
@@ -199,11 +191,9 @@ void check(const Accessed& a) {
 
 // `aligned` accesses are of a type whose size is also its alignment.
 template <size_t Size, bool aligned>
-inline __attribute__((always_inline)) void on_access(const volatile void* p, Access access,
-                                                     size_t size = Size) {
+inline __attribute__((always_inline)) void on_access(const volatile void* p, Access access, size_t size = Size) {
   auto address = const_cast<const char*>(static_cast<const volatile char*>(p));
-  if (size_t(address - checker.stacks) < checker.stacks_size || !checker.running || size == 0)
-    return;
+  if (size_t(address - checker.stacks) < checker.stacks_size || !checker.running || size == 0) return;
   Accessed a{address, size, access, __builtin_return_address(0)};
   if (aligned && reinterpret_cast<uintptr_t>(address) % Size != 0) {
     a.fail("at an address that is not a multiple of " + std::to_string(Size));
@@ -235,20 +225,16 @@ HOOKS_OF_SIZE(16)
 HOOK __tsan_read_range(void* p, size_t size) { on_access<1, true>(p, Access::read, size); }
 HOOK __tsan_write_range(void* p, size_t size) { on_access<1, true>(p, Access::write, size); }
 // What clang makes of copies and fills.
-extern "C" __attribute__((visibility("default"))) void* __tsan_memcpy(void* to, const void* from,
-                                                                      size_t size) {
+extern "C" __attribute__((visibility("default"))) void* __tsan_memcpy(void* to, const void* from, size_t size) {
   on_access<1, true>(from, Access::read, size);
   on_access<1, true>(to, Access::write, size);
   return std::memcpy(to, from, size);
 }
-extern "C" __attribute__((visibility("default"))) void* __tsan_memset(void* to, int value,
-                                                                      size_t size) {
+extern "C" __attribute__((visibility("default"))) void* __tsan_memset(void* to, int value, size_t size) {
   on_access<1, true>(to, Access::write, size);
   return std::memset(to, value, size);
 }
 HOOK __tsan_init() {}
 HOOK __tsan_func_entry(void*) {}
 HOOK __tsan_func_exit() {}
-HOOK emulator_atomic_access(const volatile void* p, size_t size) {
-  on_access<1, true>(p, Access::atomic, size);
-}
+HOOK emulator_atomic_access(const volatile void* p, size_t size) { on_access<1, true>(p, Access::atomic, size); }

@@ -35,8 +35,7 @@ struct Region {
   size_t size = 0;
   unsigned element_shift = 0;  // log2 of the smallest element of its bindings
   std::vector<Segment> segments;
-  std::vector<DeviceCell>
-      cells;  // one an element; empty where nothing is written, or the region is huge
+  std::vector<DeviceCell> cells;  // one an element; empty where nothing is written, or the region is huge
   std::function<std::string()> description;
 
   const Segment& segment_at(size_t offset) const {

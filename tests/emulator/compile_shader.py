@@ -45,12 +45,8 @@ if platform.machine() == "x86_64":
 
 def _threadgroup_variables(library: Path) -> str:
     """Offset, size and name of every thread-local symbol: the library's threadgroup memory."""
-    listing = subprocess.run(
-        ["nm", "-SC", library], capture_output=True, text=True, check=True
-    ).stdout
-    headers = subprocess.run(
-        ["readelf", "-sW", library], capture_output=True, text=True, check=True
-    ).stdout
+    listing = subprocess.run(["nm", "-SC", library], capture_output=True, text=True, check=True).stdout
+    headers = subprocess.run(["readelf", "-sW", library], capture_output=True, text=True, check=True).stdout
     thread_local = {int(line.split()[1], 16) for line in headers.splitlines() if " TLS " in line}
     lines = []
     for line in listing.splitlines():
@@ -98,16 +94,10 @@ def build(source: str, cache: Path | str, include_dirs: Sequence[Path | str] = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shader", help="MSL file, or - for standard input")
-    parser.add_argument(
-        "--cache", type=Path, required=True, help="folder of the compiled libraries"
-    )
-    parser.add_argument(
-        "-I", dest="include_dirs", action="append", default=[], help="include folder"
-    )
+    parser.add_argument("--cache", type=Path, required=True, help="folder of the compiled libraries")
+    parser.add_argument("-I", dest="include_dirs", action="append", default=[], help="include folder")
     arguments = parser.parse_args()
     source = sys.stdin.read() if arguments.shader == "-" else Path(arguments.shader).read_text()
     try:

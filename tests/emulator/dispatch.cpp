@@ -35,8 +35,7 @@ std::vector<Order> orders() {
   for (Order order : {Order::forward, Order::reverse, Order::shuffled}) {
     if (names.find(name_of(order)) != std::string::npos) result.push_back(order);
   }
-  if (result.empty())
-    throw std::runtime_error("[emulator] FUSED_ADAM_EMULATOR_ORDERS names no order");
+  if (result.empty()) throw std::runtime_error("[emulator] FUSED_ADAM_EMULATOR_ORDERS names no order");
   return result;
 }
 
@@ -79,16 +78,13 @@ struct Placed {
 std::vector<Placed> placements(const Dispatch& dispatch) {
   std::vector<const Binding*> sorted;
   for (auto& binding : dispatch.bindings) sorted.push_back(&binding);
-  std::stable_sort(sorted.begin(), sorted.end(),
-                   [](auto a, auto b) { return a->start() < b->start(); });
+  std::stable_sort(sorted.begin(), sorted.end(), [](auto a, auto b) { return a->start() < b->start(); });
   std::vector<Placed> result;
   for (const Binding* binding : sorted) {
-    bool overlaps =
-        !result.empty() && binding->start() < result.back().original + result.back().size;
+    bool overlaps = !result.empty() && binding->start() < result.back().original + result.back().size;
     if (!overlaps) result.push_back({binding->start(), 0, false, {}});
     Placed& placed = result.back();
-    placed.size =
-        std::max(placed.size, size_t(binding->start() + binding->length() - placed.original));
+    placed.size = std::max(placed.size, size_t(binding->start() + binding->length() - placed.original));
     placed.bindings.push_back(binding);
   }
   // What only the shader's index arithmetic would tell apart keeps its size; the rest is copied.
@@ -152,8 +148,7 @@ class Run {
   }
 
   void run() {
-    Grid grid{dispatch_.grid, dispatch_.threads_per_threadgroup, first_threadgroup,
-              end_threadgroup};
+    Grid grid{dispatch_.grid, dispatch_.threads_per_threadgroup, first_threadgroup, end_threadgroup};
     std::vector<Order> sequence = orders();
     bool has_huge = std::any_of(placed_.begin(), placed_.end(), [](auto& p) { return p.is_huge; });
     if (has_huge) sequence = {Order::forward};
@@ -250,8 +245,7 @@ class Run {
   }
 
   static bool is_written(const Region& region) {
-    return std::any_of(region.segments.begin(), region.segments.end(),
-                       [](auto& s) { return s.output; });
+    return std::any_of(region.segments.begin(), region.segments.end(), [](auto& s) { return s.output; });
   }
 
   template <typename Visit>
@@ -283,9 +277,8 @@ class Run {
         if (segment.input || !segment.output) return;
         for (size_t at = begin; at < segment.end; at += size_t{1} << region.element_shift) {
           if (region.cells[at >> region.element_shift].writer == 0) {
-            throw std::runtime_error(prefix() + "no thread writes byte " + std::to_string(at) +
-                                     " of " + region.description() + ", which ends at " +
-                                     std::to_string(region.size));
+            throw std::runtime_error(prefix() + "no thread writes byte " + std::to_string(at) + " of " +
+                                     region.description() + ", which ends at " + std::to_string(region.size));
           }
         }
       });
@@ -301,9 +294,9 @@ class Run {
       } else if (std::memcmp(first_results_[i].data(), region.begin, region.size) != 0) {
         size_t at = 0;
         while (first_results_[i][at] == region.begin[at]) ++at;
-        throw std::runtime_error(prefix() + "byte " + std::to_string(at) + " of " +
-                                 region.description() + " depends on the order of execution: " +
-                                 name_of(first) + " and " + name_of(order) + " differ");
+        throw std::runtime_error(prefix() + "byte " + std::to_string(at) + " of " + region.description() +
+                                 " depends on the order of execution: " + name_of(first) + " and " + name_of(order) +
+                                 " differ");
       }
     });
   }
@@ -311,8 +304,7 @@ class Run {
   // MLX's CPU allocator aligns to 8 bytes, Metal's to pages. Only pages that are touched exist, and are brought back.
   static constexpr size_t kPage = 4096;
   static bool is_output_alone(const Placed& placed) {
-    return std::none_of(placed.bindings.begin(), placed.bindings.end(),
-                        [](auto b) { return b->input; });
+    return std::none_of(placed.bindings.begin(), placed.bindings.end(), [](auto b) { return b->input; });
   }
   static bool is_aligned(const Placed& placed) {
     auto binding = placed.bindings[0];
@@ -321,8 +313,8 @@ class Run {
   static size_t scratch_size(const Placed& placed) { return placed.size + kPage; }
 
   char* make_scratch(Placed& placed) {
-    void* range = mmap(nullptr, scratch_size(placed), PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* range =
+        mmap(nullptr, scratch_size(placed), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED) throw std::runtime_error("[emulator] cannot reserve address space");
     placed.scratch = static_cast<char*>(range);
     return placed.scratch + placed.bindings[0]->offset % kPage;
@@ -373,26 +365,25 @@ class Run {
 
 void validate(const Dispatch& dispatch) {
   const Kernel& kernel = *dispatch.kernel;
-  auto refuse = [&](const std::string& what) {
+  auto reject = [&](const std::string& what) {
     throw std::invalid_argument(std::string("[emulator] ") + kernel.name + ": " + what);
   };
   auto number = [](size_t n) { return std::to_string(n); };
   auto& group = dispatch.threads_per_threadgroup;
-  if (group.count() == 0 || dispatch.grid.count() == 0) refuse("the grid or threadgroup is empty");
+  if (group.count() == 0 || dispatch.grid.count() == 0) reject("the grid or threadgroup is empty");
   if (group.count() > kMaxThreadsPerThreadgroup) {
-    refuse(number(group.count()) + " threads in a threadgroup; at most 1024 fit");
+    reject(number(group.count()) + " threads in a threadgroup; at most 1024 fit");
   }
   for (uint64_t length : {dispatch.grid.x, dispatch.grid.y, dispatch.grid.z}) {
-    if (length > UINT32_MAX)
-      refuse("a grid " + number(length) + " threads wide; at most 2^32 - 1 fit");
+    if (length > UINT32_MAX) reject("a grid " + number(length) + " threads wide; at most 2^32 - 1 fit");
   }
   std::vector<bool> is_bound(kMaxBuffers);
   for (auto& binding : dispatch.bindings) {
     if (binding.index < 0) continue;
     if (binding.index >= kMaxBuffers) {
-      refuse("buffer index " + number(binding.index) + "; the highest is 30");
+      reject("buffer index " + number(binding.index) + "; the highest is 30");
     }
-    if (is_bound[binding.index]) refuse("buffer " + number(binding.index) + " is bound twice");
+    if (is_bound[binding.index]) reject("buffer " + number(binding.index) + " is bound twice");
     is_bound[binding.index] = true;
   }
   auto indices = parameter_indices(kernel, Role::buffer);
@@ -400,13 +391,13 @@ void validate(const Dispatch& dispatch) {
     auto& parameter = kernel.parameters[i];
     if (parameter.role != Role::buffer) continue;
     if (indices[i] >= kMaxBuffers) {
-      refuse("a parameter at buffer index " + number(indices[i]) + "; the highest is 30");
+      reject("a parameter at buffer index " + number(indices[i]) + "; the highest is 30");
     }
-    if (!is_bound[indices[i]]) refuse("nothing is bound to buffer " + number(indices[i]));
+    if (!is_bound[indices[i]]) reject("nothing is bound to buffer " + number(indices[i]));
     for (auto& binding : dispatch.bindings) {
       if (binding.index == indices[i] && binding.length() < parameter.pointee_size) {
-        refuse("buffer " + number(indices[i]) + " holds " + number(binding.length()) +
-               " bytes, the kernel expects " + number(parameter.pointee_size));
+        reject("buffer " + number(indices[i]) + " holds " + number(binding.length()) + " bytes, the kernel expects " +
+               number(parameter.pointee_size));
       }
     }
   }
@@ -414,15 +405,14 @@ void validate(const Dispatch& dispatch) {
   size_t threadgroup_bytes = 0;
   for (auto& [index, bytes] : dispatch.threadgroup_memory) threadgroup_bytes += bytes;
   if (threadgroup_bytes > kMaxThreadgroupMemory) {
-    refuse(number(threadgroup_bytes) + " bytes of threadgroup memory; at most 32768 fit");
+    reject(number(threadgroup_bytes) + " bytes of threadgroup memory; at most 32768 fit");
   }
   for (int i = 0; i < kernel.parameter_count; ++i) {
     if (kernel.parameters[i].role != Role::threadgroup) continue;
-    auto sized =
-        std::find_if(dispatch.threadgroup_memory.begin(), dispatch.threadgroup_memory.end(),
-                     [&](auto& m) { return m.first == indices[i]; });
+    auto sized = std::find_if(dispatch.threadgroup_memory.begin(), dispatch.threadgroup_memory.end(),
+                              [&](auto& m) { return m.first == indices[i]; });
     if (sized == dispatch.threadgroup_memory.end()) {
-      refuse("threadgroup memory " + number(indices[i]) + " has no length");
+      reject("threadgroup memory " + number(indices[i]) + " has no length");
     }
   }
 }

@@ -17,10 +17,8 @@ struct Binding {
   int index = -1;        // of the buffer; -1 for memory that is declared but not bound
   char* data = nullptr;  // first byte that may be accessed
   size_t size = 0;       // up to and with the last one
-  size_t first =
-      0;  // where in these bytes the kernel's pointer points: negative strides lead before it
-  size_t offset =
-      0;  // of data in its allocation, which on Metal starts at a page: decides the alignment
+  size_t first = 0;      // where in these bytes the kernel's pointer points: negative strides lead before it
+  size_t offset = 0;     // of data in its allocation, which on Metal starts at a page: decides the alignment
   size_t element_size = 1;
   bool input = false, output = false;
   std::vector<char> bytes;  // of set_bytes: the data itself, in place of data and size

@@ -2,6 +2,9 @@
 # csrc/metal/adam.cpp on it, and by _emulator, with which the tests run kernels of their own.
 set(emulator_dir "${CMAKE_CURRENT_LIST_DIR}")
 
+# nanobind tells types apart by name, and tests load this extension beside the installed one.
+add_compile_definitions(fused_adam=fused_adam_emulated)
+
 add_library(emulator SHARED
   "${emulator_dir}/checker.cpp"
   "${emulator_dir}/dispatch.cpp"

@@ -4,13 +4,11 @@
 
 namespace fused_adam {
 
-void AdamUpdate::eval_cpu(const std::vector<mlx::core::array>& inputs,
-                          std::vector<mlx::core::array>& outputs) {
+void AdamUpdate::eval_cpu(const std::vector<mlx::core::array>& inputs, std::vector<mlx::core::array>& outputs) {
   eval_gpu(inputs, outputs);
 }
 
-void SumOfSquares::eval_cpu(const std::vector<mlx::core::array>& inputs,
-                            std::vector<mlx::core::array>& outputs) {
+void SumOfSquares::eval_cpu(const std::vector<mlx::core::array>& inputs, std::vector<mlx::core::array>& outputs) {
   eval_gpu(inputs, outputs);
 }
 

@@ -1,5 +1,5 @@
 // See fibers.h.
-#undef _FORTIFY_SOURCE  // its longjmp refuses to leave one stack for another
+#undef _FORTIFY_SOURCE  // its longjmp rejects to leave one stack for another
 #include "fibers.h"
 
 #include <sys/mman.h>
@@ -14,8 +14,8 @@ FiberPool* starting_pool = nullptr;  // makecontext passes no pointers
 }
 
 FiberPool::FiberPool() {
-  void* range = mmap(nullptr, stacks_size(), PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* range =
+      mmap(nullptr, stacks_size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (range == MAP_FAILED) throw std::runtime_error("[emulator] cannot reserve fiber stacks");
   stacks_ = static_cast<char*>(range);
 }

@@ -40,8 +40,7 @@ std::string position(Position p) {
 }
 
 Position unravel(uint64_t index, Size size) {
-  return {uint32_t(index % size.x), uint32_t(index / size.x % size.y),
-          uint32_t(index / size.x / size.y)};
+  return {uint32_t(index % size.x), uint32_t(index / size.x % size.y), uint32_t(index / size.x / size.y)};
 }
 
 // While it lives, and if asked to, float32 subnormals count as zero on this thread of the operating system.
@@ -97,8 +96,8 @@ class Runner {
   void* const* arguments_ = nullptr;
   Grid grid_;
   Size groups_;
-  Thread thread_ = {};  // what all threads of the threadgroup share, and the current one's place
-  Size threads_here_;   // of this threadgroup
+  Thread thread_ = {};              // what all threads of the threadgroup share, and the current one's place
+  Size threads_here_;               // of this threadgroup
   std::vector<uint32_t> sequence_;  // the threads of a threadgroup in the order they run
   Order order_ = Order::forward;
   std::mt19937 random_;
@@ -171,8 +170,7 @@ void Runner::run_threadgroup(uint64_t index) {
                    std::min(group.y, grid_.threads.y - at.y * group.y),
                    std::min(group.z, grid_.threads.z - at.z * group.z)};
   uint32_t count = uint32_t(threads_here_.count());
-  thread_.threads_per_threadgroup = {uint32_t(threads_here_.x), uint32_t(threads_here_.y),
-                                     uint32_t(threads_here_.z)};
+  thread_.threads_per_threadgroup = {uint32_t(threads_here_.x), uint32_t(threads_here_.y), uint32_t(threads_here_.z)};
   thread_.simdgroups_per_threadgroup = (count + kSimdWidth - 1) / kSimdWidth;
   if (sequence_.size() != count || order_ == Order::shuffled) {
     sequence_.resize(count);
@@ -182,7 +180,7 @@ void Runner::run_threadgroup(uint64_t index) {
   first_thread_ = uint32_t(index * group.count());
   checker.first_epoch = ++checker.epoch;
   std::fill(std::begin(checker.simd_epochs), std::end(checker.simd_epochs), 0);
-  // Not zero, which a kernel might happen to need; the checker refuses to read it in any case.
+  // Not zero, which a kernel might happen to need; the checker rejects to read it in any case.
   for (auto& block : checker.blocks) std::memset(block.begin, 0xff, block.size);
 
   next_ = 0;
@@ -197,8 +195,7 @@ void Runner::start_thread(uint32_t thread) {
   Thread mine = thread_;
   Position p = unravel(thread, threads_here_);
   mine.thread_position_in_threadgroup = p;
-  mine.thread_position_in_grid = {group.x * full.x + p.x, group.y * full.y + p.y,
-                                  group.z * full.z + p.z};
+  mine.thread_position_in_grid = {group.x * full.x + p.x, group.y * full.y + p.y, group.z * full.z + p.z};
   mine.thread_index_in_threadgroup = thread;
   mine.thread_index_in_simdgroup = thread % kSimdWidth;
   mine.simdgroup_index_in_threadgroup = thread / kSimdWidth;
@@ -233,15 +230,12 @@ void Runner::release_waiting() {
   for (uint32_t thread : sequence_) {
     if (states_[thread].is_done != states_[first].is_done) {
       uint32_t waiting = states_[thread].is_done ? first : thread;
-      return diverged(waiting, "waits at the threadgroup barrier in line " +
-                                   std::to_string(states_[waiting].line) +
+      return diverged(waiting, "waits at the threadgroup barrier in line " + std::to_string(states_[waiting].line) +
                                    ", which other threads never reach: they have returned");
     }
     if (states_[thread].line != states_[first].line) {
-      return diverged(thread, "waits at the threadgroup barrier in line " +
-                                  std::to_string(states_[thread].line) +
-                                  ", other threads at that in line " +
-                                  std::to_string(states_[first].line));
+      return diverged(thread, "waits at the threadgroup barrier in line " + std::to_string(states_[thread].line) +
+                                  ", other threads at that in line " + std::to_string(states_[first].line));
     }
   }
   // A barrier that names no threadgroup memory orders no accesses to it.
@@ -258,8 +252,7 @@ bool Runner::release_simdgroups() {
     uint32_t end = std::min(count, begin + kSimdWidth);
     const ThreadState* waiting = nullptr;
     for (uint32_t t = begin; t < end; ++t) {
-      if (!states_[t].is_done && states_[t].wait != Wait::threadgroup_barrier)
-        waiting = &states_[t];
+      if (!states_[t].is_done && states_[t].wait != Wait::threadgroup_barrier) waiting = &states_[t];
     }
     if (!waiting) continue;
     any = true;
@@ -268,8 +261,8 @@ bool Runner::release_simdgroups() {
     for (uint32_t t = begin; t < end; ++t) {
       // Lanes that have returned are inactive; the others must all be here.
       if (!states_[t].is_done && (states_[t].wait != kind || states_[t].line != line)) {
-        diverged(t, "waits in line " + std::to_string(states_[t].line) +
-                        ", other threads of its simdgroup in line " + std::to_string(line));
+        diverged(t, "waits in line " + std::to_string(states_[t].line) + ", other threads of its simdgroup in line " +
+                        std::to_string(line));
         return false;
       }
     }
@@ -277,20 +270,15 @@ bool Runner::release_simdgroups() {
       ++checker.simd_epochs[begin / kSimdWidth];
     }
     for (uint32_t thread : sequence_) {
-      if (thread >= begin && thread < end && !states_[thread].is_done && error_.empty())
-        resume(thread);
+      if (thread >= begin && thread < end && !states_[thread].is_done && error_.empty()) resume(thread);
     }
   }
   return any;
 }
 
-void Runner::threadgroup_barrier(int mem_flags, int line) {
-  wait(Wait::threadgroup_barrier, line, mem_flags);
-}
+void Runner::threadgroup_barrier(int mem_flags, int line) { wait(Wait::threadgroup_barrier, line, mem_flags); }
 
-void Runner::simdgroup_barrier(int mem_flags, int line) {
-  wait(Wait::simdgroup_barrier, line, mem_flags);
-}
+void Runner::simdgroup_barrier(int mem_flags, int line) { wait(Wait::simdgroup_barrier, line, mem_flags); }
 
 uint32_t Runner::simd_exchange(const void* value, size_t size, void* lanes, int line) {
   uint32_t begin = current_ - lane();
@@ -310,14 +298,11 @@ uint32_t Runner::simd_exchange(const void* value, size_t size, void* lanes, int 
 }
 
 std::string Runner::name_of_thread(uint32_t thread) const {
-  return std::string("[emulator] ") + kernel_->name + ": thread " +
-         position(unravel(thread, threads_here_)) + " of threadgroup " +
-         position(thread_.threadgroup_position_in_grid) + " ";
+  return std::string("[emulator] ") + kernel_->name + ": thread " + position(unravel(thread, threads_here_)) +
+         " of threadgroup " + position(thread_.threadgroup_position_in_grid) + " ";
 }
 
-void Runner::diverged(uint32_t thread, const std::string& what) {
-  error_ = name_of_thread(thread) + what;
-}
+void Runner::diverged(uint32_t thread, const std::string& what) { error_ = name_of_thread(thread) + what; }
 
 void Runner::fail(const std::string& what) {
   error_ = name_of_thread(current_) + what;

@@ -1,6 +1,6 @@
-// MLX's pow and rsqrt as a hostile GPU computes them: off, everywhere in the process, by what Metal allows. The two primitives'
-// entries for eval_cpu are replaced by functions that call the original and then disturb what it gave. While the relaxation
-// "scalars" is off (hostile.py), nothing changes.
+// MLX's pow and rsqrt as a hostile GPU computes them: off, everywhere in the process, by what Metal allows. The two
+// primitives' entries for eval_cpu are replaced by functions that call the original and then disturb what it gave.
+// While the relaxation "scalars" is off (hostile.py), nothing changes.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -33,8 +33,7 @@ struct Inexact {
   static inline Eval original = nullptr;
   static inline int ulps = 0;
 
-  static void eval(mx::Primitive* self, const std::vector<mx::array>& inputs,
-                   std::vector<mx::array>& outputs) {
+  static void eval(mx::Primitive* self, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
     original(self, inputs, outputs);
     auto& x = outputs[0];
     bool is_sqrt = std::strcmp(self->name(), "Sqrt") == 0;  // correctly rounded, unlike Rsqrt

@@ -42,9 +42,8 @@ std::string compile(const std::string& source, const std::vector<std::string>& i
   if (descriptor < 0) throw std::runtime_error("[emulator] cannot write to " + cache);
   close(descriptor);
   std::ofstream(input) << source;
-  std::string command =
-      "cd " EMULATOR_SOURCE_DIR "/.. && " + quoted(environment("FUSED_ADAM_EMULATOR_PYTHON")) +
-      " -m emulator.compile_shader " + quoted(input) + " --cache " + quoted(cache);
+  std::string command = "cd " EMULATOR_SOURCE_DIR "/.. && " + quoted(environment("FUSED_ADAM_EMULATOR_PYTHON")) +
+                        " -m emulator.compile_shader " + quoted(input) + " --cache " + quoted(cache);
   for (auto& dir : include_dirs) command += " -I " + quoted(dir);
   FILE* pipe = popen((command + " 2>&1").c_str(), "r");
   if (!pipe) throw std::runtime_error("[emulator] cannot run " + command);
@@ -89,8 +88,7 @@ std::string with_replacement(std::string source) {
   if (replaced_text.empty()) return source;
   size_t at = source.find(replaced_text);
   if (at == std::string::npos) {
-    throw std::runtime_error("[emulator] the shader does not hold the text to replace: " +
-                             replaced_text);
+    throw std::runtime_error("[emulator] the shader does not hold the text to replace: " + replaced_text);
   }
   return source.replace(at, replaced_text.size(), replacement_text);
 }
@@ -108,8 +106,7 @@ std::string variant_key() {
   return "\n" + relaxations() + "\n" + replaced_text + "\n" + replacement_text;
 }
 
-std::shared_ptr<Library> load_library(const std::string& source,
-                                      const std::vector<std::string>& include_dirs) {
+std::shared_ptr<Library> load_library(const std::string& source, const std::vector<std::string>& include_dirs) {
   std::string path = compile(with_replacement(source), include_dirs);
 
   // The shader's undefined __tsan_* and emulator_* functions are this library's: make them visible to it.
@@ -143,8 +140,7 @@ std::shared_ptr<Library> load_library(const std::string& source,
       size_t end_of_kernel = name.rfind("::");
       size_t total = bytes_of_kernel[name.substr(0, end_of_kernel)] += size - kRedZone;
       if (total > kMaxThreadgroupMemory) {
-        throw std::runtime_error("[emulator] " + name.substr(0, end_of_kernel) + " has " +
-                                 std::to_string(total) +
+        throw std::runtime_error("[emulator] " + name.substr(0, end_of_kernel) + " has " + std::to_string(total) +
                                  " bytes of threadgroup memory; at most 32768 fit");
       }
       std::string variable = name.substr(end_of_kernel + 2);
@@ -152,8 +148,7 @@ std::shared_ptr<Library> load_library(const std::string& source,
       library->variables.push_back({offset, offset + size - kRedZone, variable});
     }
   }
-  std::sort(library->variables.begin(), library->variables.end(),
-            [](auto& a, auto& b) { return a.begin < b.begin; });
+  std::sort(library->variables.begin(), library->variables.end(), [](auto& a, auto& b) { return a.begin < b.begin; });
   return library;
 }
 

@@ -23,10 +23,9 @@ struct Library {
   const char* image_end = nullptr;
 };
 
-// Compiles (or takes from the cache folder) and loads; never unloaded. Throws std::runtime_error with the compiler's message.
-// Python and the folder come from FUSED_ADAM_EMULATOR_PYTHON and FUSED_ADAM_EMULATOR_CACHE.
-std::shared_ptr<Library> load_library(const std::string& source,
-                                      const std::vector<std::string>& include_dirs = {});
+// Compiles (or takes from the cache folder) and loads; never unloaded. Throws std::runtime_error with the compiler's
+// message. Python and the folder come from FUSED_ADAM_EMULATOR_PYTHON and FUSED_ADAM_EMULATOR_CACHE.
+std::shared_ptr<Library> load_library(const std::string& source, const std::vector<std::string>& include_dirs = {});
 
 // For tests that plant faults: from now on every shader is compiled with `old_text` replaced by `new_text`, or it is an
 // error if it does not hold that text. An empty `old_text` ends it.

@@ -28,8 +28,7 @@ std::pair<int64_t, int64_t> extent(const array& a) {
 
 }  // namespace
 
-CommandEncoder::CommandEncoder(Stream stream)
-    : stream_(stream), next_(std::make_unique<emulator::Dispatch>()) {}
+CommandEncoder::CommandEncoder(Stream stream) : stream_(stream), next_(std::make_unique<emulator::Dispatch>()) {}
 
 CommandEncoder::~CommandEncoder() = default;
 
@@ -39,8 +38,7 @@ void CommandEncoder::set_compute_pipeline_state(MTL::ComputePipelineState* state
 }
 
 void CommandEncoder::set_buffer(const MTL::Buffer*, int, int64_t) {
-  throw std::logic_error(
-      "[emulator] set_buffer is not emulated: a bare buffer has no declared use");
+  throw std::logic_error("[emulator] set_buffer is not emulated: a bare buffer has no declared use");
 }
 
 void CommandEncoder::bind(const array& a, int index, int64_t offset, bool is_output) {
@@ -49,8 +47,7 @@ void CommandEncoder::bind(const array& a, int index, int64_t offset, bool is_out
   binding.index = index;
   if (high > low && offset < high) {
     if (!a.data_shared_ptr()) {
-      throw std::invalid_argument("[emulator] the array for buffer " + std::to_string(index) +
-                                  " has no memory yet");
+      throw std::invalid_argument("[emulator] the array for buffer " + std::to_string(index) + " has no memory yet");
     }
     // Metal would let a kernel look before a piece of an array that begins at an offset, but no host means that.
     int64_t start = low < 0 ? low : offset;
@@ -65,13 +62,9 @@ void CommandEncoder::bind(const array& a, int index, int64_t offset, bool is_out
   next_->bindings.push_back(std::move(binding));
 }
 
-void CommandEncoder::set_input_array(const array& a, int index, int64_t offset) {
-  bind(a, index, offset, false);
-}
+void CommandEncoder::set_input_array(const array& a, int index, int64_t offset) { bind(a, index, offset, false); }
 
-void CommandEncoder::set_output_array(array& a, int index, int64_t offset) {
-  bind(a, index, offset, true);
-}
+void CommandEncoder::set_output_array(array& a, int index, int64_t offset) { bind(a, index, offset, true); }
 
 void CommandEncoder::register_output_array(const array& a) { bind(a, -1, 0, true); }
 
@@ -81,8 +74,7 @@ void CommandEncoder::set_threadgroup_memory_length(size_t length, int index) {
 
 void CommandEncoder::set_raw_bytes(const void* data, size_t size, int index) {
   if (size > kMaxBytes) {
-    throw std::invalid_argument("[emulator] set_bytes of " + std::to_string(size) +
-                                " bytes; Metal takes at most 4096");
+    throw std::invalid_argument("[emulator] set_bytes of " + std::to_string(size) + " bytes; Metal takes at most 4096");
   }
   emulator::Binding binding;
   binding.index = index;
@@ -91,16 +83,15 @@ void CommandEncoder::set_raw_bytes(const void* data, size_t size, int index) {
   next_->bindings.push_back(std::move(binding));
 }
 
-void CommandEncoder::add_temporary(array a) {
-  cpu::get_command_encoder(stream_).add_temporary(std::move(a));
-}
+void CommandEncoder::add_temporary(array a) { cpu::get_command_encoder(stream_).add_temporary(std::move(a)); }
 
 void CommandEncoder::add_temporaries(std::vector<array> arrays) {
   cpu::get_command_encoder(stream_).add_temporaries(std::move(arrays));
 }
 
 void CommandEncoder::dispatch_threads(MTL::Size grid, MTL::Size group) {
-  // Metal would carry bindings over to the next dispatch, unless MLX began a new encoder in between: no host may count on it.
+  // Metal would carry bindings over to the next dispatch, unless MLX began a new encoder in between: no host may count
+  // on it.
   auto dispatch = std::make_shared<emulator::Dispatch>(std::move(*next_));
   *next_ = {};
   if (!dispatch->kernel) throw std::logic_error("[emulator] a dispatch without a pipeline state");
@@ -108,14 +99,13 @@ void CommandEncoder::dispatch_threads(MTL::Size grid, MTL::Size group) {
   dispatch->threads_per_threadgroup = to_size(group);
   emulator::validate(*dispatch);
   // As with the primitives of the CPU, MLX itself keeps the arrays of this node alive until its stream gets past it.
-  // Not through the encoder's own dispatch: the count that it keeps of tasks would be off for ever after one that threw.
+  // Not through the encoder's own dispatch: the count that it keeps of tasks would be off for ever after one that
+  // threw.
   scheduler::enqueue(stream_, [dispatch] { emulator::run(*dispatch); });
 }
 
 void CommandEncoder::dispatch_threadgroups(MTL::Size grid, MTL::Size group) {
-  dispatch_threads(
-      MTL::Size(grid.width * group.width, grid.height * group.height, grid.depth * group.depth),
-      group);
+  dispatch_threads(MTL::Size(grid.width * group.width, grid.height * group.height, grid.depth * group.depth), group);
 }
 
 MTL::Library* Device::get_library(const std::string& name, const std::string&) {
@@ -140,8 +130,7 @@ void Device::clear_library(const std::string& name) {
 }
 
 MTL::ComputePipelineState* Device::get_kernel(const std::string& base_name, MTL::Library* library,
-                                              const std::string& hash_name,
-                                              const MTLFCList& function_constants,
+                                              const std::string& hash_name, const MTLFCList& function_constants,
                                               const std::vector<MTL::Function*>& linked_functions) {
   if (!function_constants.empty() || !linked_functions.empty()) {
     throw std::runtime_error("[emulator] function constants and linked functions are not emulated");

@@ -1,4 +1,5 @@
-"""Reads the Metal Shading Language as far as the emulator must: tokens, functions, kernels and what their parameters are.
+"""Reads the Metal Shading Language as far as the emulator must: tokens, functions, kernels and what their parameters
+are.
 
 The rest of a shader is C++, which translate.py leaves to a C++ compiler.
 """
@@ -62,9 +63,7 @@ class Shader:
 
     def matching(self, opening: int) -> int:
         """Index of the bracket that closes the one at `opening`."""
-        opens, closes = next(
-            pair for pair in ("()", "[]", "{}", "<>") if self.tokens[opening][0] == pair[0]
-        )
+        opens, closes = next(pair for pair in ("()", "[]", "{}", "<>") if self.tokens[opening][0] == pair[0])
         depth = shield = 0
         for i in range(opening, len(self.tokens)):
             token = self.tokens[i]
@@ -168,7 +167,7 @@ def find_functions(shader: Shader) -> list[Function]:
 
 
 def _parameter_roles(shader: Shader, first: int, last: int) -> list[tuple[str, str]]:
-    """What the parameters between two parentheses are, from their attributes."""
+    """The kinds of the parameters between two parentheses, from their attributes."""
     roles: list[tuple[str, str]] = []
     attribute: tuple[str, str] | None = None
     is_threadgroup = any_token = False
@@ -240,9 +239,7 @@ def find_kernels(shader: Shader) -> list[Kernel]:
         else:
             definitions[name] = _parameter_roles(shader, opening + 1, closing)
             if tokens[start - 1] != ">":  # a template has only its instantiations
-                plain.append(
-                    Kernel(host_name or name, name, shader.namespaces[i], definitions[name])
-                )
+                plain.append(Kernel(host_name or name, name, shader.namespaces[i], definitions[name]))
         i = closing
     for kernel in named:
         base = re.split(r"\s*<", kernel.expression)[0].split("::")[-1].strip()

@@ -36,14 +36,10 @@ def compiler() -> list[str]:
     return os.environ.get("CXX", "c++").split()
 
 
-def flatten(
-    source: str, include_dirs: Sequence[Path | str] = (), name: str = "shader.metal"
-) -> str:
+def flatten(source: str, include_dirs: Sequence[Path | str] = (), name: str = "shader.metal") -> str:
     """The shader with its includes inlined and its macros expanded; line markers keep the original lines."""
     command = [*compiler(), *SCAN_FLAGS, f"-I{SHIM}", *(f"-I{d}" for d in include_dirs), "-"]
-    result = subprocess.run(
-        command, input=f'#line 1 "{name}"\n{source}', capture_output=True, text=True
-    )
+    result = subprocess.run(command, input=f'#line 1 "{name}"\n{source}', capture_output=True, text=True)
     if result.returncode:
         raise MslError(result.stderr)
     return result.stdout
@@ -52,7 +48,7 @@ def flatten(
 def adapt_declarations(shader: Shader) -> None:
     """Keeps the first of functions that differ in address spaces alone, as they are one function to a host compiler.
 
-    Makes explicit specialisations inside a class, which GCC before 14 refuses, overloads.
+    Makes explicit specialisations inside a class, which GCC before 14 rejects, overloads.
     """
     seen: set[tuple[object, ...]] = set()
     duplicates = []
@@ -79,7 +75,9 @@ def drop_attributes(shader: Shader) -> None:
 
 
 def rewrite_threadgroup_variables(shader: Shader, form: str) -> None:
-    """Gives each `threadgroup T name[..];` the storage of the target; {declaration}, {first} and {names} fill `form`."""
+    """Gives each `threadgroup T name[..];` the storage of the target; {declaration}, {first} and {names} fill
+    `form`.
+    """
     tokens = shader.tokens
     for i, token in enumerate(tokens):
         if token != "threadgroup":
@@ -108,7 +106,9 @@ def rewrite_threadgroup_variables(shader: Shader, form: str) -> None:
 
 
 # A struct with a red zone behind it: an index past the end meets the red zone, not the next variable.
-CPU_THREADGROUP = "alignas(16) static thread_local struct {{ {declaration}; char red_zone[64]; }} {first}_memory; {references}"
+CPU_THREADGROUP = (
+    "alignas(16) static thread_local struct {{ {declaration}; char red_zone[64]; }} {first}_memory; {references}"
+)
 CUDA_THREADGROUP = "__shared__ {declaration};"
 STRICT_THREADGROUP = "static threadgroup {declaration};"
 
@@ -118,7 +118,7 @@ def _reopened(namespaces: Sequence[str], text: str) -> str:
 
 
 def _roles(kernel: Kernel) -> list[str]:
-    """What each parameter is, as calls of the constexpr functions in msl_cpu.h and msl_cuda.h."""
+    """The kind of each parameter, as calls of the constexpr functions in msl_cpu.h and msl_cuda.h."""
     return [
         f"emulator::builtin(emulator::Role::{argument})"
         if kind == "builtin"
@@ -133,9 +133,7 @@ def kernel_table(kernels: Sequence[Kernel]) -> str:
     names = []
     for i, kernel in enumerate(kernels):
         arguments = ", ".join([f"&{kernel.expression}", *_roles(kernel)])
-        text = (
-            f'constexpr auto kernel_entry_{i} = emulator::entry<{arguments}>("{kernel.host_name}");'
-        )
+        text = f'constexpr auto kernel_entry_{i} = emulator::entry<{arguments}>("{kernel.host_name}");'
         lines.append(_reopened(kernel.namespaces, text))
         names.append("::".join(["", *kernel.namespaces, f"kernel_entry_{i}"]))
     lines.append(f"static const emulator::Kernel emulator_table[] = {{{', '.join(names)}}};")
@@ -192,8 +190,8 @@ def add_copies_between_address_spaces(shader: Shader) -> None:
             continue
         end = shader.matching(i + 2)
         body = tokens[i + 3 : end]
-        if not body or set(body) & {"(", "[", "{", "="}:
-            continue  # has functions, arrays or initialisers: left as it is
+        if not body or set(body) & {"(", "[", "{", "=", "typedef"}:
+            continue  # has functions, arrays, initialisers or types: left as it is
         name, fields, start = tokens[i + 1], [], i + 3
         for j in range(i + 3, end):
             if tokens[j] == ";":
@@ -201,11 +199,7 @@ def add_copies_between_address_spaces(shader: Shader) -> None:
                 start = j + 1
         parameters = ", ".join(f"{kind} {field}_" for kind, field in fields)
         constructors = [f"{name}() = default;", f"{name}(const {name}&) = default;"]
-        constructors.append(
-            f"{name}({parameters}) : "
-            + ", ".join(f"{field}({field}_)" for _, field in fields)
-            + " {}"
-        )
+        constructors.append(f"{name}({parameters}) : " + ", ".join(f"{field}({field}_)" for _, field in fields) + " {}")
         copies = ", ".join(f"{field}(other.{field})" for _, field in fields)
         for space in ("device", "constant", "threadgroup"):
             constructors.append(f"{name}(const {space} {name}& other) : {copies} {{}}")
@@ -228,7 +222,9 @@ def expose_pointer_casts(shader: Shader) -> None:
 
 
 def for_clang(source: str, include_dirs: Sequence[Path | str] = ()) -> str:
-    """C++14 with real address spaces, in which every kernel that the host can name is instantiated; for checking only."""
+    """C++14 with real address spaces, in which every kernel that the host can name is instantiated; for checking
+    only.
+    """
     shader, _ = translate(source, STRICT_THREADGROUP, include_dirs)
     add_copies_between_address_spaces(shader)
     expose_pointer_casts(shader)
@@ -260,9 +256,6 @@ def for_cuda(source: str, include_dirs: Sequence[Path | str] = ()) -> str:
         call = f"emulator::call<{', '.join(_roles(kernel))}>({kernel.expression}, arguments)"
         text = f"__global__ void global_{i}(emulator::Arguments arguments) {{ {call}; }}"
         lines.append(_reopened(kernel.namespaces, text))
-    entries = [
-        f'{{"{k.host_name}", {"::".join(["", *k.namespaces, f"global_{i}"])}}}'
-        for i, k in enumerate(kernels)
-    ]
+    entries = [f'{{"{k.host_name}", {"::".join(["", *k.namespaces, f"global_{i}"])}}}' for i, k in enumerate(kernels)]
     lines.append(f"static const emulator::Entry emulator_table[] = {{{', '.join(entries)}}};")
     return f'#include "msl_cuda.h"\n{shader.whole()}\n' + "\n".join(lines) + "\n"

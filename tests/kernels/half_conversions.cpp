@@ -1,6 +1,6 @@
-// Compares float16 conversions by instructions (HALF_HEADER) with those in integer arithmetic: every float16, and float32
-// at and around every point where rounding changes; and those that put even and odd places apart with those that do not.
-// Compiled and run by test_half_conversions.py.
+// Compares float16 conversions by instructions (HALF_HEADER) with those in integer arithmetic: every float16, and
+// float32 at and around every point where rounding changes; and those that put even and odd places apart with those
+// that do not. Compiled and run by test_half_conversions.py.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #else
@@ -36,10 +36,8 @@ int main() {
   tested::to_float(halves.data(), halves.size(), actual.data());
   reference::to_float(halves.data(), halves.size(), expected.data());
   for (std::size_t i = 0; i < halves.size(); ++i) {
-    bool equal =
-        bits(actual[i]) == bits(expected[i]) || (std::isnan(actual[i]) && std::isnan(expected[i]));
-    if (!equal)
-      return std::printf("float16 %04x: %a instead of %a\n", halves[i], actual[i], expected[i]), 1;
+    bool equal = bits(actual[i]) == bits(expected[i]) || (std::isnan(actual[i]) && std::isnan(expected[i]));
+    if (!equal) return std::printf("float16 %04x: %a instead of %a\n", halves[i], actual[i], expected[i]), 1;
   }
 
   // A float16 has 13 bits fewer than a float32; half of its last place is bit 12. Below float16's normal numbers, more
@@ -59,8 +57,7 @@ int main() {
   for (std::size_t i = 0; i < numbers.size(); ++i) {
     bool is_nan = (rounded[i] & 0x7C00) == 0x7C00 && (rounded[i] & 0x3FF);
     bool equal = std::isnan(numbers[i]) ? is_nan : rounded[i] == wanted[i];
-    if (!equal)
-      return std::printf("%a: %04x instead of %04x\n", numbers[i], rounded[i], wanted[i]), 1;
+    if (!equal) return std::printf("%a: %04x instead of %04x\n", numbers[i], rounded[i], wanted[i]), 1;
   }
 
   // Apart: even places in the lower half, odd ones in the upper.
@@ -77,8 +74,7 @@ int main() {
   std::vector<std::uint16_t> together(numbers.size());
   tested::from_floats_apart(&apart[0], &apart[half], numbers.size(), together.data());
   for (std::size_t i = 0; i < numbers.size(); ++i) {
-    if (together[i] != rounded[i])
-      return std::printf("from apart, %a at place %zu\n", numbers[i], i), 1;
+    if (together[i] != rounded[i]) return std::printf("from apart, %a at place %zu\n", numbers[i], i), 1;
   }
   std::puts("equal");
 }

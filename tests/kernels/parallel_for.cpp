@@ -1,5 +1,5 @@
-// Runs csrc/cpu/threads.cpp by itself, for test_parallel_for.py: a body that throws must neither end the others nor outlive
-// the call, whichever thread it throws in.
+// Runs csrc/cpu/threads.cpp by itself, for test_parallel_for.py: a body that throws must neither end the others nor
+// outlive the call, whichever thread it throws in.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -25,8 +25,7 @@ int main() {
       is_thrown = std::string(error.what()) == "planted";
     }
     for (size_t i = 0; i < kCount; ++i) {
-      if ((*calls)[i] != 1)
-        return std::printf("round %d: body %zu ran %d times\n", round, i, (*calls)[i].load());
+      if ((*calls)[i] != 1) return std::printf("round %d: body %zu ran %d times\n", round, i, (*calls)[i].load());
     }
     if (!is_thrown) return std::printf("round %d: nothing was thrown\n", round);
   }

@@ -1,12 +1,11 @@
 """Every instruction set that the CPU kernels were compiled for gives the same bits, on every layout and dtype."""
 
-import os
 import subprocess
-import sys
 
 import pytest
 
 from mlx_fused_adam import _ext
+from support.processes import run_python
 
 pytestmark = pytest.mark.cpu_only
 
@@ -41,9 +40,7 @@ print(digest.hexdigest())
 
 
 def run(isa: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "MLX_FUSED_ADAM_ISA": isa}
-    command = [sys.executable, "-c", PROGRAM]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return run_python("-c", PROGRAM, MLX_FUSED_ADAM_ISA=isa)
 
 
 def test_all_sets_agree_bit_for_bit():

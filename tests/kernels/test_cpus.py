@@ -1,26 +1,23 @@
-"""The default number of threads: the CPUs of the affinity mask, the quota of the control group, the environment's word."""
+"""The default number of threads: the CPUs of the affinity mask, the quota of the control group, the environment's
+word.
+"""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from mlx_fused_adam import _threads
+from support.processes import output_of_python
 
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks"
-)
-def test_the_affinity_mask_is_respected():
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
+def test_the_affinity_mask_is_respected(monkeypatch):
     one = min(os.sched_getaffinity(0))
     code = f"import os; os.sched_setaffinity(0, {{{one}}}); import mlx_fused_adam as f; print(f.num_threads())"
-    environment = {k: v for k, v in os.environ.items() if k != "MLX_FUSED_ADAM_NUM_THREADS"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.stdout.strip() == "1", result.stderr
+    monkeypatch.delenv("MLX_FUSED_ADAM_NUM_THREADS", raising=False)
+    assert output_of_python("-c", code) == "1\n"
 
 
 # The files of a control group, and how many CPUs of 64 they leave.
@@ -59,6 +56,11 @@ def test_the_quota_of_a_control_group_is_respected(name, tmp_path, monkeypatch):
 def test_the_environment_has_the_last_word():
     assert _threads.default_num_threads({"MLX_FUSED_ADAM_NUM_THREADS": "7"}) == 7
     assert 1 <= _threads.default_num_threads({"MLX_FUSED_ADAM_NUM_THREADS": ""}) <= CPUS
+    assert _threads.default_num_threads({"OMP_NUM_THREADS": "5,2"}) == 5
+    assert _threads.default_num_threads({"OMP_NUM_THREADS": "1000"}) == _threads.MOST_THREADS
+    assert _threads.default_num_threads({"OMP_NUM_THREADS": "5", "MLX_FUSED_ADAM_NUM_THREADS": "7"}) == 7
+    for other in ("", "0", "many"):
+        assert _threads.default_num_threads({"OMP_NUM_THREADS": other}) == _threads.default_num_threads({})
     for wrong in ("0", "257", "-1", "2x", "١"):
         with pytest.raises(ValueError, match="must be from 1 to 256 but got"):
             _threads.default_num_threads({"MLX_FUSED_ADAM_NUM_THREADS": wrong})

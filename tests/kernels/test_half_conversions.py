@@ -38,9 +38,7 @@ def test_on_x86(isa, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
-@pytest.mark.skipif(
-    platform.machine() not in ("arm64", "aarch64"), reason="needs an arm64 processor"
-)
+@pytest.mark.skipif(platform.machine() not in ("arm64", "aarch64"), reason="needs an arm64 processor")
 def test_on_arm64(tmp_path):
     assert compile_and_run(tmp_path, "c++", ["cpu/half/neon.h"], []) == "equal"
 

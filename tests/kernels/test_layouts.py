@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import mlx_fused_adam as fused
 from support import oracle
+from support.arrays import DTYPES, random
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -15,8 +16,8 @@ SETTINGS = oracle.Settings(weight_decay=0.1, bias_correction=True)
 
 
 def values(rng, shape, dtype, positive=False) -> mx.array:
-    x = rng.normal(size=shape).astype(np.float32)
-    return mx.array(np.abs(x) if positive else x).astype(dtype)
+    x = random(rng, shape, dtype)
+    return mx.abs(x) if positive else x
 
 
 def transposed(rng, shape, dtype, positive):
@@ -54,8 +55,8 @@ def row_major(rng, shape, dtype, positive):
     return values(rng, shape, dtype, positive)
 
 
-# Around the tiles of the CPU back end, wherever in a cache line buffers begin: rows of one tile and of several, whole and with
-# others beside them, and rows so short that many lie in a tile.
+# Around the tiles of the CPU back end, wherever in a cache line buffers begin: rows of one tile and of several, whole
+# and with others beside them, and rows so short that many lie in a tile.
 EDGES = [
     *((rows, columns) for rows in (64, 260) for columns in (254, 509, *range(1010, 1030, 3))),
     *((rows, columns) for rows in (64, 260) for columns in (1023, 1024, 1027, 2047, 2050)),
@@ -67,11 +68,11 @@ EDGES = [
 LAYOUTS = [row_major, transposed, sliced, reversed_axes, broadcast, offset]
 
 
-def check(assert_equal, w, g, m, v, settings=SETTINGS, step=3):
+def check(assert_equal, w, g, m, v):
     before = [oracle.to_numpy(x) for x in (w, g, m, v)]
-    results = fused.adam_update(w, g, m, v, **settings.arguments(step))
-    expected = oracle.adam(*before, step, settings, oracle.stepwise)
-    slacks = (oracle.slack_on_gpu(before[0], expected[0], step, settings), 0.0, 0.0)
+    results = fused.adam_update(w, g, m, v, **SETTINGS.arguments(3))
+    expected = oracle.adam(*before, 3, SETTINGS, oracle.stepwise)
+    slacks = (oracle.slack_on_gpu(before[0], expected[0], 3, SETTINGS), 0.0, 0.0)
     for name, actual, reference, slack in zip("wmv", results, expected, slacks, strict=True):
         assert_equal(actual, reference, name, slack)
     for name, x, old in zip("wgmv", (w, g, m, v), before, strict=True):
@@ -81,7 +82,7 @@ def check(assert_equal, w, g, m, v, settings=SETTINGS, step=3):
 @given(
     shape=st.lists(st.sampled_from([1, 2, 3, 5, 8, 17, 33]), max_size=4).map(tuple),
     layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 4),
-    dtype=st.sampled_from([mx.float32, mx.bfloat16, mx.float16]),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**31),
 )
 def test_any_layout_of_any_input(assert_equal, shape, layouts, dtype, seed):
@@ -95,7 +96,7 @@ def test_any_layout_of_any_input(assert_equal, shape, layouts, dtype, seed):
     check(assert_equal, w, g, m, v)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
     [

@@ -1,8 +1,10 @@
-"""The numbers: every step and every element against the float64 oracle, and float32 against stock, bit for bit."""
+"""The numbers: every step and every element against the float64 oracle, and float32 against mlx.optimizers, bit for
+bit.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -11,10 +13,9 @@ from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
 from support import oracle
+from support.arrays import DTYPES
 
 pytestmark = pytest.mark.usefixtures("device")
-
-DTYPES = [mx.float32, mx.bfloat16, mx.float16]
 
 
 def settings_of():
@@ -118,7 +119,7 @@ def test_every_nan_is_stored_as_nan(device, dtype):
 
 
 class Transformer(nn.Module):
-    """Two blocks of stock layers: column-major and row-major gradients, vectors, an embedding."""
+    """Two blocks of MLX's layers: column-major and row-major gradients, vectors, an embedding."""
 
     def __init__(self, vocabulary=17, width=16):
         super().__init__()
@@ -152,25 +153,25 @@ def train(make_optimizer, steps, dtype=mx.float32):
 
 
 @pytest.mark.parametrize("bias_correction", [False, True], ids=["plain", "corrected"])
-def test_moments_are_those_of_stock_on_the_same_device(device, is_hostile, bias_correction):
-    """Given the same gradients, m and v of many steps are bit-identical to eager stock's, on a GPU as on the CPU.
+def test_moments_are_those_of_mlx_on_the_same_device(device, is_hostile, bias_correction):
+    """Given the same gradients, m and v of many steps are bit-identical to eager mlx.optimizers', on a GPU as on the
+    CPU.
 
     Parameters too, except where a GPU makes the step's scalars for the two in different ways.
     """
     rng = np.random.default_rng(0)
     start = mx.array(rng.normal(size=(40, 30)).astype(np.float32))
-    ours, theirs = (
-        module.AdamW(1e-2, weight_decay=0.1, bias_correction=bias_correction)
-        for module in (fused, stock)
+    optimizer, reference = (
+        module.AdamW(1e-2, weight_decay=0.1, bias_correction=bias_correction) for module in (fused, optim)
     )
     w = expected = {"w": start}
     for step in range(1, 51):
         gradients = {"w": mx.array(rng.normal(size=(30, 40)).astype(np.float32)).T}
-        w = ours.apply_gradients(gradients, w)
-        expected = theirs.apply_gradients(gradients, expected)
+        w = optimizer.apply_gradients(gradients, w)
+        expected = reference.apply_gradients(gradients, expected)
         for s in "mv":
-            actual = np.array(ours.state["w"][s])
-            np.testing.assert_array_equal(actual, np.array(theirs.state["w"][s]), f"{s}, {step}")
+            actual = np.array(optimizer.state["w"][s])
+            np.testing.assert_array_equal(actual, np.array(reference.state["w"][s]), f"{s}, {step}")
         tolerance = 0.0 if device == "cpu" else 1e-4
         np.testing.assert_allclose(
             np.array(w["w"]), np.array(expected["w"]), rtol=0, atol=tolerance, err_msg=f"w, {step}"
@@ -182,34 +183,35 @@ def test_moments_are_those_of_stock_on_the_same_device(device, is_hostile, bias_
     [("Adam", 0, 0), ("Adam", 1, 1), ("AdamW", 0, 1), ("AdamW", 1, 0)],
     ids=["Adam", "Adam corrected scheduled", "AdamW scheduled", "AdamW corrected"],
 )
-def test_1000_steps_are_bit_identical_to_stock(
+def test_1000_steps_are_bit_identical_to_mlx_optimizers(
     device, is_emulated, is_hostile, name, bias_correction, schedule
 ):
     """Parameters and state of a small transformer, after every step; the first 200 where every access is checked."""
     if device == "gpu" or is_hostile:
         pytest.skip(
-            "on a GPU m and v of one step are bit-identical, but a parameter may be a rounding off, and all that follows"
+            "on a GPU m and v of one step are bit-identical, but a parameter may be a rounding off, "
+            "and all that follows"
         )
 
     def make(module):
-        learning_rate = stock.cosine_decay(3e-3, 900) if schedule else 3e-3
+        learning_rate = optim.cosine_decay(3e-3, 900) if schedule else 3e-3
         options = {"weight_decay": 0.1} if name == "AdamW" else {}
         return lambda: getattr(module, name)(
             learning_rate, betas=[0.9, 0.99], bias_correction=bool(bias_correction), **options
         )
 
     steps = 200 if is_emulated else 1000
-    runs = zip(train(make(stock), steps), train(make(fused), steps), strict=True)
+    runs = zip(train(make(optim), steps), train(make(fused), steps), strict=True)
     for step, (expected, actual) in enumerate(runs, 1):
         assert expected.keys() == actual.keys()
         same = mx.stack([mx.array_equal(expected[k], actual[k]) for k in expected])
         if not mx.all(same).item():
             wrong = [k for k in expected if not mx.array_equal(expected[k], actual[k])]
-            raise AssertionError(f"step {step}: {len(wrong)} differ from stock: {wrong[:5]}")
+            raise AssertionError(f"step {step}: {len(wrong)} differ from mlx.optimizers: {wrong[:5]}")
 
 
-def test_16_bit_is_closer_to_float32_than_stock(device):
-    """err(ours) <= err(stock) against a float32 run from the same start, for bfloat16 parameters."""
+def test_16_bit_is_closer_to_float32_than_mlx_optimizers(device):
+    """err(fused) <= err(mlx.optimizers) against a float32 run from the same start, for bfloat16 parameters."""
     rng = np.random.default_rng(0)
     start = mx.array(rng.normal(size=(64, 64)).astype(np.float32)).astype(mx.bfloat16)
     gradients = [mx.array(rng.normal(size=(64, 64)).astype(np.float32)) for _ in range(50)]
@@ -222,10 +224,10 @@ def test_16_bit_is_closer_to_float32_than_stock(device):
             mx.eval(w, optimizer.state)
         return oracle.to_numpy(w["w"])
 
-    reference = final(stock, mx.float32)
-    ours = np.abs(final(fused, mx.bfloat16) - reference).mean()
-    theirs = np.abs(final(stock, mx.bfloat16) - reference).mean()
-    assert ours <= theirs, f"mean error {ours} against stock's {theirs}"
+    reference = final(optim, mx.float32)
+    fused_error = np.abs(final(fused, mx.bfloat16) - reference).mean()
+    mlx_error = np.abs(final(optim, mx.bfloat16) - reference).mean()
+    assert fused_error <= mlx_error, f"mean error {fused_error}, MLX's {mlx_error}"
 
 
 def test_bfloat16_decays_with_zero_gradients(device):
@@ -243,7 +245,7 @@ def test_bfloat16_decays_with_zero_gradients(device):
 
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_float16_zero_gradients_give_no_nan(device, bias_correction):
-    """eps underflows in float16 arithmetic, where stock divides 0 by 0."""
+    """eps underflows in float16 arithmetic, where mlx.optimizers divides 0 by 0."""
     optimizer = fused.AdamW(1e-3, bias_correction=bias_correction)
     w = {"w": mx.ones(8, mx.float16)}
     for _ in range(10):

@@ -1,6 +1,6 @@
 """Where the system makes fewer threads than asked for, updates are as right as with one thread, and nothing piles up.
 
-native/failing_threads.c stands between the package and the system, so Linux only; each program has a process of its own.
+failing_threads.c stands between the package and the system, so Linux only; each program has a process of its own.
 """
 
 import os
@@ -49,7 +49,7 @@ fused.set_num_threads(8)
 for _ in range(10):
     for a, e in zip(train(20), expected, strict=True):
         np.testing.assert_array_equal(a, e)
-assert limit.threads_refused() > 0
+assert limit.threads_rejected() > 0
 limit.allow_threads(100)
 for a, e in zip(train(20), expected, strict=True):
     np.testing.assert_array_equal(a, e)

@@ -1,4 +1,6 @@
-"""The operation under MLX's transformations, on streams and from threads, as a stock composition behaves."""
+"""The operation under MLX's transformations, on streams and from threads, as a composition of MLX's operations
+behaves.
+"""
 
 import threading
 
@@ -15,7 +17,7 @@ from support import oracle
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def composed(w, g, m, v, learning_rate, step, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1):
+def by_operations(w, g, m, v, learning_rate, step, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1):
     """The same update, differentiable, from MLX operations."""
     b1, b2 = betas
     m = b1 * m + (1 - b1) * g
@@ -25,7 +27,7 @@ def composed(w, g, m, v, learning_rate, step, betas=(0.9, 0.99), eps=1e-3, weigh
     return w, m, v
 
 
-def ours(w, g, m, v, learning_rate, step, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1):
+def fused_update(w, g, m, v, learning_rate, step, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1):
     return fused.adam_update(
         w, g, m, v, learning_rate, step=step, betas=betas, eps=eps, weight_decay=weight_decay,
         bias_correction=True,
@@ -43,9 +45,7 @@ TOLERANCE = 2e-5 + scalar_error(0.9, 0.99, 4)
 
 
 def assert_close(actual, expected, what):
-    np.testing.assert_allclose(
-        np.array(actual), np.array(expected), rtol=TOLERANCE, atol=1e-6, err_msg=what
-    )
+    np.testing.assert_allclose(np.array(actual), np.array(expected), rtol=TOLERANCE, atol=1e-6, err_msg=what)
 
 
 def loss(update):
@@ -58,23 +58,26 @@ def loss(update):
 
 def test_vjp_of_every_input():
     argnums = list(range(6))
-    actual = mx.grad(loss(ours), argnums)(*arguments())
-    expected = mx.grad(loss(composed), argnums)(*arguments())
+    actual = mx.grad(loss(fused_update), argnums)(*arguments())
+    expected = mx.grad(loss(by_operations), argnums)(*arguments())
     for name, a, e in zip(["w", "g", "m", "v", "lr", "step"], actual, expected, strict=True):
         assert_close(a, e, f"gradient by {name}")
 
 
 @pytest.mark.parametrize("argnum", range(5))
 def test_vjp_of_one_input(argnum):
-    actual = mx.grad(loss(ours), argnum)(*arguments())
-    assert_close(actual, mx.grad(loss(composed), argnum)(*arguments()), f"input {argnum}")
+    actual = mx.grad(loss(fused_update), argnum)(*arguments())
+    assert_close(actual, mx.grad(loss(by_operations), argnum)(*arguments()), f"input {argnum}")
 
 
 def test_jvp():
     inputs = list(arguments())
     tangents = [mx.cos(x) for x in inputs]
     for a, e, name in zip(
-        mx.jvp(ours, inputs, tangents)[1], mx.jvp(composed, inputs, tangents)[1], "wmv", strict=True
+        mx.jvp(fused_update, inputs, tangents)[1],
+        mx.jvp(by_operations, inputs, tangents)[1],
+        "wmv",
+        strict=True,
     ):
         assert_close(a, e, f"tangent of {name}")
 
@@ -84,7 +87,7 @@ def test_second_derivative():
         return lambda g: mx.grad(lambda g: loss(update)(*inputs[:1], g, *inputs[2:]))(g).sum()
 
     inputs = arguments()
-    assert_close(mx.grad(first(ours))(inputs[1]), mx.grad(first(composed))(inputs[1]), "second")
+    assert_close(mx.grad(first(fused_update))(inputs[1]), mx.grad(first(by_operations))(inputs[1]), "second")
 
 
 @pytest.mark.parametrize("axes", [(0, 0, 0, 0), (1, 1, 1, 1), (0, None, 0, 0), (None, 0, 0, 1)])
@@ -92,7 +95,7 @@ def test_vmap(axes):
     *tensors, lr, step = arguments((6, 6))
     tensors = [x[0] if axis is None else x for x, axis in zip(tensors, axes, strict=True)]
     f = lambda update: mx.vmap(lambda *x: update(*x, lr, step), axes)(*tensors)  # noqa: E731
-    for a, e, name in zip(f(ours), f(composed), "wmv", strict=True):
+    for a, e, name in zip(f(fused_update), f(by_operations), "wmv", strict=True):
         assert_close(a, e, name)
 
 
@@ -100,7 +103,7 @@ def test_vmap_over_the_learning_rate():
     w, g, m, v, _, step = arguments()
     rates = mx.array([0.1, 0.01, 0.001])
     f = lambda update: mx.vmap(lambda r: update(w, g, m, v, r, step))(rates)  # noqa: E731
-    for a, e, name in zip(f(ours), f(composed), "wmv", strict=True):
+    for a, e, name in zip(f(fused_update), f(by_operations), "wmv", strict=True):
         assert_close(a, e, name)
 
 
@@ -110,29 +113,29 @@ def test_gradient_inside_vmap_inside_compile():
         mx.vmap(lambda w, g: mx.grad(lambda g: loss(update)(w, g, *rest))(g))
     )
     rest = [x[0] for x in inputs[2:4]] + list(inputs[4:])
-    assert_close(f(ours)(*inputs[:2]), f(composed)(*inputs[:2]), "gradient")
+    assert_close(f(fused_update)(*inputs[:2]), f(by_operations)(*inputs[:2]), "gradient")
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
 def test_derivatives_keep_16_bit_dtypes(dtype):
     w, g, m, v, lr, step = arguments()
     inputs = [x.astype(dtype) for x in (w, g, m, v)]
-    gradient = mx.grad(lambda g: ours(inputs[0], g, *inputs[2:], lr, step)[0].sum())(inputs[1])
+    gradient = mx.grad(lambda g: fused_update(inputs[0], g, *inputs[2:], lr, step)[0].sum())(inputs[1])
     assert gradient.dtype == dtype
     assert not mx.any(mx.isnan(gradient)).item()
 
 
 @pytest.mark.parametrize("shapeless", [False, True])
 def test_compile_with_arrays_passed(shapeless):
-    compiled = mx.compile(ours, shapeless=shapeless)
+    compiled = mx.compile(fused_update, shapeless=shapeless)
     for shape in [(5, 7), (3, 4), (5, 7)]:
         inputs = arguments(shape)
-        for a, e, name in zip(compiled(*inputs), ours(*inputs), "wmv", strict=True):
+        for a, e, name in zip(compiled(*inputs), fused_update(*inputs), "wmv", strict=True):
             assert_close(a, e, f"{name} of {shape}")
 
 
 def test_shapeless_compile_of_several_tensors():
-    """Each tensor keeps its own shape, and shapes that do not fit are refused in later calls too."""
+    """Each tensor keeps its own shape, and shapes that do not fit are rejected in later calls too."""
 
     def step(tensors, m, v):
         optimizer = fused.Adam(0.1)
@@ -190,7 +193,9 @@ def test_updates_of_one_compiled_graph_stay_apart(uses, second):
 
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_tracing_is_no_step(bias_correction, device, is_hostile):
-    """Step, schedule and bias correction of a compiled loop, traced again for a second shape, are those of an eager one."""
+    """Step, schedule and bias correction of a compiled loop, traced again for a second shape, are those of an eager
+    one.
+    """
     w = {"w": mx.random.normal((3, 5))}
 
     def loop(compiled):
@@ -209,13 +214,12 @@ def test_tracing_is_no_step(bias_correction, device, is_hostile):
             mx.eval(state)
             yield optimizer.state, parameters
 
-    # On a GPU the compiled loop's power is another kernel than the eager one's; near 1 - beta2 its error is a thousandth.
+    # On a GPU the compiled loop's power is another kernel than the eager one's; near 1 - beta2 its error is a
+    # thousandth.
     rtol = 5e-3 if bias_correction and (device == "gpu" or is_hostile) else 2e-5
 
     def assert_close(actual, expected, what):
-        np.testing.assert_allclose(
-            np.array(actual), np.array(expected), rtol=rtol, atol=rtol / 20, err_msg=what
-        )
+        np.testing.assert_allclose(np.array(actual), np.array(expected), rtol=rtol, atol=rtol / 20, err_msg=what)
 
     loops = zip(loop(True), loop(False), strict=True)
     for count, ((state, parameters), (expected_state, expected)) in enumerate(loops, 1):
@@ -243,7 +247,7 @@ def test_lazy_until_asked_for():
 def test_streams():
     kind = mx.default_device().type
     inputs = arguments()
-    expected = composed(*inputs)
+    expected = by_operations(*inputs)
     streams = [mx.new_stream(kind) for _ in range(3)]
     w, g, m, v, lr, step = inputs
     state = (w, m, v)
@@ -256,7 +260,7 @@ def test_streams():
             assert_close(state[0], expected[0], "w")
     reference = (w, m, v)
     for _ in range(9):
-        reference = composed(reference[0], g, *reference[1:], lr, step)
+        reference = by_operations(reference[0], g, *reference[1:], lr, step)
     for a, e, name in zip(state, reference, "wmv", strict=True):
         assert_close(a, e, f"{name} after 9 steps over 3 streams")
     result = fused.adam_update(w, g, m, v, 0.1, stream=kind)[1]
@@ -300,13 +304,13 @@ def test_several_threads(is_emulated):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_thread_counts_give_equal_bits(extension, count):
     w, g, m, v, lr, step = arguments((700, 800))
-    expected = ours(w, g.T.T, m, v, lr, step)
+    expected = fused_update(w, g.T.T, m, v, lr, step)
     mx.eval(expected)
     before = extension.num_threads()
     try:
         extension.set_num_threads(count)
         assert extension.num_threads() == count
-        for a, e, name in zip(ours(w, g, m, v, lr, step), expected, "wmv", strict=True):
+        for a, e, name in zip(fused_update(w, g, m, v, lr, step), expected, "wmv", strict=True):
             assert mx.array_equal(a, e).item(), f"{name} with {count} threads"
     finally:
         extension.set_num_threads(before)

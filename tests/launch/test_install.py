@@ -1,4 +1,6 @@
-"""install(): every mlx.optimizers.Adam and AdamW that is built afterwards is ours, wherever its name came from; undoable."""
+"""install(): every mlx.optimizers.Adam and AdamW that is built afterwards is fused, wherever its name came from;
+undoable.
+"""
 
 import copy
 import enum
@@ -7,36 +9,39 @@ import inspect
 import pickle
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.optimizers import Adam as ImportedAdam
 from mlx.optimizers.optimizers import AdamW as ImportedAdamW
-from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _reference, _self_check
+from support import training
+from support.arrays import all_bits, assert_same_bits, random
+from support.processes import output_of_python
 
 pytestmark = pytest.mark.usefixtures("device")
 
-IN_A_DICT = {"adam": stock.Adam, "adamw": stock.AdamW}
-PARTIAL = functools.partial(stock.AdamW, 1e-3, weight_decay=0.1)
+IN_A_DICT = {"adam": optim.Adam, "adamw": optim.AdamW}
+PARTIAL = functools.partial(optim.AdamW, 1e-3, weight_decay=0.1)
 
 
 class Choice(enum.Enum):
-    ADAM = stock.Adam
-    ADAMW = stock.AdamW
+    ADAM = optim.Adam
+    ADAMW = optim.AdamW
 
 
-class Subclass(stock.AdamW):
+class Subclass(optim.AdamW):
     pass
 
 
 BUILDERS = {
-    "mlx.optimizers.Adam": lambda: stock.Adam(1e-3),
-    "mlx.optimizers.AdamW": lambda: stock.AdamW(1e-3),
-    "mlx.optimizers.optimizers.Adam": lambda: stock.optimizers.Adam(1e-3),
-    "mlx.optimizers.optimizers.AdamW": lambda: stock.optimizers.AdamW(1e-3),
+    "mlx.optimizers.Adam": lambda: optim.Adam(1e-3),
+    "mlx.optimizers.AdamW": lambda: optim.AdamW(1e-3),
+    "mlx.optimizers.optimizers.Adam": lambda: optim.optimizers.Adam(1e-3),
+    "mlx.optimizers.optimizers.AdamW": lambda: optim.optimizers.AdamW(1e-3),
     "an imported Adam": lambda: ImportedAdam(1e-3),
     "an imported AdamW": lambda: ImportedAdamW(1e-3),
     "a dict's Adam": lambda: IN_A_DICT["adam"](1e-3),
@@ -47,92 +52,78 @@ BUILDERS = {
 }
 
 
-def train(optimizer, steps=3, parameters=None):
-    """Parameters and state after some steps, flat, as NumPy arrays."""
+def train(optimizer, steps=3):
+    """The bits of parameters and state after some steps."""
     rng = np.random.default_rng(0)
-    first = {name: mx.array(rng.normal(size=(5, 7)).astype(np.float32)) for name in "ab"}
-    parameters = first if parameters is None else parameters
-    for _ in range(steps):
-        gradients = {
-            name: mx.array(rng.normal(size=(5, 7)).astype(np.float32)) for name in parameters
-        }
-        parameters = optimizer.apply_gradients(gradients, parameters)
-        mx.eval(parameters, optimizer.state)
-    return {path: np.array(x) for path, x in tree_flatten({"p": parameters, "s": optimizer.state})}
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for path, x in expected.items():
-        np.testing.assert_array_equal(actual[path], x, err_msg=path)
+    parameters, *gradients = ({name: random(rng, (5, 7)) for name in "ab"} for _ in range(steps + 1))
+    parameters = training.train(optimizer, parameters, gradients)
+    return all_bits([parameters, optimizer.state])
 
 
 @pytest.mark.parametrize("where", BUILDERS)
-def test_every_optimizer_built_afterwards_is_ours(where):
+def test_every_optimizer_built_afterwards_is_fused(where):
     build = BUILDERS[where]
-    ours = fused.AdamW if where.endswith("AdamW") else fused.Adam
+    fused_class = fused.AdamW if where.endswith("AdamW") else fused.Adam
     before = build()
     with fused.install():
         during = build()
     after = build()
-    assert type(during) is ours and isinstance(during, type(before))
-    assert type(before) is type(after) is ours.__mro__[2], where
+    assert type(during) is fused_class and isinstance(during, type(before))
+    assert type(before) is type(after) is fused_class.__mro__[2], where
     assert type(before).__module__ == "mlx.optimizers.optimizers"
 
 
-def test_results_are_those_of_ours(device):
+def test_results_are_those_of_the_fused_optimizer(device):
     with fused.install():
-        installed = stock.AdamW(1e-2, weight_decay=0.1, bias_correction=True)
+        installed = optim.AdamW(1e-2, weight_decay=0.1, bias_correction=True)
     assert installed.backend == fused.AdamW(1e-2).backend
-    assert_same(train(installed), train(fused.AdamW(1e-2, weight_decay=0.1, bias_correction=True)))
+    assert_same_bits(train(installed), train(fused.AdamW(1e-2, weight_decay=0.1, bias_correction=True)))
 
 
 def test_relatives_stay_what_they_are():
     with fused.install(max_grad_norm=1.0):
-        for kind in (Subclass, stock.Adamax, stock.SGD, _reference.Adam, _reference.AdamW):
+        for kind in (Subclass, optim.Adamax, optim.SGD, _reference.Adam, _reference.AdamW):
             assert type(kind(1e-3)) is kind
         assert type(fused.Adam(1e-3)) is fused.Adam
         train(Subclass(1e-2))
-        # What ours itself builds has the options that it was given and no others.
+        # A fused optimizer that is built by name has the options that it was given and no others.
         assert "grad_norm" not in fused.AdamW(1e-3).state
 
 
 def test_options_are_defaults():
     options = {"bias_correction": True, "weight_decay": 0.5, "decay_filter": ["a"], "eps": 1e-5}
     with fused.install(max_grad_norm=1.0, state_dtype="bfloat16", **options) as installation:
-        adam, adamw = stock.Adam(1e-3), stock.AdamW(1e-3)
-        named = stock.AdamW(1e-3, weight_decay=0.1, max_grad_norm=2.0)
-        by_place = stock.AdamW(1e-3, [0.8, 0.9], 1e-6)
+        adam, adamw = optim.Adam(1e-3), optim.AdamW(1e-3)
+        named = optim.AdamW(1e-3, weight_decay=0.1, max_grad_norm=2.0)
+        by_place = optim.AdamW(1e-3, [0.8, 0.9], 1e-6)
     assert installation.built == {"Adam": 1, "AdamW": 3}
     for optimizer in (adam, adamw):
         assert optimizer.bias_correction is True
         assert (optimizer._options.max_grad_norm, optimizer._options.state_dtype) == (1, "bfloat16")
         assert (optimizer.betas, optimizer.eps) == ([0.9, 0.999], 1e-5)
-    assert adamw.weight_decay == 0.5 and adamw.decayed({"a": mx.zeros(1), "b": mx.zeros(1)}) == [
-        "a"
-    ]
+    assert adamw.weight_decay == 0.5 and adamw.decayed({"a": mx.zeros(1), "b": mx.zeros(1)}) == ["a"]
     assert (named.weight_decay, named._options.max_grad_norm) == (0.1, 2.0)
     assert (by_place.betas, by_place.eps, by_place.weight_decay) == ([0.8, 0.9], 1e-6, 0.5)
-    assert "grad_norm" not in stock.Adam(1e-3).state
+    assert "grad_norm" not in optim.Adam(1e-3).state
 
 
 def test_the_last_installation_counts_until_it_ends():
     outer = fused.install(max_grad_norm=1.0)
     inner = fused.install(max_grad_norm=2.0)
-    assert stock.Adam(1e-3)._options.max_grad_norm == 2.0
+    assert optim.Adam(1e-3)._options.max_grad_norm == 2.0
     outer.undo()
-    assert stock.Adam(1e-3)._options.max_grad_norm == 2.0
+    assert optim.Adam(1e-3)._options.max_grad_norm == 2.0
     inner.undo()
     inner.undo()
-    assert type(stock.Adam(1e-3)) is stock.Adam
+    assert type(optim.Adam(1e-3)) is optim.Adam
 
 
 def test_it_can_be_begun_again():
     installation = fused.install()
     for _ in range(2):
         with installation:
-            assert type(stock.Adam(1e-3)) is fused.Adam
-        assert type(stock.Adam(1e-3)) is stock.Adam
+            assert type(optim.Adam(1e-3)) is fused.Adam
+        assert type(optim.Adam(1e-3)) is optim.Adam
 
 
 def own_rule(self, *args):
@@ -142,52 +133,52 @@ def own_rule(self, *args):
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        (stock.Adam, "apply_single"),
-        (stock.Adam, "init_single"),
-        (stock.Optimizer, "apply_gradients"),
-        (stock.Optimizer, "init"),
+        (optim.Adam, "apply_single"),
+        (optim.Adam, "init_single"),
+        (optim.Optimizer, "apply_gradients"),
+        (optim.Optimizer, "init"),
     ],
 )
 def test_a_class_with_a_rule_of_someone_s_own_stays(monkeypatch, place, name):
     monkeypatch.setattr(place, name, own_rule)
     with fused.install() as installation:
-        optimizer = stock.Adam(1e-3)
-    assert type(optimizer) is stock.Adam and getattr(type(optimizer), name) is own_rule
+        optimizer = optim.Adam(1e-3)
+    assert type(optimizer) is optim.Adam and getattr(type(optimizer), name) is own_rule
     assert installation.kept == {"Adam": 1} and not installation.built
     monkeypatch.undo()
     with fused.install():
-        assert type(stock.Adam(1e-3)) is fused.Adam
+        assert type(optim.Adam(1e-3)) is fused.Adam
 
 
 def test_what_stays_is_counted():
     with fused.install() as installation:
-        Subclass(1e-3), Subclass(1e-3), stock.Adamax(1e-3), _reference.AdamW(1e-3), fused.Adam(1e-3)
-        stock.AdamW(1e-3)
+        Subclass(1e-3), Subclass(1e-3), optim.Adamax(1e-3), _reference.AdamW(1e-3), fused.Adam(1e-3)
+        optim.AdamW(1e-3)
     assert installation.kept == {"Subclass": 2, "Adamax": 1}
     assert installation.built == {"AdamW": 1}
 
 
 def test_it_ends_with_its_block_whatever_happens():
-    originals = stock.Adam.__init__, stock.AdamW.__init__
+    originals = optim.Adam.__init__, optim.AdamW.__init__
     with pytest.raises(KeyError), fused.install():
         raise KeyError
-    assert (stock.Adam.__init__, stock.AdamW.__init__) == originals
+    assert (optim.Adam.__init__, optim.AdamW.__init__) == originals
 
 
 def test_who_wraps_the_classes_too_is_left_in_place(monkeypatch):
     installation = fused.install()
-    ours = stock.Adam.__init__
+    installed = optim.Adam.__init__
     calls = []
 
     def wrapper(self, *args, **kwargs):
         calls.append(args)
-        ours(self, *args, **kwargs)
+        installed(self, *args, **kwargs)
 
-    monkeypatch.setattr(stock.Adam, "__init__", wrapper)
-    assert type(stock.Adam(1e-3)) is fused.Adam
+    monkeypatch.setattr(optim.Adam, "__init__", wrapper)
+    assert type(optim.Adam(1e-3)) is fused.Adam
     installation.undo()
-    assert type(stock.Adam(1e-3)) is stock.Adam and len(calls) == 3
-    monkeypatch.setattr(stock.Adam, "__init__", ours.__wrapped__)
+    assert type(optim.Adam(1e-3)) is optim.Adam and len(calls) == 3
+    monkeypatch.setattr(optim.Adam, "__init__", installed.__wrapped__)
 
 
 @pytest.mark.parametrize(
@@ -203,19 +194,19 @@ def test_who_wraps_the_classes_too_is_left_in_place(monkeypatch):
 def test_a_bad_option_is_an_error_at_once_and_installs_nothing(options, error, message):
     with pytest.raises(error, match=message):
         fused.install(**options)
-    assert type(stock.AdamW(1e-3)) is stock.AdamW
+    assert type(optim.AdamW(1e-3)) is optim.AdamW
 
 
 def test_an_error_of_the_code_s_own_names_the_class():
     with fused.install():
         with pytest.raises(ValueError, match=r"Adam.*1\.5"):
-            stock.Adam(1e-3, betas=[1.5, 0.9])
+            optim.Adam(1e-3, betas=[1.5, 0.9])
         with pytest.raises(TypeError):
-            stock.AdamW()
+            optim.AdamW()
 
 
-def test_pickles_and_copies_of_stock_optimizers_stay_stock():
-    before = stock.AdamW(1e-2)
+def test_pickles_and_copies_of_mlx_optimizers_stay_what_they_are():
+    before = optim.AdamW(1e-2)
     train(before)
     pickled = pickle.dumps(before)
     expected = train(before)
@@ -224,13 +215,13 @@ def test_pickles_and_copies_of_stock_optimizers_stay_stock():
         copied = copy.deepcopy(loaded)
         again = pickle.loads(pickle.dumps(loaded))
         for optimizer in (loaded, copied, again):
-            assert type(optimizer) is stock.AdamW
-            assert_same(train(optimizer), expected)
+            assert type(optimizer) is optim.AdamW
+            assert_same_bits(train(optimizer), expected)
 
 
 def test_pickles_of_replaced_optimizers_load_with_and_without():
     with fused.install(max_grad_norm=1.0):
-        optimizer = stock.AdamW(1e-2)
+        optimizer = optim.AdamW(1e-2)
         train(optimizer)
         pickled = pickle.dumps(optimizer)
         inside = pickle.loads(pickled)
@@ -238,10 +229,10 @@ def test_pickles_of_replaced_optimizers_load_with_and_without():
     expected = train(optimizer)
     for loaded in (inside, outside):
         assert type(loaded) is fused.AdamW
-        assert_same(train(loaded), expected)
+        assert_same_bits(train(loaded), expected)
 
 
-@pytest.mark.parametrize("kind", [stock.Adam, stock.AdamW])
+@pytest.mark.parametrize("kind", [optim.Adam, optim.AdamW])
 def test_signatures_and_docstrings_do_not_change(kind):
     before = inspect.signature(kind), kind.__init__.__doc__, kind.__doc__
     with fused.install():
@@ -288,6 +279,52 @@ def test_a_self_check_is_no_update(device, extension, monkeypatch):
     assert extension.updated_tensors() == before
 
 
-def test_a_self_check_compares_with_stock_under_install(device, extension):
+def test_a_self_check_compares_with_mlx_under_install(device, extension):
     with fused.install(state_dtype="bfloat16", max_grad_norm=1e-3):
         assert _self_check.run(extension, mx.default_device().type, (mx.float32,) * 3) is None
+
+
+def test_what_is_active_can_be_told_and_ended_without_its_handle(capfd):
+    assert fused.installed() is None
+    first = fused.install(max_grad_norm=1.0, eps=1e-6)
+    fused.install(max_grad_norm=2.0)  # its handle is lost
+    assert fused.installed() == {"max_grad_norm": 2.0, "eps": 1e-6}
+    optimizer = optim.Adam(0.1)
+    assert type(optimizer) is fused.Adam and optimizer.eps == 1e-6
+    optimizer.update(model := nn.Linear(2, 2), {"weight": mx.ones((2, 2)), "bias": mx.ones(2)})
+    mx.eval(model.parameters(), optimizer.state)
+    assert "grad_norm" in optimizer.state
+    assert repr(first) == "<install(max_grad_norm=1.0, eps=1e-06), active>"
+    fused.uninstall()
+    assert fused.installed() is None and type(optim.Adam(0.1)) is optim.Adam
+    assert repr(first).endswith("ended>")
+    first.undo()
+    fused.uninstall()
+    # Once, whatever was built.
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "mlx-fused-adam: mlx.optimizers.Adam is built as mlx_fused_adam.Adam from here on, "
+        "by <install(max_grad_norm=2.0), active>"
+    ]
+
+
+def test_an_option_that_nothing_took_is_told():
+    with fused.install(weight_decay=0.1, eps=1e-6) as installation:
+        assert installation.unused == []
+        optim.Adam(0.1)
+        assert installation.unused == ["weight_decay"]
+        optim.AdamW(0.1)
+        assert installation.unused == []
+
+
+def test_a_module_of_mlx_that_was_reloaded_is_found_by_the_next_install():
+    program = """
+import importlib, mlx.core as mx, mlx.optimizers as optim, mlx.optimizers.optimizers as module, mlx_fused_adam as fused
+fused.install()
+importlib.reload(module)
+importlib.reload(optim)
+fused.uninstall()
+fused.install()
+print(type(optim.Adam(0.1)).__module__)
+"""
+    assert output_of_python("-c", program).strip() == "mlx_fused_adam._optimizers"

@@ -1,19 +1,17 @@
 """python -m mlx_fused_adam: versions, devices, each kernel's verdict, times, and what to do; as text and as JSON."""
 
 import json
-import subprocess
-import sys
 
 import mlx.core as mx
 import pytest
 
 from mlx_fused_adam import _backends, _build_info, _self_check
 from mlx_fused_adam._tools import report as reporting
+from support.processes import run_python
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "mlx_fused_adam", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_python("-m", "mlx_fused_adam", *arguments)
 
 
 def test_the_report(process_device, process_backend):

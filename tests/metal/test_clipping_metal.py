@@ -1,6 +1,7 @@
 """Norms, clipped gradients and steps that are not applied on Metal: against the CPU's kernels, and with faults planted.
 
-The shaders are run by the emulator (emulator/README.md); with FUSED_ADAM_EMULATOR_HOSTILE=1, as a GPU may run them otherwise.
+The shaders are run by the emulator (emulator/README.md); with FUSED_ADAM_EMULATOR_HOSTILE=1, as a GPU may run them
+otherwise.
 """
 
 from __future__ import annotations
@@ -15,22 +16,11 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
-from support.stored_tensors import (
-    DTYPES,
-    assert_same_bits,
-    extension_of_the_cpu,
-    lay_out,
-    make,
-    update,
-)
+from support.arrays import assert_same_bits, lay_out
+from support.stored_tensors import DTYPES, FORMATS, make, named, sum_of_squares, update
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
-FORMATS = [
-    (parameter, parameter.replace("master", "bfloat16"), state)
-    for parameter in ("float32", "bfloat16", "float16", "master")
-    for state in ("bfloat16", "float32", "int8")
-]
 LAYOUTS = {  # of the gradient; the shapes that bring each kernel to its edges
     "linear": [(64, 96), (5, 33, 45), (4097,), (3, 1), (64,)],
     "column-major": [(64, 96), (130, 70), (3, 40, 45)],
@@ -38,18 +28,9 @@ LAYOUTS = {  # of the gradient; the shapes that bring each kernel to its edges
 }
 
 
-@pytest.fixture(scope="session")
-def cpu_extension(emulated_extension) -> ModuleType:
-    return extension_of_the_cpu(emulated_extension)
-
-
 @pytest.fixture(autouse=True)
 def two_orders(monkeypatch) -> None:
     monkeypatch.setenv("FUSED_ADAM_EMULATOR_ORDERS", "forward,shuffled")
-
-
-def named(formats: tuple[str, str, str]) -> str:
-    return "-".join(formats)
 
 
 def laid_out(extension, formats, layout, of="gradient"):
@@ -61,11 +42,8 @@ def laid_out(extension, formats, layout, of="gradient"):
 
 
 def copied(tensor):
-    """With buffers of its own, which an update may take over; strides stay."""
-    copy = {
-        name: x if name == "gradient" or not x.size else x + mx.zeros_like(x)
-        for name, x in tensor.items()
-    }
+    """With buffers of its own, which an update may reuse; strides stay."""
+    copy = {name: x if name == "gradient" or not x.size else x + mx.zeros_like(x) for name, x in tensor.items()}
     mx.eval(copy)
     return copy
 
@@ -77,9 +55,7 @@ def test_clipped_gradients(cpu_extension, emulated_extension, formats, layout):
     scale = {"gradient_scale": mx.array(0.37)}
     expected = update(cpu_extension, tensors, **scale)
     unclipped = update(cpu_extension, tensors)
-    for got, want, other in zip(
-        update(emulated_extension, tensors, **scale), expected, unclipped, strict=True
-    ):
+    for got, want, other in zip(update(emulated_extension, tensors, **scale), expected, unclipped, strict=True):
         assert_same_bits(got, want)
         assert not mx.array_equal(got["m"], other["m"])
 
@@ -106,9 +82,7 @@ def test_a_step_that_is_not_applied(cpu_extension, emulated_extension, which, fo
 @pytest.mark.parametrize("which", ["cpu", "emulated"])
 @pytest.mark.parametrize("layout", ["column-major", "strided"])
 @pytest.mark.parametrize("formats", [f for f in FORMATS if f[2] != "float32"], ids=named)
-def test_parameters_that_are_not_row_major_stay(
-    cpu_extension, emulated_extension, which, formats, layout
-):
+def test_parameters_that_are_not_row_major_stay(cpu_extension, emulated_extension, which, formats, layout):
     extension = {"cpu": cpu_extension, "emulated": emulated_extension}[which]
     tensors = laid_out(cpu_extension, formats, layout, of="parameter")
     results = update(extension, tensors, is_applied=mx.array(False))
@@ -120,7 +94,7 @@ def test_parameters_that_are_not_row_major_stay(
 
 
 def total(extension: ModuleType, gradients: list[mx.array]) -> float:
-    return extension.sum_of_squares(gradients, uses_kernel=lambda dtype: True).item()
+    return sum_of_squares(extension, gradients).item()
 
 
 def dense(count: int, size: int = 20000) -> list[mx.array]:
@@ -135,7 +109,7 @@ def strided(count: int) -> list[mx.array]:
     return [lay_out(x[:9000].reshape(90, 100), "strided") for x in dense(count)]
 
 
-# What is replaced, by what, in the sum of which gradients.
+# The text replaced, the replacement, and the gradients that are summed.
 NORM_FAULTS = {
     "a gradient's last elements": (dense, "min(at + length, count)", "min(at + length, count - 1)"),
     "spans from the first gradient's": (dense, "(group - first_group) * kNormSpan", "group * kNormSpan"),
@@ -149,7 +123,8 @@ NORM_FAULTS = {
     "vectors at any address": (between, "args.vectors[which] != 0 && at", "at"),
     "half a span": (dense, "at += kNormThreads * length", "at += 2 * kNormThreads * length"),
     "rows not counted down": (strided, "rest /= size;\n    }\n    sum", "}\n    sum"),
-    "strides of one axis": (strided, "at += int64_t(rest % size) * strides[axis]", "at += int64_t(rest % size) * strides[0]"),
+    "strides of one axis": (strided, "at += int64_t(rest % size) * strides[axis]",
+        "at += int64_t(rest % size) * strides[0]"),
     "one thread too few": (strided, "i < end; i += kNormThreads", "i + 1 < end; i += kNormThreads"),
     "partials left out": (dense, "i < args.partials; i += kNormThreads", "i + 1 < args.partials; i += kNormThreads"),
 }  # fmt: skip
@@ -176,29 +151,32 @@ KEEP = {"is_applied": False}
 # Each stores something else: what is left unwritten may hold the right values by chance.
 FAULTS = {
     "not clipped": (("float32",) * 3, ("gradient", "linear"), {"gradient_scale": 0.37},
-                    "count == kGuarded ? scalars[3] : 1.0f", "1.0f"),
+                    "scalars[2], scalars[3]};", "scalars[2], 1.0f};"),
     "applied in any case": (("float32",) * 3, ("gradient", "linear"), KEEP,
-                            "args.scalar_count != kGuarded ||", "true ||"),
-    "m of v": (("float32",) * 3, ("gradient", "linear"), KEEP, "t.new_m[at] = t.m[at];", "t.new_m[at] = t.v[at];"),
-    "v of m": (("float32",) * 3, ("gradient", "strided"), KEEP, "t.new_v[at] = t.v[at]", "t.new_v[at] = t.m[at]"),
-    "no remainder": (("master", "bfloat16", "bfloat16"), ("gradient", "linear"), KEEP,
-                     "t.extra.new_remainder[to] = t.extra.remainder[to];", "t.extra.new_remainder[to] = short(7);"),
+                            "tensor.is_applied = scalars[4] != 0.0f;", ""),
+    "m of v": (("float32",) * 3, ("gradient", "linear"), KEEP, "store_vectors<N>(t.new_m, stored.m)",
+             "store_vectors<N>(t.new_m, stored.v)"),
+    "v of m": (("float32",) * 3, ("gradient", "strided"), KEEP, "t.new_v, run.count, stored.v",
+        "t.new_v, run.count, stored.m"),
+    "no correction": (("master", "bfloat16", "bfloat16"), ("gradient", "linear"), KEEP,
+                     "load_vectors<N>(t.auxiliary.correction, stored", "load_vectors<N>(t.parameter, stored"),
     "parameter from where the result goes": (("bfloat16", "bfloat16", "int8"), ("parameter", "strided"), KEEP,
-                                             "keep_parameter(t, from + Index(k) * stride, at + Index(k))",
-                                             "keep_parameter(t, from + Index(k), at + Index(k))"),
+                                             "load_elements<N>(t.parameter, parameter_stride,",
+                                             "load_elements<N>(t.parameter, 1,"),
     "one code for a run": (("bfloat16", "bfloat16", "int8"), ("gradient", "column-major"), KEEP,
-                           "t.new_m[at + Index(k)] = t.m[at + Index(k)];", "t.new_m[at + Index(k)] = t.m[at];"),
+                           "load_vectors<N>(t.m, stored.m);",
+                           "load_vectors<N>(t.m, stored.m);\n    stored.m[1] = stored.m[0];"),
     "scale of v from m": (("bfloat16", "bfloat16", "int8"), ("gradient", "linear"), KEEP,
-                          "t.extra.new_v_scale[block] = t.extra.v_scale[block];",
-                          "t.extra.new_v_scale[block] = t.extra.m_scale[block];"),
+                          "uint(*t.auxiliary.v_scale) << 16",
+                          "uint(*t.auxiliary.m_scale) << 16"),
     "scale of another block": (("bfloat16", "bfloat16", "int8"), ("gradient", "strided"), KEEP,
-                               "t.extra.new_m_scale[block] = t.extra.m_scale[block]",
-                               "t.extra.new_m_scale[block] = t.extra.m_scale[0]"),
+                               "uint(*t.auxiliary.m_scale)",
+                               "uint(t.auxiliary.m_scale[-int(run.element / 32u)])"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_planted_in_the_guard_is_seen(cpu_extension, emulated_extension, plant, name):
+def test_a_fault_planted_in_clipping_or_skipping_is_seen(cpu_extension, emulated_extension, plant, name):
     formats, (part, layout), settings, text, replacement = FAULTS[name]
     assert formats[1] in DTYPES
     tensor = make(cpu_extension, (64, 96), formats)

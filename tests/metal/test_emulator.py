@@ -196,9 +196,7 @@ def test_the_message_names_the_line(emulator):
 
 
 def test_reading_an_output_that_is_also_an_input_is_right(emulator):
-    np.testing.assert_array_equal(
-        run_fault(emulator, "reads_an_output", "both"), np.arange(COUNT, dtype=np.float32)
-    )
+    np.testing.assert_array_equal(run_fault(emulator, "reads_an_output", "both"), np.arange(COUNT, dtype=np.float32))
 
 
 def test_the_order_of_execution_must_not_matter(emulator):
@@ -223,9 +221,7 @@ def test_threadgroup_memory_that_the_host_sizes(emulator):
     arguments = (FAULTS, "sized_by_the_host", [(0, out, "output")], (32, 1, 1), (32, 1, 1))
     emulator.run(*arguments, [(0, 128)])
     np.testing.assert_array_equal(out, np.arange(32))
-    with pytest.raises(
-        RuntimeError, match="byte 124 of threadgroup memory argument 0, which ends at 124"
-    ):
+    with pytest.raises(RuntimeError, match="byte 124 of threadgroup memory argument 0, which ends at 124"):
         emulator.run(*arguments, [(0, 124)])
     with pytest.raises(ValueError, match="threadgroup memory 0 has no length"):
         emulator.run(*arguments)
@@ -289,15 +285,13 @@ def test_too_much_threadgroup_memory_of_a_kernel(emulator):
       threadgroup_barrier(mem_flags::mem_threadgroup);
       x[i] = a[i + 1];
     }"""
-    with pytest.raises(
-        RuntimeError, match="large.* 32772 bytes of threadgroup memory; at most 32768"
-    ):
+    with pytest.raises(RuntimeError, match="large.* 32772 bytes of threadgroup memory; at most 32768"):
         emulator.run(source, "large", [], (1, 1, 1), (1, 1, 1))
 
 
 @pytest.mark.parametrize("index_type,is_right", [("ulong", True), ("uint", False)])
 def test_an_overflow_shows_beyond_2_32_elements(emulator, index_type, is_right):
-    """Of a dispatch over more than 2^32 elements only the last threadgroup runs, and only its pages exist."""
+    """Only the last threadgroup of a dispatch over more than 2^32 elements runs, and only its pages exist."""
     source = f"""#include <metal_stdlib>
     using namespace metal;
     kernel void add_one(device const ushort* in, device ushort* out,

@@ -66,9 +66,7 @@ def check_softmax(emulator, kernel: str, width: int, dtype: mx.Dtype, threads: i
     np.testing.assert_allclose(from_dtype(out, dtype), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "kernel,width,threads", [("logsumexp", 999, 256), ("logsumexp_looped", 9001, 1024)]
-)
+@pytest.mark.parametrize("kernel,width,threads", [("logsumexp", 999, 256), ("logsumexp_looped", 9001, 1024)])
 def test_logsumexp(emulator, kernel, width, threads):
     x = np.random.default_rng(2).normal(size=(4, width)).astype(np.float32)
     out = np.zeros(4, np.float32)
@@ -88,9 +86,7 @@ def test_scan(emulator, inclusive, reverse):
     out = np.zeros_like(x)
     name = f"scan_{inclusive}_{reverse}"
     flags = [str(flag).lower() for flag in (inclusive, reverse)]
-    source = mlx_source(
-        ["scan.h"], name, "contiguous_scan", "int32_t", "int32_t", "CumSum<int32_t>", "4", *flags
-    )
+    source = mlx_source(["scan.h"], name, "contiguous_scan", "int32_t", "int32_t", "CumSum<int32_t>", "4", *flags)
     buffers = [(0, x, "input"), (1, out, "output"), (2, np.array([width], np.uint64), "bytes")]
     emulator.run(source, name, buffers, (1024, rows, 1), (1024, 1, 1), [], INCLUDE_DIRS)
     with mx.stream(mx.cpu):
@@ -104,10 +100,7 @@ def test_sort(emulator):
     x = np.random.default_rng(4).normal(size=(3, width)).astype(np.float32)
     out = np.zeros_like(x)
     source = mlx_source(["sort.h"], "sort", "block_sort", "float", "float", "false", "256", "4")
-    sizes = [
-        np.array([n], t)
-        for n, t in [(width, np.int32), *[(1, np.int64)] * 2, *[(width, np.int64)] * 2]
-    ]
+    sizes = [np.array([n], t) for n, t in [(width, np.int32), *[(1, np.int64)] * 2, *[(width, np.int64)] * 2]]
     buffers = [(0, x, "input"), (1, out, "output")]
     buffers += [(2 + i, size, "bytes") for i, size in enumerate(sizes)]
     emulator.run(source, "sort", buffers, (256, 3, 1), (256, 1, 1), [], INCLUDE_DIRS)
@@ -126,9 +119,7 @@ def test_arange(emulator, dtype):
     np.testing.assert_array_equal(got, np.arange(count, dtype=np.float32) * 0.5 - 3)
 
 
-@pytest.mark.parametrize(
-    "operation,expected", [("Sqrt", np.sqrt), ("Exp", np.exp), ("Log", np.log)]
-)
+@pytest.mark.parametrize("operation,expected", [("Sqrt", np.sqrt), ("Exp", np.exp), ("Log", np.log)])
 def test_unary(emulator, operation, expected):
     x = np.random.default_rng(5).random(1001).astype(np.float32) + 0.1
     out = np.zeros_like(x)

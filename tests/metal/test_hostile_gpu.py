@@ -1,4 +1,5 @@
-"""On a GPU that uses every freedom Metal gives it, float32 updates are still the CPU's, bit for bit; and the freedoms bite.
+"""On a GPU that uses every freedom Metal gives it, float32 updates are still the CPU's, bit for bit; and the freedoms
+bite.
 
 The relaxations are those of emulator/hostile.py; with FUSED_ADAM_EMULATOR_HOSTILE=1 the whole suite runs under them.
 """
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ if sys.platform != "linux":
 from emulator import hostile
 from mlx_fused_adam import _ext
 from support import stored_tensors
+from support.arrays import bits
 
 SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
 NOT_SCALARS = sorted(hostile.DEFAULT - {"scalars"})
@@ -30,10 +32,12 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 KERNELS = """
 #include <metal_stdlib>
 using namespace metal;
-kernel void within(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]]) {
+kernel void within(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]])
+{
   out[i] = a[i] * b[i] + b[i];
 }
-kernel void across(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]]) {
+kernel void across(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]])
+{
   float product = a[i] * b[i];
   out[i] = product + b[i];
 }
@@ -44,10 +48,12 @@ kernel void precise_root(device const float* a, device const float* b, device fl
                          uint i [[thread_position_in_grid]]) {
   out[i] = precise::sqrt(a[i]);
 }
-kernel void quotient(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]]) {
+kernel void quotient(device const float* a, device const float* b, device float* out, uint i
+[[thread_position_in_grid]]) {
   out[i] = a[i] / b[i];
 }
-kernel void doubled(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]]) {
+kernel void doubled(device const float* a, device const float* b, device float* out, uint i [[thread_position_in_grid]])
+{
   out[i] = a[i] + a[i];
 }
 """
@@ -134,10 +140,6 @@ def update(extension, lists, step: int = 3, numbers: Sequence[int] = (), **setti
     return stored_tensors.update_lists(extension, lists, one_step, numbers)
 
 
-def bits(x: mx.array) -> np.ndarray:
-    return np.array(x.view(mx.uint32 if x.dtype == mx.float32 else mx.uint16))
-
-
 def differences(actual, expected) -> list[str]:
     """Which tensors of which list differ in any bit."""
     return [
@@ -168,13 +170,11 @@ DTYPES = [
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x)[9:] for x in d))
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("wide_indices", [False, True], ids=["32", "64"])
-def test_every_kernel_gives_the_bits_of_the_cpu(
-    cpu_extension, emulated_extension, dtypes, decay, wide_indices
-):
+def test_every_kernel_gives_the_bits_of_the_cpu(cpu_extension, emulated_extension, dtypes, decay, wide_indices):
     lists = tensors(dtypes=dtypes)
     expected = update(cpu_extension, lists, weight_decay=decay)
     with hostile.relaxed(*NOT_SCALARS):
-        actual = update(emulated_extension, lists, wide_indices, weight_decay=decay)
+        actual = update(emulated_extension, lists, wide_indices=wide_indices, weight_decay=decay)
         mx.eval(actual)
     assert differences(actual, expected) == []
 
@@ -204,25 +204,19 @@ def test_a_thousand_steps_in_place(cpu_extension, emulated_extension):
     assert differences(*results) == []
 
 
-# What keeps a compiler from other roundings, and what is left when it goes.
+# The texts that keep a compiler from other roundings, and their replacements.
 GUARDS = {
     "no pragma": ("#pragma METAL fp contract(off)\n", ""),
     "plain sqrt": ("namespace adam_math = metal::precise;", "namespace adam_math = metal;"),
     "one expression for m": ("T m = kept_m + new_m;", "T m = c.beta1 * old.m + new_m;"),
     "one expression for v": ("T v = kept_v + new_v;", "T v = c.beta2 * old.v + new_v;"),
-    "one expression for the denominator": (
-        "(root + c.eps)",
-        "(sqrt(v) * scalars.denominator_scale + c.eps)",
-    ),
-    "one expression for the parameter": (
-        "kept_parameter - change",
-        "old.parameter * scalars.decay - change",
-    ),
-}
+    "one expression for the denominator": ("(root + c.eps)", "(sqrt(v) * scalars.denominator_scale + c.eps)"),
+    "one expression for the parameter": ("kept_parameter - change", "old.parameter * scalars.decay - change"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GUARDS)
-def test_each_guard_of_the_rule_is_needed(cpu_extension, emulated_extension, plant, name):
+def test_each_safeguard_of_the_rule_is_needed(cpu_extension, emulated_extension, plant, name):
     lists = tensors()
     # Where v is small the root weighs no more than eps, and decay and denominator_scale are not 1.
     settings = {"weight_decay": 0.7, "bias_correction": True, "eps": 0.5}
@@ -258,12 +252,12 @@ def test_inexact_scalars_change_the_parameter_alone_and_by_no_more_than_they_may
     assert largest > allowed / 100 or step > 1000
 
 
-def test_inexact_scalars_are_those_of_stock_too(emulated_extension):
+def test_inexact_scalars_are_those_of_mlx_optimizers_too(emulated_extension):
     """The same calls give the same results, whoever makes them; so what is compared on one device is equal still."""
     lists = tensors()
     with hostile.relaxed("scalars"):
         actual = update(emulated_extension, lists, bias_correction=True)
-        optimizer = stock.Adam(0.1, list(SETTINGS["betas"]), SETTINGS["eps"], True)
+        optimizer = optim.Adam(0.1, list(SETTINGS["betas"]), SETTINGS["eps"], True)
         optimizer.state["step"] = mx.array(3, mx.uint64)
         expected = []
         for w, g, m, v in zip(*lists, strict=True):

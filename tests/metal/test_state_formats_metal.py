@@ -1,6 +1,7 @@
 """Codes of 8 bits and master weights on Metal: every bit of parameters, state and extras is that of the CPU's kernel.
 
-The shader is run by the emulator (emulator/README.md); with FUSED_ADAM_EMULATOR_HOSTILE=1, as a GPU may run it otherwise.
+The shader is run by the emulator (emulator/README.md); with FUSED_ADAM_EMULATOR_HOSTILE=1, as a GPU may run it
+otherwise.
 """
 
 from __future__ import annotations
@@ -17,27 +18,13 @@ if sys.platform != "linux":
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _backends, _self_check
-from support.extension_users import use_extension
-from support.stored_tensors import (
-    DTYPES,
-    PARTS,
-    assert_same_bits,
-    bits,
-    extension_of_the_cpu,
-    lay_out,
-    make,
-    steps,
-    update,
-)
+from support.arrays import address, assert_same_bits, bits, lay_out
+from support.extension import use_extension
+from support.stored_tensors import DTYPES, FORMATS, PARTS, make, named, steps, update
+from support.training import train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
-# Parameter, gradient, m and v; "master" is bfloat16 with a remainder.
-FORMATS = [
-    (parameter, parameter.replace("master", "bfloat16"), state)
-    for parameter in ("float32", "bfloat16", "float16", "master")
-    for state in ("bfloat16", "float32", "int8")
-]
 MIXED = [("float32", "bfloat16", "int8"), ("master", "float32", "float32")]
 MIXED += [("master", "float32", "int8"), ("float16", "float32", "int8")]
 # Whole vectors and not, whole blocks and not, rows that share no block, a block's last code alone.
@@ -46,32 +33,19 @@ TILED = [(64, 96), (64, 104), (130, 70), (129, 257), (3, 40, 45), (2, 3, 32, 64)
 GENERAL = [(64, 96), (13, 70), (5, 33, 45), (4097,), (2, 3, 5, 36), (7, 5, 1)]
 
 
-@pytest.fixture(scope="session")
-def cpu_extension(emulated_extension) -> ModuleType:
-    return extension_of_the_cpu(emulated_extension)
-
-
 def check(extensions, shapes, formats, layout: str, **settings) -> None:
     cpu, emulated = extensions
     tensors = [make(cpu, shape, formats, i) for i, shape in enumerate(shapes)]
     expected = steps(cpu, tensors, layout, **settings)
-    for shape, got, want in zip(
-        shapes, steps(emulated, tensors, layout, **settings), expected, strict=True
-    ):
+    for shape, got, want in zip(shapes, steps(emulated, tensors, layout, **settings), expected, strict=True):
         assert_same_bits(got, want, f"{shape}: ")
-        assert not np.array_equal(
-            bits(got["parameter"]), bits(tensors[shapes.index(shape)]["parameter"])
-        )
+        assert not np.array_equal(bits(got["parameter"]), bits(tensors[shapes.index(shape)]["parameter"]))
 
 
 @pytest.fixture
 def extensions(cpu_extension, emulated_extension, monkeypatch) -> tuple[ModuleType, ModuleType]:
     monkeypatch.setenv("FUSED_ADAM_EMULATOR_ORDERS", "forward,shuffled")
     return cpu_extension, emulated_extension
-
-
-def named(formats: tuple[str, str, str]) -> str:
-    return "-".join(formats)
 
 
 @pytest.mark.parametrize("formats", FORMATS + MIXED, ids=named)
@@ -106,11 +80,7 @@ WITH_EXTRAS += [("master", "bfloat16", "int8")]
     ],
 )
 def test_other_layouts_of_gradients(extensions, formats, layout):
-    shapes = (
-        [(2, 3, 33, 40), (2, 2, 32, 64)]
-        if layout == "column-major, other batches"
-        else [(64, 96), (33, 45)]
-    )
+    shapes = [(2, 3, 33, 40), (2, 2, 32, 64)] if layout == "column-major, other batches" else [(64, 96), (33, 45)]
     check(extensions, shapes, formats, layout)
 
 
@@ -196,13 +166,8 @@ def test_optimizer(extensions, monkeypatch, stochastic):
     for extension, name in ((cpu, "cpu"), (emulated, "metal (emulated)")):
         use_extension(monkeypatch, extension)
         monkeypatch.setattr(_backends, "_known", {})
-        optimizer = fused.AdamW(
-            1e-2, state_dtype="int8", stochastic_rounding=stochastic, master_weights=True, seed=7
-        )
-        new = parameters
-        for _ in range(3):
-            new = optimizer.apply_gradients(gradients, new)
-            mx.eval(new, optimizer.state)
+        optimizer = fused.AdamW(1e-2, state_dtype="int8", stochastic_rounding=stochastic, master_weights=True, seed=7)
+        new = train(optimizer, parameters, [gradients] * 3)
         assert optimizer.backend == name
         results.append({path: {"parameter": new[path]} | optimizer.state[path] for path in start})
     assert set(results[0]["linear"]) == {"parameter", *PARTS[2:]}
@@ -219,12 +184,11 @@ def test_an_update_is_in_place_and_spares_what_is_held(extensions):
     for name, x in tensor.items():
         np.testing.assert_array_equal(bits(x), before[name], name)
     own = [name for name in new if name != "gradient"]
-    addresses = {name: np.array(new[name].view(mx.uint8), copy=False).ctypes.data for name in own}
+    addresses = {name: address(new[name]) for name in own}
     del tensor, x
     state = [new]
     del new
     state = update(extensions[1], [state.pop()], step=6)
     mx.eval(state)
     for name in own:
-        found = np.array(state[0][name].view(mx.uint8), copy=False).ctypes.data
-        assert found == addresses[name], name
+        assert address(state[0][name]) == addresses[name], name

@@ -15,46 +15,37 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.programs import values_of  # noqa: E402
-
-# A program that hangs says where, and ends.
-faulthandler.dump_traceback_later(200, exit=True)
+from support import training  # noqa: E402
+from support.arrays import all_bits, assert_same_bits, random  # noqa: E402
 
 SHAPES = {"a": (300, 200), "b": (64, 70), "c": (7,), "d": ()}
 
 
+# The dtype of parameters, and an optimizer's arguments.
+OPTIONS: dict[str, tuple[mx.Dtype, dict[str, Any]]] = {
+    "float32": (mx.float32, {}),
+    "bfloat16": (mx.bfloat16, {"stochastic_rounding": True}),
+    "int8": (mx.float32, {"state_dtype": "int8"}),
+    "master": (mx.bfloat16, {"state_dtype": "int8", "master_weights": True}),
+    "guarded": (mx.float32, {"max_grad_norm": 1.0, "skip_nonfinite": True}),
+}
+
+
 def draw(seed: int, dtype: mx.Dtype = mx.float32, shapes: dict = SHAPES) -> dict[str, mx.array]:
     rng = np.random.default_rng(seed)
-    return {
-        k: mx.array(rng.normal(size=s).astype(np.float32)).astype(dtype) for k, s in shapes.items()
-    }
+    return {k: random(rng, s, dtype) for k, s in shapes.items()}
 
 
 def train(optimizer: Any, parameters: dict, seeds: Any) -> dict[str, mx.array]:
-    for seed in seeds:
-        parameters = optimizer.apply_gradients(draw(seed), parameters)
-        mx.eval(parameters, optimizer.state)
-    return parameters
-
-
-def values(tree: Any) -> list[np.ndarray]:
-    return [values_of(x) for _, x in tree_flatten(tree)]
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    for a, e in zip(values(actual), values(expected), strict=True):
-        np.testing.assert_array_equal(a, e)
+    return training.train(optimizer, parameters, map(draw, seeds))
 
 
 def memory(compiled: str, name: str, steps: str) -> None:
     """Prints what has grown over so many steps, by how much, and how much may."""
-    from optimizers.test_stress import OPTIONS
-
     faulthandler.dump_traceback_later(200 + int(steps) / 100, exit=True)
     mx.set_default_device(mx.cpu)
     dtype, options = OPTIONS[name]
@@ -63,13 +54,8 @@ def memory(compiled: str, name: str, steps: str) -> None:
     optimizer = fused.AdamW(1e-3, bias_correction=True, **options)
     optimizer.init(parameters)
     captured = [parameters, optimizer.state]
-
-    def update(gradients: dict[str, mx.array]) -> None:
-        parameters.update(optimizer.apply_gradients(gradients, parameters))
-
-    step = (
-        mx.compile(update, inputs=captured, outputs=captured) if compiled == "compiled" else update
-    )
+    make_step = training.compiled if compiled == "compiled" else training.eager
+    step = make_step(optimizer, parameters)
     # Row-major, column-major, and one that is not a number now and then.
     ready = [draw(i, dtype, shapes) for i in range(3)]
     ready[1]["a"] = mx.contiguous(ready[1]["a"].T).T
@@ -108,7 +94,7 @@ def fork(child: str) -> None:
     optimizer, other = fused.AdamW(1e-2), fused.AdamW(1e-2)
     parameters = train(optimizer, draw(0), range(1, 4))
     expected = train(other, draw(0), range(1, 7))
-    read = values(parameters)
+    read = {k: np.array(x) for k, x in parameters.items()}  # a child must not ask MLX for its bits
     faulthandler.cancel_dump_traceback_later()  # whose own thread a child has not
     process = os.fork()
     if process == 0:
@@ -116,16 +102,16 @@ def fork(child: str) -> None:
         if child == "drops all":
             del parameters, optimizer, other, expected
         elif child == "reads":
-            for a, e in zip(values(parameters), read, strict=True):
-                np.testing.assert_array_equal(a, e)
+            for k, x in parameters.items():
+                np.testing.assert_array_equal(np.array(x), read[k])
         elif child.startswith("trains"):
             with mx.stream(mx.new_stream(mx.cpu)):
-                assert_equal(train(optimizer, parameters, range(4, 7)), expected)
+                assert_same_bits(train(optimizer, parameters, range(4, 7)), expected)
         sys.exit(7)  # by way of everything that Python does at exit
     faulthandler.dump_traceback_later(200, exit=True)
     _, status = os.waitpid(process, 0)
     assert os.waitstatus_to_exitcode(status) == 7, status
-    assert_equal(train(optimizer, parameters, range(4, 7)), expected)
+    assert_same_bits(train(optimizer, parameters, range(4, 7)), expected)
     print("parent right")
 
 
@@ -150,8 +136,8 @@ def loaders() -> None:
                 parameters = optimizer.apply_gradients(gradients, parameters)
                 mx.async_eval(parameters, optimizer.state)
     other = fused.AdamW(1e-2)
-    assert_equal(parameters, train(other, draw(0), range(32)))
-    assert_equal(optimizer.state, other.state)
+    assert_same_bits(parameters, train(other, draw(0), range(32)))
+    assert_same_bits(optimizer.state, other.state)
     print("right")
 
 
@@ -166,7 +152,7 @@ def fails(device: str, how: str) -> None:
     for attempt in range(5):
         held = [dict(parameters), {k: dict(optimizer.state[k]) for k in SHAPES}]
         scalars = {k: optimizer.state[k] for k in ("step", "learning_rate")}
-        before = [x.copy() for x in values(held)]
+        before = all_bits(held)
         if how == "a task that throws":
             gradients = draw(2)
             singular = mx.linalg.inv(mx.zeros((2, 2)) * attempt, stream=mx.cpu)
@@ -174,16 +160,13 @@ def fails(device: str, how: str) -> None:
             new = optimizer.apply_gradients(gradients, parameters)
         else:
             new = dict(parameters)
-            captured = [new, optimizer.state]
-
-            def update(gradients: dict, new: dict = new) -> None:
-                new.update(optimizer.apply_gradients(gradients, new))
-
+            step = training.compiled(optimizer, new)
             # Queued, so that nothing can look at its layout; and not row-major.
             state = optimizer.state["b"]
             state["m"] = mx.contiguous(state["m"].T).T
             mx.eval(state["m"])
-            mx.compile(update, inputs=captured, outputs=captured)(draw(2))
+            step(draw(2))
+            del step
         failures = 0
         for _ in range(2):  # after a task has thrown, MLX takes its results for evaluated
             try:
@@ -194,15 +177,14 @@ def fails(device: str, how: str) -> None:
                 failures += 1
         assert failures, "the evaluation has not failed"
         del new
-        for a, e in zip(values(held), before, strict=True):
-            np.testing.assert_array_equal(a, e)
+        assert_same_bits(held, before)
         parameters, states = held
         for k, state in states.items():
             optimizer.state[k].clear()
             optimizer.state[k].update(state)
         optimizer.state.update(scalars)
-    assert_equal(train(optimizer, parameters, [3, 4]), train(reference, start, [3, 4]))
-    assert_equal(optimizer.state, reference.state)
+    assert_same_bits(train(optimizer, parameters, [3, 4]), train(reference, start, [3, 4]))
+    assert_same_bits(optimizer.state, reference.state)
     print("right")
 
 
@@ -262,21 +244,14 @@ def interrupts(device: str) -> None:
 
 
 def ends(device: str, how: str) -> None:
-    """The process ends while its updates are queued or run. (With daemon threads at work, MLX itself crashes here.)"""
+    """Helper threads of updates are there when the process ends. (With updates in flight, MLX itself may abort.)"""
     mx.set_default_device({"cpu": mx.cpu, "gpu": mx.gpu}[device])
     fused.set_num_threads(4)
-    start = {"w": mx.ones((2000, 2000))}
-    mx.eval(start)
-
-    def work(count: int) -> None:
-        optimizer, parameters = fused.AdamW(1e-2, state_dtype="int8"), dict(start)
-        for _ in range(count):
-            parameters = optimizer.apply_gradients({"w": start["w"].T}, parameters)
-            mx.async_eval(parameters, optimizer.state)
-
-    work(1)
-    work(20)
-    print("in flight", flush=True)
+    parameters = {"w": mx.ones((2000, 2000))}
+    gradients = {"w": mx.ones((2000, 2000)).T}
+    training.train(fused.AdamW(1e-2, state_dtype="int8"), parameters, [gradients] * 10)
+    mx.synchronize()
+    print("updated", flush=True)
     if how == "sys.exit":
         sys.exit(3)
     if how == "exception":
@@ -286,5 +261,7 @@ def ends(device: str, how: str) -> None:
 PROGRAMS = {f.__name__: f for f in (memory, fork, loaders, fails, too_large, interrupts, ends)}
 
 if __name__ == "__main__":
+    # A program that hangs says where, and ends.
+    faulthandler.dump_traceback_later(200, exit=True)
     name, *arguments = sys.argv[1:]
     PROGRAMS[name](*arguments)

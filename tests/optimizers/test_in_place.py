@@ -1,19 +1,19 @@
 """A step allocates nothing that grows with the parameters, and no array that anyone still holds ever changes."""
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
-from support import oracle
+from support import oracle, training
+from support.arrays import DTYPES, address, random
 from support.mlx_release import errors_in_tasks_are_raised
+from support.processes import output_of_python
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -33,13 +33,7 @@ def make_parameters(side, dtype=mx.float32):
 
 
 def column_major_gradients(parameters):
-    return {
-        name: mx.random.normal(p.shape[::-1]).astype(p.dtype).T for name, p in parameters.items()
-    }
-
-
-def address(x: mx.array) -> int:
-    return np.asarray(memoryview(x.view(mx.uint8))).ctypes.data
+    return {name: mx.random.normal(p.shape[::-1]).astype(p.dtype).T for name, p in parameters.items()}
 
 
 def total_bytes(tree) -> int:
@@ -81,11 +75,7 @@ def test_a_step_allocates_nothing_that_grows(parameters_of, compiled, dtype, opt
     optimizer.init(parameters)
     state = [parameters, optimizer.state]
     mx.eval(state, gradients)
-
-    def update(gradients):
-        parameters.update(optimizer.apply_gradients(gradients, parameters))
-
-    run = mx.compile(update, inputs=state, outputs=state) if compiled else update
+    run = (training.compiled if compiled else training.eager)(optimizer, parameters)
 
     def step():
         run(gradients)
@@ -96,12 +86,9 @@ def test_a_step_allocates_nothing_that_grows(parameters_of, compiled, dtype, opt
 
 
 def moved(*arguments: str) -> str:
-    """What ordinary_loop.py prints, in a process of its own: with streams of other tests about, waiting for readers would
-    not be safe, and is not done."""
-    command = [sys.executable, Path(__file__).parent / "ordinary_loop.py", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    """The output of ordinary_loop.py in a process of its own: with streams of other tests about, waiting for readers
+    would not be safe, and is not done."""
+    return output_of_python(Path(__file__).with_name("ordinary_loop.py"), *arguments)
 
 
 @pytest.mark.cpu_only
@@ -140,9 +127,7 @@ def test_what_is_needed_again_is_kept(device, retained):
         return
     w, z = mx.ones((8, 8)), mx.zeros((8, 8))
     mx.eval(w, z)
-    pending = [
-        w * 1
-    ]  # a reader of the parameter, so that the update would wait for the failing task
+    pending = [w * 1]  # a reader of the parameter, so that the update would wait for the failing task
     with mx.stream(mx.cpu):
         gradient = w + mx.linalg.inv(z)
     results = fused.adam_update(w, gradient, z * 1, z * 1, 0.1)
@@ -155,7 +140,7 @@ def test_what_is_needed_again_is_kept(device, retained):
     np.testing.assert_allclose(np.array(new), 1 - 0.1 * 0.1 / 0.001**0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(200, 1100), (1100, 1000)], ids=str)
 def test_no_element_is_updated_twice(device, is_emulated, assert_equal, shape, dtype):
     """Tiles of a column-major gradient, cut where cache lines begin, meet without a gap or an overlap.
@@ -166,10 +151,8 @@ def test_no_element_is_updated_twice(device, is_emulated, assert_equal, shape, d
         shape = (130, 140)  # a block of tiles is smaller on a GPU
     rng = np.random.default_rng(0)
 
-    def draw(*shape):
-        return mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
-
-    w, transposed, m, v = draw(*shape), draw(*shape[::-1]), draw(*shape), mx.abs(draw(*shape))
+    w, transposed, m, v = (random(rng, s, dtype) for s in (shape, shape[::-1], shape, shape))
+    v = mx.abs(v)
     addresses = [address(x) for x in (w, m, v)]
     if device == "cpu":
         assert address(w) % 64 and address(transposed) % 64, "no shift where cache lines begin"
@@ -189,7 +172,7 @@ def test_no_element_is_updated_twice(device, is_emulated, assert_equal, shape, d
         assert_equal(actual, reference, name, slack)
 
 
-def test_a_buffer_in_another_order_is_not_taken_over(device):
+def test_a_buffer_in_another_order_is_not_donated(device):
     """Nobody holds these, but their rows are not where a row-major output has them."""
 
     def column_major():
@@ -205,7 +188,9 @@ def test_a_buffer_in_another_order_is_not_taken_over(device):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5], ids=["one scalar", "three scalars"])
 def test_what_a_queued_update_reads_stays_alive(device, weight_decay):
-    """Gradient, learning rate and what is made of it are dropped, and their memory used again, before the update runs."""
+    """Gradient, learning rate and what is made of it are dropped, and their memory used again, before the update
+    runs.
+    """
     size = 1 << 14
     slow = mx.ones((700, 700))
     mx.eval(slow)
@@ -214,9 +199,7 @@ def test_what_a_queued_update_reads_stays_alive(device, weight_decay):
         rate = mx.array(0.5)
         mx.eval(w, g, m, v, rate)
         busy = slow @ slow @ slow
-        results = fused.adam_update(
-            w, g, m, v, rate, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay
-        )
+        results = fused.adam_update(w, g, m, v, rate, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay)
         mx.async_eval(busy, *results)
         del g, rate
         junk = [mx.array(np.full(size, 7.0, np.float32)) for _ in range(4)]
@@ -287,16 +270,14 @@ def test_one_buffer_behind_two_parameters(device):
     copy = np.array(whole)
     parameters = {"a": whole[0], "b": whole[1], "tied": whole[0]}
     del whole
-    optimizer, reference = fused.Adam(0.1), stock.Adam(0.1)
+    optimizer, reference = fused.Adam(0.1), optim.Adam(0.1)
     gradients = {k: mx.full((50,), i + 1.0) for i, k in enumerate(parameters)}
     expected = reference.apply_gradients(
         gradients, {"a": mx.array(copy[0]), "b": mx.array(copy[1]), "tied": mx.array(copy[0])}
     )
     parameters = optimizer.apply_gradients(gradients, parameters)
     for k in parameters:
-        np.testing.assert_allclose(
-            np.array(parameters[k]), np.array(expected[k]), rtol=1e-6, atol=1e-7, err_msg=k
-        )
+        np.testing.assert_allclose(np.array(parameters[k]), np.array(expected[k]), rtol=1e-6, atol=1e-7, err_msg=k)
 
 
 def test_memory_is_returned(parameters_of):

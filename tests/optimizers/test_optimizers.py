@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
@@ -27,40 +27,36 @@ def assert_same_tree(actual, expected):
     assert list(actual) == list(expected)
     for path, x in expected.items():
         assert actual[path].dtype == x.dtype and actual[path].shape == x.shape, path
-        np.testing.assert_allclose(
-            np.array(actual[path]), np.array(x), rtol=1e-6, atol=1e-7, err_msg=path
-        )
+        np.testing.assert_allclose(np.array(actual[path]), np.array(x), rtol=1e-6, atol=1e-7, err_msg=path)
 
 
 def both(name, *args, **kwargs):
-    return getattr(fused, name)(*args, **kwargs), getattr(stock, name)(*args, **kwargs)
+    return getattr(fused, name)(*args, **kwargs), getattr(optim, name)(*args, **kwargs)
 
 
 def compare(optimizers, parameters, gradients, steps=3):
     """Runs both optimizers on the same trees; compares structure, parameters and state at every step."""
-    ours, theirs = parameters, parameters
+    found, expected = parameters, parameters
     for _ in range(steps):
-        ours = optimizers[0].apply_gradients(gradients, ours)
-        theirs = optimizers[1].apply_gradients(gradients, theirs)
-        assert tree_map(lambda _: 0, ours) == tree_map(lambda _: 0, theirs)
-        assert_same_tree(ours, theirs)
+        found = optimizers[0].apply_gradients(gradients, found)
+        expected = optimizers[1].apply_gradients(gradients, expected)
+        assert tree_map(lambda _: 0, found) == tree_map(lambda _: 0, expected)
+        assert_same_tree(found, expected)
         assert_same_tree(optimizers[0].state, optimizers[1].state)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_subclass_with_the_same_signature(name):
-    ours, theirs = getattr(fused, name), getattr(stock, name)
-    assert issubclass(ours, theirs)
+    fused_class, mlx_class = getattr(fused, name), getattr(optim, name)
+    assert issubclass(fused_class, mlx_class)
 
     def parameters(kind):
         found = inspect.signature(kind).parameters.values()
-        return [
-            (p.name, p.kind, list(p.default) if p.name == "betas" else p.default) for p in found
-        ]
+        return [(p.name, p.kind, list(p.default) if p.name == "betas" else p.default) for p in found]
 
-    found = parameters(ours)
-    assert found[: len(parameters(theirs))] == parameters(theirs)
-    options = found[len(parameters(theirs)) :]
+    found = parameters(fused_class)
+    assert found[: len(parameters(mlx_class))] == parameters(mlx_class)
+    options = found[len(parameters(mlx_class)) :]
     assert all(kind == inspect.Parameter.KEYWORD_ONLY for _, kind, _ in options)
     expected = {
         "state_dtype": None,
@@ -117,9 +113,7 @@ def test_frozen_model_update(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_schedules_and_settable_learning_rate(name):
-    schedule = stock.join_schedules(
-        [stock.linear_schedule(0.0, 0.1, 3), stock.cosine_decay(0.1, 5)], [3]
-    )
+    schedule = optim.join_schedules([optim.linear_schedule(0.0, 0.1, 3), optim.cosine_decay(0.1, 5)], [3])
     parameters, gradients = {"w": mx.ones(5)}, {"w": mx.ones(5)}
     compare(both(name, schedule, bias_correction=True), parameters, gradients, steps=9)
 
@@ -146,11 +140,11 @@ def test_init_and_single(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_moves_between_ours_and_stock(name):
+def test_state_moves_between_fused_and_mlx_optimizers(name):
     """Saved by one, loaded by the other, in both directions."""
-    ours, theirs = both(name, 0.1, bias_correction=True)
+    optimizer, reference = both(name, 0.1, bias_correction=True)
     parameters, gradients = {"w": [mx.ones(4)]}, {"w": [mx.full((4,), 0.2)]}
-    for first, second in ((ours, theirs), (theirs, ours)):
+    for first, second in ((optimizer, reference), (reference, optimizer)):
         parameters = first.apply_gradients(gradients, parameters)
         second.state = tree_unflatten(tree_flatten(first.state))
         expected = first.apply_gradients(gradients, parameters)
@@ -160,21 +154,21 @@ def test_state_moves_between_ours_and_stock(name):
 
 def test_multi_optimizer():
     def make(module):
-        return stock.MultiOptimizer(
+        return optim.MultiOptimizer(
             [module.AdamW(0.1, weight_decay=0.5), module.Adam(0.01)],
             [lambda path, parameter: path.endswith("weight")],
         )
 
     parameters = nn.Linear(3, 4).parameters()
     gradients = tree_map(mx.ones_like, parameters)
-    compare((make(fused), make(stock)), parameters, gradients)
+    compare((make(fused), make(optim)), parameters, gradients)
 
 
 def test_clipped_and_mixed_dtypes():
     """Gradients of another floating dtype; what comes back keeps each parameter's own."""
     parameters = {"a": mx.ones(4, mx.bfloat16), "b": mx.ones(4), "c": mx.ones(4, mx.float16)}
     gradients = {k: mx.full((4,), 3.0) for k in parameters}
-    gradients, _ = stock.clip_grad_norm(gradients, 1.0)
+    gradients, _ = optim.clip_grad_norm(gradients, 1.0)
     optimizer = fused.Adam(0.1)
     optimizer.init(parameters)
     new = optimizer.apply_gradients(gradients, parameters)
@@ -185,12 +179,12 @@ def test_clipped_and_mixed_dtypes():
         assert mx.all(new[k] < p).item()
 
 
-def test_other_dtypes_are_left_to_stock():
+def test_other_dtypes_fall_back():
     with mx.stream(mx.cpu):
         parameters = {"double": mx.ones(3, mx.float64), "single": mx.ones(3)}
         gradients = {k: mx.full((3,), 0.1, dtype=p.dtype) for k, p in parameters.items()}
-        ours, theirs = both("AdamW", 0.1)
-        results = [o.apply_gradients(gradients, parameters) for o in (ours, theirs)]
+        optimizer, reference = both("AdamW", 0.1)
+        results = [o.apply_gradients(gradients, parameters) for o in (optimizer, reference)]
         assert results[0]["double"].dtype == mx.float64
         for k in parameters:
             np.testing.assert_allclose(np.array(results[0][k]), np.array(results[1][k]), rtol=1e-6)
@@ -226,14 +220,14 @@ def test_tuples_within_tuples():
     x = mx.ones(2)
     parameters = {"a": ((x,),), "b": (x, (x, [(x,)])), "c": Pair(Pair(x, x), (x,))}
     new = fused.Adam(0.1).apply_gradients(parameters, parameters)
-    expected = stock.Adam(0.1).apply_gradients(parameters, parameters)
+    expected = optim.Adam(0.1).apply_gradients(parameters, parameters)
     kinds = lambda tree: tree_map(lambda _: 0, tree)  # noqa: E731
     assert repr(kinds(new)) == repr(kinds(expected))
     assert_same_tree(new, expected)
 
 
-def test_a_refused_step_in_a_mixed_tree_leaves_no_trace():
-    """Neither half of the tree moves when the other is refused, nor do step and schedule."""
+def test_a_rejected_step_in_a_mixed_tree_leaves_no_trace():
+    """Neither half of the tree moves when the other is rejected, nor do step and schedule."""
     with mx.stream(mx.cpu):
         optimizer = fused.Adam(lambda step: 1 / (1 + step))
         parameters = {"single": mx.ones(3), "double": mx.ones(3, mx.float64)}
@@ -268,27 +262,25 @@ OUT_OF_RANGE = [
 ]
 
 
-@since_mlx("0.32.2", "stock checks the ranges of its arguments")
+@since_mlx("0.32.2", "mlx.optimizers checks the ranges of its arguments")
 @pytest.mark.parametrize(("arguments", "message"), [case[:2] for case in OUT_OF_RANGE])
-def test_constructor_errors_are_stocks(arguments, message):
+def test_constructor_errors_are_those_of_mlx(arguments, message):
     for name in NAMES:
-        for optimizer in (getattr(stock, name), getattr(fused, name)):
+        for optimizer in (getattr(optim, name), getattr(fused, name)):
             with pytest.raises(ValueError, match=message):
                 optimizer(0.1, **arguments)
 
 
 @pytest.mark.parametrize(("arguments", "_", "message"), OUT_OF_RANGE)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_stock_does_not_check_is_refused_at_construction(
-    name, arguments, _, message, monkeypatch
-):
-    """With a stock that takes any argument, as that of an older mlx does."""
+def test_what_mlx_does_not_check_is_rejected_at_construction(name, arguments, _, message, monkeypatch):
+    """With an mlx.optimizers that takes any argument, as that of an older mlx does."""
 
     def unchecked(self, learning_rate, betas, eps, *_):
-        stock.Optimizer.__init__(self)
+        optim.Optimizer.__init__(self)
         self.learning_rate, self.betas, self.eps = learning_rate, betas, eps
 
-    monkeypatch.setattr(getattr(stock, name), "__init__", unchecked)
+    monkeypatch.setattr(getattr(optim, name), "__init__", unchecked)
     getattr(fused, name)(0.1)
     with pytest.raises(ValueError, match=rf"\[{name}\] {message}"):
         getattr(fused, name)(0.1, **arguments)
@@ -305,18 +297,6 @@ def test_a_gradient_of_another_shape_names_the_path(wrong):
         optimizer.apply_gradients(gradients, parameters)
     for k, v in flat(optimizer.state).items():
         np.testing.assert_array_equal(np.array(v), before[k], err_msg=f"state {k} after an error")
-
-
-def test_a_refused_first_step_leaves_no_trace():
-    """Moments are made from the first gradients; those of a wrong shape must not stay."""
-    optimizer = fused.AdamW(stock.cosine_decay(0.1, 10))
-    parameters, gradients = {"w": mx.ones((3, 4))}, {"w": mx.ones((3, 4))}
-    with pytest.raises(ValueError, match="gradient of w must have the parameter's shape"):
-        optimizer.apply_gradients({"w": mx.ones((4, 3))}, parameters)
-    new = optimizer.apply_gradients(gradients, parameters)
-    reference = fused.AdamW(stock.cosine_decay(0.1, 10))
-    assert_same_tree(new, reference.apply_gradients(gradients, parameters))
-    assert_same_tree(optimizer.state, reference.state)
 
 
 @pytest.mark.parametrize("option", [{"bias_correction": 1}, {"weight_decay": "0.1"}, {"eps": 0}])
@@ -393,7 +373,7 @@ BAD_ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS, ids=lambda x: str(x)[:60])
-def test_the_operation_refuses_what_does_not_fit(change, message):
+def test_the_operation_rejects_what_does_not_fit(change, message):
     arguments = {k: mx.ones(3) for k in ("parameter", "gradient", "m", "v")}
     with pytest.raises((ValueError, TypeError), match=r"\[adam_update\] " + message):
         fused.adam_update(**{**arguments, "learning_rate": 0.1, **change})
@@ -431,6 +411,7 @@ BAD_OPTIONS = [
     ({"skip_nonfinite": "true"}, "skip_nonfinite must be True or False but got 'true'"),
     ({"shard_group": 2, "skip_nonfinite": True}, "shard_group must be a group of mx.distributed"),
     ({"decay_filter": 3}, "decay_filter must be a callable or regular expressions but got 3"),
+    ({"decay_filter": ["a", 7]}, "decay_filter must be a callable or regular expressions but got"),
     ({"decay_filter": []}, "decay_filter must have a regular expression but got none"),
     ({"decay_filter": "("}, r"decay_filter must be regular expressions but got '\('"),
     ({"betas": [0.9]}, r"betas must be two numbers but got \[0.9\]"),
@@ -443,7 +424,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda x: str(x)[:40])
-def test_the_constructor_refuses_what_does_not_fit(options, message):
+def test_the_constructor_rejects_what_does_not_fit(options, message):
     with pytest.raises((ValueError, TypeError), match=r"\[AdamW\] " + message):
         fused.AdamW(**{"learning_rate": 0.1, **options})
 
@@ -454,9 +435,7 @@ UNKNOWN += [("AdamW", "max_gradnorm"), ("AdamW", "skip_non_finite"), ("AdamW", "
 
 @pytest.mark.parametrize(("kind", "name"), UNKNOWN)
 def test_an_unknown_option_is_python_s_own_error(kind, name):
-    with pytest.raises(
-        TypeError, match=rf"{kind}.__init__\(\) got an unexpected keyword argument '{name}'"
-    ):
+    with pytest.raises(TypeError, match=rf"{kind}.__init__\(\) got an unexpected keyword argument '{name}'"):
         getattr(fused, kind)(0.1, **{name: 0.1})
 
 
@@ -486,28 +465,27 @@ BAD_USES = {
         "parameter of w must be bfloat16 or float32 for master_weights but got float16"),
     "an answer that is no bool": (
         {"decay_filter": _grown_answer}, lambda p: p, "decay_filter must return True or False but got 'yes' for w"),
-    "an expression without a match": (
-        {"decay_filter": ["w", "bais"]}, lambda p: p, "decay_filter must match .* but got 'bais', which matches none of w"),
     "a parameter named as a record": (
         {"max_grad_norm": 1.0}, lambda p: {"grad_norm": p["w"]}, "parameters must not be named 'grad_norm'"),
     "a parameter named as the count": (
         {"skip_nonfinite": True}, lambda p: {"skipped": p["w"]}, "parameters must not be named 'skipped'"),
     "a gradient that is no array": (
-        {"max_grad_norm": 1.0, "skip_nonfinite": True}, lambda p: {"w": "no"}, "gradient of w must be an array but got 'no'"),
+        {"max_grad_norm": 1.0, "skip_nonfinite": True}, lambda p: {"w": "no"},
+        "gradient of w must be an array but got 'no'"),
     "a gradient of another shape": (
         {"max_grad_norm": 1.0, "skip_nonfinite": True}, lambda p: {"w": mx.ones(5)}, "gradient of w must have"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_USES)
-def test_what_an_option_refuses_changes_nothing(case, device):
+def test_what_an_option_rejects_changes_nothing(case, device):
     """Neither before the first step nor after one; the optimizer goes on as one that was never asked."""
     options, spoil, message = BAD_USES[case]
     good = {"w": mx.array([[1.0, 2.0], [3.0, 4.0]])}
     bad = spoil(good)
     is_gradient = any(not isinstance(x, mx.array) or x.shape != (2, 2) for x in bad.values())
     optimizer, reference = fused.AdamW(0.1, **options), fused.AdamW(0.1, **options)
-    # What these options accept, if anything.
+    # Whether these options accept any step.
     is_usable = "decay_filter" not in options
     for _ in range(2):
         before = tree_map(lambda x: x, optimizer.state)
@@ -523,7 +501,7 @@ def test_what_an_option_refuses_changes_nothing(case, device):
 def test_numpy_parameters_without_a_state_are_taken(device):
     parameters = {"a": np.full(3, 0.5, np.float32), "b": mx.full((3,), 0.5)}
     gradients = {k: mx.full((3,), 0.1) for k in parameters}
-    optimizers = [module.AdamW(0.1) for module in (fused, stock)]
+    optimizers = [module.AdamW(0.1) for module in (fused, optim)]
     results = [tree_map(mx.array, x.apply_gradients(gradients, parameters)) for x in optimizers]
     assert_same_tree(*results)
     assert_same_tree(*(x.state for x in optimizers))
@@ -533,22 +511,20 @@ def test_numpy_parameters_and_moments_are_taken(device):
     parameters = {"a": np.full(3, 0.5, np.float32), "b": mx.full((3,), 0.5)}
     gradients = {k: mx.full((3,), 0.1) for k in parameters}
     states = []
-    for module in (fused, stock):
+    for module in (fused, optim):
         optimizer = module.AdamW(0.1)
         moments = {"m": np.full(3, 0.2, np.float32), "v": np.full(3, 0.3, np.float32)}
         optimizer.state.update({k: dict(moments) for k in parameters})
         new = optimizer.apply_gradients(gradients, parameters)
         optimizer.state["b"].update(moments)  # NumPy arrays amid a run
         new = optimizer.apply_gradients(gradients, new)
-        # Stock hands a NumPy parameter back as one.
+        # MLX hands a NumPy parameter back as one.
         states.append(tree_map(mx.array, {"new": new, "state": optimizer.state}))
     assert_same_tree(*states)
     x = np.linspace(0.1, 0.5, 3, dtype=np.float32)
     for y in (x, x[::-1]):
         actual = fused.adam_update(y, mx.ones(3), y, y, 0.1)
-        expected = fused.adam_update(
-            *map(mx.array, (y.copy(), np.ones(3), y.copy(), y.copy())), 0.1
-        )
+        expected = fused.adam_update(*map(mx.array, (y.copy(), np.ones(3), y.copy(), y.copy())), 0.1)
         for a, e in zip(actual, expected, strict=True):
             np.testing.assert_array_equal(np.array(a), np.array(e))
 
@@ -568,9 +544,9 @@ def test_numpy_parameters_and_moments_are_taken(device):
     ],
     ids=["None", "numpy", "text", "leaf for a dict", "dict for a leaf", "key", "index", "shape"],
 )
-def test_a_refused_step_is_rolled_back(fresh, spoil, message):
+def test_a_rejected_step_is_rolled_back(fresh, spoil, message):
     """Whatever is wrong: step, schedule and state stay, and the optimizer can go on."""
-    schedule = stock.exponential_decay(0.1, 0.5)
+    schedule = optim.exponential_decay(0.1, 0.5)
     optimizer, reference = fused.AdamW(schedule), fused.AdamW(schedule)
     parameters = {"a": {"w": mx.ones(3)}, "l": [mx.ones(3)]}
     gradients = tree_map(lambda p: p * 0.2, parameters)
@@ -596,7 +572,7 @@ class Doubled(fused.Adam):
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["first step", "later step"])
-def test_a_refused_step_of_a_subclass_is_rolled_back(fresh):
+def test_a_rejected_step_of_a_subclass_is_rolled_back(fresh):
     optimizer, reference = Doubled(0.1), Doubled(0.1)
     parameters = {"a": mx.ones(2), "b": mx.ones(3)}
     if not fresh:
@@ -644,34 +620,28 @@ def test_float16_parameters_learn_from_small_gradients():
     """float16 moments lose v below gradients of 0.005, and the weight jumps by learning_rate * m / eps."""
     parameters, gradients = {"w": mx.ones(8, mx.float16)}, {"w": mx.full(8, 1e-3, mx.float16)}
     exact = {"w": mx.ones(8)}
-    optimizer, reference = fused.Adam(1e-3), stock.Adam(1e-3)
+    optimizer, reference = fused.Adam(1e-3), optim.Adam(1e-3)
     for _ in range(20):
         parameters = optimizer.apply_gradients(gradients, parameters)
         exact = reference.apply_gradients({"w": gradients["w"].astype(mx.float32)}, exact)
     assert parameters["w"].dtype == mx.float16
-    np.testing.assert_allclose(
-        np.array(parameters["w"].astype(mx.float32)), np.array(exact["w"]), atol=5e-3
-    )
+    np.testing.assert_allclose(np.array(parameters["w"].astype(mx.float32)), np.array(exact["w"]), atol=5e-3)
 
 
 def test_float16_moments_that_were_loaded_become_bfloat16():
-    theirs = stock.Adam(0.1)
+    reference = optim.Adam(0.1)
     parameters = {"w": mx.ones(4, mx.float16)}
     gradients = {"w": mx.full((4,), 0.5, mx.float16)}
-    theirs.apply_gradients(gradients, parameters)
-    assert theirs.state["w"]["v"].dtype == mx.float16
-    ours = fused.Adam(0.1)
-    ours.state = theirs.state
-    ours.apply_gradients(gradients, parameters)
-    assert ours.state["w"]["m"].dtype == ours.state["w"]["v"].dtype == mx.bfloat16
-    np.testing.assert_allclose(
-        np.array(ours.state["w"]["m"].astype(mx.float32)), 0.05 + 0.9 * 0.05, rtol=1e-2
-    )
+    reference.apply_gradients(gradients, parameters)
+    assert reference.state["w"]["v"].dtype == mx.float16
+    optimizer = fused.Adam(0.1)
+    optimizer.state = reference.state
+    optimizer.apply_gradients(gradients, parameters)
+    assert optimizer.state["w"]["m"].dtype == optimizer.state["w"]["v"].dtype == mx.bfloat16
+    np.testing.assert_allclose(np.array(optimizer.state["w"]["m"].astype(mx.float32)), 0.05 + 0.9 * 0.05, rtol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "learning_rate", [1, 0.1, np.float32(0.1), np.float64(0.1), mx.array([0.1])]
-)
+@pytest.mark.parametrize("learning_rate", [1, 0.1, np.float32(0.1), np.float64(0.1), mx.array([0.1])])
 def test_kinds_of_learning_rate(learning_rate):
     x = mx.ones(3)
     actual = fused.adam_update(x, x, x, x, learning_rate)[0]

@@ -1,9 +1,10 @@
-"""Random programs of all that a training script may do to an optimizer, each value held against the model of programs.py.
+"""Random programs of all that a training script may do to an optimizer, each value held against the model of
+support/programs.py.
 
-A program draws options and a tree of parameters, then steps eager and compiled, on streams, evaluated or left lazy, with
-gradients in any layout; holds handles and views, whose bits must never change; replaces parameters; saves, loads, copies; asks
-for what must be refused. All comparisons are bit for bit. Built on hypothesis.stateful: a failure prints its shortest program.
-Long run: FUSED_ADAM_PROGRAM_OPERATIONS=100000 pytest -n0 tests/optimizers/test_programs.py
+A program draws options and a tree of parameters, then steps eager and compiled, on streams, evaluated or left lazy,
+with gradients in any layout; holds handles and views, whose bits must never change; replaces parameters; saves, loads,
+copies; asks for what must be rejected. All comparisons are bit for bit. Built on hypothesis.stateful: a failure prints
+its shortest program. Long run: FUSED_ADAM_PROGRAM_OPERATIONS=100000 pytest -n0 tests/optimizers/test_programs.py
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from support.programs import (
     Tensor,
     assert_array,
     assert_same,
-    by_stock,
+    by_mlx,
     clipped,
     laid_out,
     layout_for,
@@ -55,7 +56,7 @@ from support.programs import (
 
 pytestmark = pytest.mark.usefixtures("device")
 
-# Of the long run: this many operations of all tests together; and the steps of one program.
+# The long run: this many operations of all tests together; and the steps of one program.
 OPERATIONS = int(os.environ.get("FUSED_ADAM_PROGRAM_OPERATIONS", "0"))
 QUICK_PROGRAMS = 25
 STEPS = 40
@@ -63,11 +64,12 @@ STEPS = 40
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 PATHS = ["embed.weight", "blocks.0.weight", "blocks.0.bias", "blocks.1.weight", "norm", "head.weight"]  # fmt: skip
 SMALL = [
-    (), (1,), (0,), (3, 0), (7,), (31,), (33,), (5, 4), (1, 40), (40, 1), (2, 3, 4), (2, 3, 4, 5), (64, 65), (4, 13, 20),
+    (), (1,), (0,), (3, 0), (7,), (31,), (33,), (5, 4), (1, 40), (40, 1), (2, 3, 4), (2, 3, 4, 5), (64, 65),
+    (4, 13, 20),
 ]  # fmt: skip
 if is_before("0.32.1"):  # which cannot save an empty array
     SMALL = [shape for shape in SMALL if 0 not in shape]
-# Codes begin at 4096 elements; the last two are more than one thread's share.
+# Quantized state begins at 4096 elements; the last two are more than one thread's share.
 LARGE = [(128, 32), (4100,), (3, 33, 43), (70, 90), (2, 3, 20, 40), (130, 257), (40000,)]
 MOST_HANDLES = 6
 
@@ -93,19 +95,37 @@ FILTERS: dict[str, Any] = {
 }
 
 
-def tree_of(leaves: dict[str, Any]) -> dict[str, Any]:
+# How the blocks of a tree are kept; "flat" has no levels at all, but dots in its keys.
+CONTAINERS = ["lists", "lists", "digits", "ints", "flat"]
+
+
+def tree_of(leaves: dict[str, Any], containers: str) -> dict[str, Any]:
     """The tree of some of PATHS; a block that has nothing is there, and empty."""
+    if containers == "flat":
+        return dict(leaves)
     tree: dict[str, Any] = {}
     for path, x in leaves.items():
         *outer, last = path.split(".")
         inner = tree
-        if outer and outer[0] == "blocks":
+        if outer and outer[0] == "blocks" and containers == "lists":
             blocks = tree.setdefault("blocks", [])
             blocks += [{} for _ in range(int(outer[1]) + 1 - len(blocks))]
             inner = blocks[int(outer[1])]
+        elif outer and outer[0] == "blocks":
+            number = int(outer[1]) if containers == "ints" else outer[1]
+            inner = tree.setdefault("blocks", {}).setdefault(number, {})
         elif outer:
             inner = tree.setdefault(outer[0], {})
         inner[last] = x
+    return tree
+
+
+def at(tree: Any, path: str) -> Any:
+    """What a tree of any containers has at one of PATHS."""
+    if path in tree:
+        return tree[path]
+    for key in path.split("."):
+        tree = tree[key if isinstance(tree, dict) and key in tree else int(key)]
     return tree
 
 
@@ -156,7 +176,7 @@ class Streams:
         self.all = [self.first, *(mx.new_stream(device) for _ in range(count))]
 
 
-# What a step's gradients are, where it runs and what is evaluated after it.
+# A step's gradients, where it runs and what is evaluated after it.
 STEP: dict[str, Any] = dict(
     seed=st.integers(0, 2**32),
     some=st.integers(0, 2 ** len(PATHS) - 1),
@@ -206,10 +226,11 @@ class Programs(RuleBasedStateMachine):
         shapes=st.lists(st.sampled_from(SMALL), min_size=1, max_size=5),
         large=st.sampled_from(LARGE),
         begins_with_init=st.booleans(),
+        containers=st.sampled_from(CONTAINERS),
     )
     def begin(
         self, *, dtypes: str, has_schedule: bool, shapes: list[tuple[int, ...]], large: tuple[int, ...],
-        begins_with_init: bool, decay_filter: str, **drawn: Any,
+        begins_with_init: bool, decay_filter: str, containers: str, **drawn: Any,
     ) -> None:  # fmt: skip
         if drawn["state_dtype"] == "int8" and drawn["stochastic_rounding"] is False:
             drawn["stochastic_rounding"] = None
@@ -229,12 +250,13 @@ class Programs(RuleBasedStateMachine):
             dtype = DTYPES[names[(i + len(shapes)) % len(names)] if dtypes == "mixed" else dtypes]
             tensors[path] = Tensor(dtype, random_values(self.rng, shape, 1.0, dtype))
         self.model = Model(options, tensors)
-        self.tree = tree_of({k: mx.array(x.value).astype(x.dtype) for k, x in tensors.items()})
+        self.containers = containers
+        self.tree = self.tree_of({k: mx.array(x.value).astype(x.dtype) for k, x in tensors.items()})
         self.make_optimizer()
         self.is_initialized = False
         self.must_update_all = False
         self.saved: Model | None = None
-        self.turned: set[str] = set()  # paths whose codes or remainder may not be row-major
+        self.turned: set[str] = set()  # paths whose quantized state or correction may not be row-major
         if begins_with_init:
             self.init_all()
         self.counts["programs"] += 1
@@ -243,6 +265,9 @@ class Programs(RuleBasedStateMachine):
         kind = getattr(fused, self.model.options.kind)
         self.optimizer = kind(**self.model.options.arguments())
         self.forget_compiled()
+
+    def tree_of(self, leaves: dict[str, Any]) -> dict[str, Any]:
+        return tree_of(leaves, self.containers)
 
     def forget_compiled(self) -> None:
         self.compiled: dict[tuple[str, ...], Callable[[Any], None]] = {}
@@ -272,13 +297,7 @@ class Programs(RuleBasedStateMachine):
 
     def states(self) -> dict[str, dict[str, mx.array]]:
         """By path."""
-        found: dict[str, dict[str, mx.array]] = {}
-        for path in self.model.paths_with_state:
-            state: Any = self.optimizer.state
-            for key in path.split("."):
-                state = state[int(key) if isinstance(state, (list, tuple)) else key]
-            found[path] = state
-        return found
+        return {path: at(self.optimizer.state, path) for path in self.model.paths_with_state}
 
     def draw_gradients(
         self, paths: list[str], layout: str, scale: float, dtype: str
@@ -320,7 +339,7 @@ class Programs(RuleBasedStateMachine):
         if self.must_update_all or not paths:
             paths = known
         if not self.is_initialized and known[0] not in paths:
-            paths.insert(0, known[0])  # an expression of the filter that matches nothing is refused
+            paths.insert(0, known[0])  # an expression of the filter that matches nothing is rejected
         values, arrays = self.draw_gradients(paths, layout, scale, dtype)
         if how == "own gradient":
             parameters = self.arrays()
@@ -331,13 +350,13 @@ class Programs(RuleBasedStateMachine):
             self.spoil(spoils, values, arrays)
         if is_ready:
             mx.eval(arrays)
-        gradients = tree_of(arrays)
+        gradients = self.tree_of(arrays)
         # In the order of the tree, which numbers the tensors.
         values = {path: values[path] for path, _ in tree_flatten(gradients)}
         del arrays
         if self.is_initialized and any(model.tensors[path].state is None for path in paths):
-            self.refuse(partial(self.optimizer.apply_gradients, gradients, self.tree))
-            return self.count("refused update")
+            self.reject(partial(self.optimizer.apply_gradients, gradients, self.tree))
+            return self.count("rejected update")
         if not self.is_initialized:
             model.init(paths)
             self.forget_compiled()
@@ -351,7 +370,7 @@ class Programs(RuleBasedStateMachine):
         del gradients
         guard = model.take_norm(values, self.optimizer.state)
         if guard[1]:
-            self.compare_stock(values, guard[0])
+            self.compare_with_mlx(values, guard[0])
         else:
             self.counts["skipped steps"] += 1
         model.update(values, *guard)
@@ -384,7 +403,7 @@ class Programs(RuleBasedStateMachine):
         spoilt.reshape(-1)[int(self.rng.integers(spoilt.size))] = float(by)
         values[path], arrays[path] = spoilt, mx.array(spoilt).astype(arrays[path].dtype)
 
-    def compare_stock(self, gradients: dict[str, np.ndarray], scale: np.float32) -> None:
+    def compare_with_mlx(self, gradients: dict[str, np.ndarray], scale: np.float32) -> None:
         """float32 throughout: the model itself must be mlx.optimizers, bit for bit."""
         after = self.model.copy()
         plain = [
@@ -396,12 +415,12 @@ class Programs(RuleBasedStateMachine):
             return
         path = plain[int(self.rng.integers(len(plain)))]
         gradient = clipped(gradients[path], scale)
-        expected = by_stock(after, path, gradient)
+        expected = by_mlx(after, path, gradient)
         after.update({path: gradient})
         tensor = after.tensors[path]
         found = (tensor.value, tensor.moment("m"), tensor.moment("v"))
         for name, a, e in zip(("parameter", "m", "v"), found, expected, strict=True):
-            assert_same(a, e, f"the model's {name} of {path}, against stock's")
+            assert_same(a, e, f"the model's {name} of {path}, against that of mlx.optimizers")
 
     def evaluate(self, how: str) -> None:
         if how == "lazy":
@@ -537,9 +556,7 @@ class Programs(RuleBasedStateMachine):
         layout=st.sampled_from(LAYOUTS),
         is_evaluated=st.booleans(),
     )
-    def replace_a_parameter(
-        self, seed: int, which: int, how: str, layout: str, is_evaluated: bool
-    ) -> None:
+    def replace_a_parameter(self, seed: int, which: int, how: str, layout: str, is_evaluated: bool) -> None:
         self.rng = np.random.default_rng(seed)
         arrays, tensors = self.arrays(), self.model.tensors
         paths = list(tensors)
@@ -572,22 +589,22 @@ class Programs(RuleBasedStateMachine):
                     self.model.replace(path, value)
                     self.model.replace(other, value)
                     continue
-                ours, theirs = tensor.value.size, tensors[other].value.size
-                both = random_values(self.rng, (ours + theirs,), 1.0, tensor.dtype)
+                size, rest = tensor.value.size, tensors[other].value.size
+                both = random_values(self.rng, (size + rest,), 1.0, tensor.dtype)
                 buffer = mx.array(both).astype(tensor.dtype)
-                new[path] = buffer[:ours].reshape(shape)
-                new[other] = buffer[ours:].reshape(tensors[other].value.shape)
-                self.model.replace(path, both[:ours].reshape(shape))
-                self.model.replace(other, both[ours:].reshape(tensors[other].value.shape))
+                new[path] = buffer[:size].reshape(shape)
+                new[other] = buffer[size:].reshape(tensors[other].value.shape)
+                self.model.replace(path, both[:size].reshape(shape))
+                self.model.replace(other, both[size:].reshape(tensors[other].value.shape))
         if is_evaluated:
             mx.eval(new)
         del arrays
-        merge(self.tree, tree_of(new))
+        merge(self.tree, self.tree_of(new))
         self.count("replaced parameter")
 
     @rule(which=st.integers(0, 99), layout=st.sampled_from(LAYOUTS[:7]), is_evaluated=st.booleans())
     def lay_out_a_state_anew(self, which: int, layout: str, is_evaluated: bool) -> None:
-        """As a user's loader may: the same values, lying otherwise."""
+        """As a user's loader may: the same values in another layout."""
         states = self.states()
         places = [(path, name) for path in states for name in sorted(states[path])]
         if not places:
@@ -597,7 +614,7 @@ class Programs(RuleBasedStateMachine):
         layout = layout_for(state[name].shape, layout)
         dtype, tensor = state[name].dtype, self.model.tensors[path]
         if tensor.state_dtype == mx.int8 or name == "remainder":
-            # Eager updates make these row-major; a compiled one that is not refuses (test_stress.py).
+            # Eager updates make these row-major; a compiled one that is not rejects (test_stress.py).
             is_evaluated = True
             self.turned.add(path)
         state[name] = laid_out(tensor.state[name], dtype, layout, self.rng)
@@ -620,9 +637,9 @@ class Programs(RuleBasedStateMachine):
             fused.set_num_threads(1 + number % 4)
         self.count(what)
 
-    # ---- What must be refused ----
+    # ---- What must be rejected ----
 
-    def refuse(self, attempt: Callable[[], Any], kinds: Any = (ValueError, TypeError)) -> None:
+    def reject(self, attempt: Callable[[], Any], kinds: Any = (ValueError, TypeError)) -> None:
         """It raises, and every array of tree and state is the same object as before."""
 
         def everything() -> list[tuple[str, Any]]:
@@ -636,7 +653,7 @@ class Programs(RuleBasedStateMachine):
         after = everything()
         assert [path for path, _ in after] == [path for path, _ in before]
         for (path, a), (_, b) in zip(after, before, strict=True):
-            assert a is b, f"{path} was changed by what was refused"
+            assert a is b, f"{path} was changed by what was rejected"
 
     @rule(
         which=st.integers(0, 99),
@@ -644,7 +661,7 @@ class Programs(RuleBasedStateMachine):
             "shape", "broadcast", "dtype", "unknown", "none", "betas", "eps", "weight_decay", "rate", "moment", "file",
         ]),
     )  # fmt: skip
-    def ask_for_what_is_refused(self, which: int, how: str) -> None:
+    def ask_for_what_is_rejected(self, which: int, how: str) -> None:
         optimizer, parameters = self.optimizer, self.arrays()
         paths = list(parameters)
         path = paths[which % len(paths)]
@@ -676,18 +693,18 @@ class Programs(RuleBasedStateMachine):
             kept = self.states()[path]["m"]
             self.states()[path]["m"] = mx.zeros((*shape, 3))
         elif how == "file":
-            file = self.folder / "refused"
+            file = self.folder / "rejected"
             file.write_bytes(b"\x10" * (which + 1))
-            self.refuse(lambda: fused.load_optimizer(file, optimizer))
-            return self.count("refused file")
+            self.reject(lambda: fused.load_optimizer(file, optimizer))
+            return self.count("rejected file")
         else:
             how = "unknown"
             gradients["nothing"] = mx.ones(3)
         tree = {"nothing": gradients.pop("nothing")} if how == "unknown" else {}
-        tree = tree_of(gradients) | tree
+        tree = self.tree_of(gradients) | tree
         del parameters, gradients
         try:
-            self.refuse(lambda: optimizer.apply_gradients(tree, self.tree))
+            self.reject(lambda: optimizer.apply_gradients(tree, self.tree))
         finally:
             for target, name, value in set_back:
                 setattr(target, name, value)
@@ -695,7 +712,7 @@ class Programs(RuleBasedStateMachine):
                 optimizer.learning_rate = self.model.learning_rate
             if how == "moment":
                 self.states()[path]["m"] = kept
-        self.count("refused update")
+        self.count("rejected update")
 
     # ---- States that come and go ----
 
@@ -724,9 +741,7 @@ class Programs(RuleBasedStateMachine):
         self.count("save")
 
     @precondition(lambda self: self.saved is not None)
-    @rule(
-        to=st.sampled_from(["itself", "new"]), side=st.sampled_from(["error", "file", "optimizer"])
-    )
+    @rule(to=st.sampled_from(["itself", "new"]), side=st.sampled_from(["error", "file", "optimizer"]))
     def load(self, to: str, side: str) -> None:
         model, saved = self.model, self.saved
         file = self.folder / "optimizer"
@@ -739,52 +754,47 @@ class Programs(RuleBasedStateMachine):
             model.forget_guard()
             self.is_initialized = False
 
-        def rate(of: Model) -> Any:
-            return None if of.options.schedule else float(f"{of.learning_rate:.7g}")
-
-        fits = not model.paths_with_state or set(model.paths_with_state) == set(
-            saved.paths_with_state
-        )
-        differs = rate(model) != rate(saved)
-        if not fits or (differs and side == "error"):
-            self.refuse(lambda: fused.load_optimizer(file, self.optimizer, hyperparameters=side))
-            return self.count("refused load")
+        fits = not model.paths_with_state or set(model.paths_with_state) == set(saved.paths_with_state)
+        if not fits:
+            self.reject(lambda: fused.load_optimizer(file, self.optimizer, hyperparameters=side))
+            return self.count("rejected load")
         fused.load_optimizer(file, self.optimizer, hyperparameters=side)
         for path in saved.paths_with_state:
             old = saved.tensors[path]
-            model.tensors[path] = dataclasses.replace(
-                model.tensors[path], state=old.state, state_dtype=old.state_dtype
-            )
+            model.tensors[path] = dataclasses.replace(model.tensors[path], state=old.state, state_dtype=old.state_dtype)
         model.step = saved.step
         # A file of an optimizer without a state of its own has no record, which then begins anew.
         model.forget_guard()
         if self.saved_guard:
             model.grad_norm, model.skipped = saved.grad_norm, saved.skipped
-        if not (differs and side == "optimizer"):
+        if side != "optimizer" or model.options.schedule:
             model.learning_rate = saved.learning_rate
         self.is_initialized = False
-        # Later parameters get their state by init; and what stock saved is converted by it.
+        # Parameters of a later time get their state once those of the file have theirs.
+        if saved.paths_with_state and len(saved.paths_with_state) < len(model.tensors):
+            self.reject(lambda: self.optimizer.init(self.tree))
+            arrays = self.arrays()
+            self.optimizer.init(self.tree_of({path: arrays[path] for path in saved.paths_with_state}))
+        # What mlx.optimizers saved is converted, too.
         self.init_all()
         self.count("load")
 
     @rule(is_adopted=st.booleans(), is_init=st.booleans())
-    def go_by_stock(self, is_adopted: bool, is_init: bool) -> None:
-        """The state that stock would hold: compared, or taken over as well."""
+    def go_by_mlx(self, is_adopted: bool, is_init: bool) -> None:
+        """The state that mlx.optimizers would hold: compared, or adopted as well."""
         if not self.is_initialized:
             return
         model = self.model if is_adopted else self.model.copy()
         state = fused.stock_state(self.optimizer)
-        model.to_stock()
+        model.to_mlx()
         assert not model.guard.keys() & state.keys()
         for path, tensor in model.tensors.items():
             if tensor.state is None:
                 continue
-            node: Any = state
-            for key in path.split("."):
-                node = node[int(key) if isinstance(node, (list, tuple)) else key]
+            node = at(state, path)
             assert set(node) == {"m", "v"}, path
             for name in ("m", "v"):
-                where = f"stock's {self.where(path, name)}"
+                where = f"stock_state's {self.where(path, name)}"
                 assert_array(node[name], tensor.state[name], tensor.dtype, where)
         if is_adopted:
             self.optimizer.state = state
@@ -793,7 +803,7 @@ class Programs(RuleBasedStateMachine):
             self.forget_compiled()
             if is_init:
                 self.init_all()
-        self.count("stock's state")
+        self.count("stock_state")
 
     @rule(how=st.sampled_from(["deepcopy", "pickle"]), goes_on=st.booleans())
     def copy_the_optimizer(self, how: str, goes_on: bool) -> None:
@@ -803,7 +813,7 @@ class Programs(RuleBasedStateMachine):
         if goes_on:
             self.optimizer = new
             self.forget_compiled()
-        # What does not go on must stay as it is.
+        # The one that does not go on must stay as it is.
         kept = self.optimizer
         self.optimizer = other
         states = self.states()
@@ -819,9 +829,7 @@ class Programs(RuleBasedStateMachine):
 # ---- Tests ----
 
 
-def run_programs(
-    attributes: dict[str, Any], programs: int, operations: int, capsys: pytest.CaptureFixture
-) -> None:
+def run_programs(attributes: dict[str, Any], programs: int, operations: int, capsys: pytest.CaptureFixture) -> None:
     """So many programs of the suite's own seed or, for a long run, random ones until so many operations are done."""
     counts: Counter[str] = Counter()
     machine = type("Programs", (Programs,), {**attributes, "counts": counts})
@@ -850,8 +858,8 @@ def run_programs(
             "update, eager",
             "update, compiled",
             "load",
-            "refused update",
-            "stock's state",
+            "rejected update",
+            "stock_state",
         ):
             assert counts[name] > counts["operations"] // 500, f"too few of {name!r}: {told}"
 
@@ -872,7 +880,8 @@ def programs(is_emulated: bool) -> int:
     return QUICK_PROGRAMS // 4 if is_emulated else QUICK_PROGRAMS
 
 
-# First, since a stream lasts as long as its process, and with a single one updates wait for readers of what they change.
+# First, since a stream lasts as long as its process, and with a single one updates wait for readers of what they
+# change.
 def test_programs_on_one_stream(attributes, programs, capsys):
     attributes["streams"] = Streams(0)
     run_programs(attributes, programs, OPERATIONS // 2, capsys)

@@ -1,13 +1,16 @@
-"""Stochastic rounding, bit for bit against a reference in NumPy, its statistics, and the dtypes of the optimizers' state."""
+"""Stochastic rounding, bit for bit against a reference in NumPy, its statistics, and the dtypes of the optimizers'
+state.
+"""
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 import mlx_fused_adam as fused
+from support.arrays import assert_same_bits, lay_out, random
 from support.rounding_reference import bits_of_step, rounded
+from support.training import train
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -18,29 +21,16 @@ def as_float64(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
-def tensor(rng: np.random.Generator, shape, dtype: mx.Dtype, scale: float = 1.0) -> mx.array:
-    return mx.array((rng.normal(size=shape) * scale).astype(np.float32)).astype(dtype)
-
-
-LAYOUTS = {
-    "row-major": lambda g: g,
-    "column-major": lambda g: (
-        mx.array(np.ascontiguousarray(np.array(g.astype(mx.float32)).T)).astype(g.dtype).T
-    ),
-    "strided": lambda g: mx.repeat(g, 2, axis=1)[:, ::2],
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["linear", "column-major", "strided columns"])
 @pytest.mark.parametrize("shape", [(70, 90), (136, 72), (130, 257), (3, 5)], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_bits_are_those_of_the_reference(dtype, shape, layout):
     rng = np.random.default_rng(0)
     # float16's subnormal numbers too: its moments are small here.
     scale = 1.0 if dtype == mx.bfloat16 else 1e-3
-    p, m = tensor(rng, shape, dtype), tensor(rng, shape, dtype, scale)
-    g, v = tensor(rng, shape, dtype, scale), mx.abs(tensor(rng, shape, dtype, scale**2))
-    g = LAYOUTS[layout](g)
+    p, m = random(rng, shape, dtype), random(rng, shape, dtype, scale)
+    g, v = random(rng, shape, dtype, scale), mx.abs(random(rng, shape, dtype, scale**2))
+    g = lay_out(g, layout)
     settings = dict(learning_rate=1e-2, step=7, weight_decay=0.1, bias_correction=True)
     exact = [x.astype(mx.float32) for x in (p, g, m, v)]
     expected = fused.adam_update(*exact, **settings)
@@ -57,9 +47,9 @@ def test_bits_are_those_of_the_reference(dtype, shape, layout):
 
 def test_each_tensor_of_an_optimizer_has_bits_of_its_own():
     rng = np.random.default_rng(1)
-    parameters = {f"{i}": tensor(rng, (40 + i, 33), mx.bfloat16) for i in range(5)}
-    parameters["large"] = tensor(rng, (400, 200), mx.bfloat16)
-    gradients = {name: tensor(rng, p.shape, mx.bfloat16) for name, p in parameters.items()}
+    parameters = {f"{i}": random(rng, (40 + i, 33), mx.bfloat16) for i in range(5)}
+    parameters["large"] = random(rng, (400, 200), mx.bfloat16)
+    gradients = {name: random(rng, p.shape, mx.bfloat16) for name, p in parameters.items()}
     optimizer = fused.Adam(1e-2, seed=3, stochastic_rounding=True)
     results = optimizer.apply_gradients(gradients, parameters)
     for number, name in enumerate(parameters):
@@ -76,7 +66,7 @@ def test_each_tensor_of_an_optimizer_has_bits_of_its_own():
 @pytest.mark.cpu_only
 def test_bits_do_not_depend_on_the_number_of_threads():
     rng = np.random.default_rng(2)
-    p, g = (tensor(rng, (700, 501), mx.bfloat16) for _ in range(2))
+    p, g = (random(rng, (700, 501), mx.bfloat16) for _ in range(2))
     before = fused.num_threads()
     results = []
     try:
@@ -104,7 +94,9 @@ def test_special_values():
 
 @pytest.mark.cpu_only
 def test_draws_are_uniform_and_uncorrelated():
-    """Of the reference's bits, which the tests above find in the kernels. Five standard deviations of a million draws."""
+    """The bits are the reference's, which the tests above find in the kernels. Five standard deviations of a million
+    draws.
+    """
     count = 10**6
     base = bits_of_step(0, 1, 0, count)
     others = {
@@ -122,22 +114,14 @@ def test_draws_are_uniform_and_uncorrelated():
     for name, bits in others.items():
         correlation = np.corrcoef(base["v"], bits)[0, 1]
         assert abs(correlation) < 5 / np.sqrt(count), name
-    # Of one element, from step to step.
+    # One element, from step to step.
     steps = np.array([bits_of_step(0, step, 0, 64)["v"] for step in range(1, 2001)]) / 65536
     assert abs(steps.mean() - 0.5) < 5 / np.sqrt(12 * steps.size)
     lagged = np.corrcoef(steps[1:].ravel(), steps[:-1].ravel())[0, 1]
     assert abs(lagged) < 5 / np.sqrt(steps.size)
 
 
-# ---- What stock gets wrong in 16 bits ----
-
-
-def run(optimizer, parameter: mx.array, gradient: mx.array, steps: int) -> mx.array:
-    parameters = {"w": parameter}
-    for _ in range(steps):
-        parameters = optimizer.apply_gradients({"w": gradient}, parameters)
-        mx.eval(parameters, optimizer.state)
-    return parameters["w"]
+# ---- 16-bit training that mlx.optimizers gets wrong ----
 
 
 def mean(x: mx.array) -> float:
@@ -149,12 +133,12 @@ def mean(x: mx.array) -> float:
 def test_v_does_not_stick(dtype):
     ones = mx.ones(4096, dtype)
     optimizer = fused.Adam(1e-3)
-    run(optimizer, ones, ones, 6000)
+    train(optimizer, {"w": ones}, [{"w": ones}] * 6000)
     v = optimizer.state["w"]["v"]
     assert v.dtype == mx.bfloat16
     assert abs(mean(v) / 0.9975 - 1) < 0.02
     nearest = fused.Adam(1e-3, stochastic_rounding=False)
-    run(nearest, ones, ones, 3000)
+    train(nearest, {"w": ones}, [{"w": ones}] * 3000)
     assert mean(nearest.state["w"]["v"]) < 0.5
 
 
@@ -171,58 +155,35 @@ def test_a_step_of_v_is_right_on_average():
 @pytest.mark.cpu_only
 def test_weight_decay_moves_16_bit_weights():
     settings = dict(learning_rate=1e-4, weight_decay=0.1)
-    ones, zeros = mx.ones(8192, mx.bfloat16), mx.zeros(8192, mx.bfloat16)
+    ones, zeros = {"w": mx.ones(8192, mx.bfloat16)}, {"w": mx.zeros(8192, mx.bfloat16)}
     exact = (1 - 1e-5) ** 2000
-    stochastic = run(fused.AdamW(**settings, stochastic_rounding=True), ones, zeros, 2000)
-    assert abs(mean(stochastic) - exact) < 1e-3
-    assert mean(run(fused.AdamW(**settings), ones, zeros, 200)) == 1.0  # as documented
+    stochastic = train(fused.AdamW(**settings, stochastic_rounding=True), ones, [zeros] * 2000)
+    assert abs(mean(stochastic["w"]) - exact) < 1e-3
+    nearest = train(fused.AdamW(**settings), ones, [zeros] * 200)
+    assert mean(nearest["w"]) == 1.0  # as documented
 
 
 @pytest.mark.parametrize("rounding", [None, True])
-def test_resumed_and_compiled_runs_repeat_the_bits(rounding, tmp_path):
+def test_a_compiled_function_of_the_state_repeats_the_bits_of_its_seed(rounding):
+    """The state goes through the compiled function as an argument and a result."""
     rng = np.random.default_rng(3)
-    start = {"a": tensor(rng, (60, 50), mx.bfloat16), "b": tensor(rng, (9,), mx.bfloat16)}
-    gradients = [{k: tensor(rng, p.shape, mx.bfloat16) for k, p in start.items()} for _ in range(6)]
-
-    def make(seed=5):
-        return fused.AdamW(1e-2, stochastic_rounding=rounding, seed=seed)
-
-    def train(optimizer, parameters, steps):
-        for g in steps:
-            parameters = optimizer.apply_gradients(g, parameters)
-            mx.eval(parameters, optimizer.state)
-        return parameters
-
-    whole, other = make(), make(seed=6)
+    start = {"a": random(rng, (60, 50), mx.bfloat16), "b": random(rng, (9,), mx.bfloat16)}
+    gradients = [{k: random(rng, p.shape, mx.bfloat16) for k, p in start.items()} for _ in range(6)]
+    whole, other, compiled = (fused.AdamW(1e-2, stochastic_rounding=rounding, seed=seed) for seed in (5, 6, 5))
     expected = train(whole, start, gradients)
-    half = make()
-    parameters = train(half, start, gradients[:3])
-    mx.save_safetensors(str(tmp_path / "s.safetensors"), dict(tree_flatten(half.state)))
-    resumed = make()
-    resumed.state = {"a": {}, "b": {}}
-    for name, x in mx.load(str(tmp_path / "s.safetensors")).items():
-        *path, last = name.split(".")
-        (resumed.state[path[0]] if path else resumed.state)[last] = x
-    found = train(resumed, parameters, gradients[3:])
-
-    compiled = make()
     compiled.init(start)
 
+    @mx.compile
     def step(parameters, g, state):
         compiled.state = state
         compiled._initialized = True
         new = compiled.apply_gradients(g, parameters)
         return new, compiled.state
 
-    step = mx.compile(step)
-    by_compile, state = start, compiled.state
+    found, state = start, compiled.state
     for g in gradients:
-        by_compile, state = step(by_compile, g, state)
-    for name in start:
-        assert mx.array_equal(found[name], expected[name]), name
-        assert mx.array_equal(resumed.state[name]["v"], whole.state[name]["v"]), name
-        assert mx.array_equal(by_compile[name], expected[name]), name
-        assert mx.array_equal(state[name]["v"], whole.state[name]["v"]), name
+        found, state = step(found, g, state)
+    assert_same_bits([found, state], [expected, whole.state])
     train(other, start, gradients)
     assert not mx.array_equal(other.state["a"]["v"], whole.state["a"]["v"])
 
@@ -252,7 +213,7 @@ def test_state_has_the_dtype_asked_for(dtype, asked, by_init):
 def test_a_state_of_another_dtype_is_converted(dtype, asked):
     parameters = {"a": {"w": mx.ones((5, 4), dtype)}}
     gradients = {"a": {"w": mx.full((5, 4), 0.5, dtype)}}
-    other = stock.Adam(1e-3)
+    other = optim.Adam(1e-3)
     other.apply_gradients(gradients, parameters)
     optimizer = fused.Adam(1e-3, state_dtype=asked)
     optimizer.state = other.state
@@ -269,8 +230,8 @@ def test_a_state_of_another_dtype_is_converted(dtype, asked):
 
 def test_float32_is_untouched_by_the_rounding_options():
     rng = np.random.default_rng(4)
-    parameters = {"w": tensor(rng, (33, 40), mx.float32)}
-    gradients = {"w": tensor(rng, (33, 40), mx.float32)}
+    parameters = {"w": random(rng, (33, 40), mx.float32)}
+    gradients = {"w": random(rng, (33, 40), mx.float32)}
     results = [
         fused.AdamW(1e-2, stochastic_rounding=rounding).apply_gradients(gradients, parameters)["w"]
         for rounding in (None, True, False)

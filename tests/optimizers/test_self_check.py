@@ -1,19 +1,19 @@
-"""The guard on first use: what an optimizer does where a kernel fails or computes something else than stock."""
+"""The self-check on first use: an optimizer falls back where a kernel fails or computes something else than
+mlx.optimizers.
+"""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _backends, _self_check, _step
-from support.extension_users import use_extension
+from support.extension import use_extension
 from support.mlx_release import since_mlx
+from support.processes import run_python
 
 pytestmark = pytest.mark.usefixtures("device", "unchecked")
 
@@ -52,9 +52,7 @@ class Faulty:
         moments = ([state[name] for state in states] for name in ("m", "v"))
         parameters, *moments = self._fault([parameters, *moments], *self._step)
         spoiled = getattr(self._fault, "of_state", lambda state: state)
-        states = [
-            spoiled(state | {"m": m, "v": v}) for state, m, v in zip(states, *moments, strict=True)
-        ]
+        states = [spoiled(state | {"m": m, "v": v}) for state, m, v in zip(states, *moments, strict=True)]
         return parameters, states
 
 
@@ -103,15 +101,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("lost", ["gradient_scale", "is_applied"])
-def test_a_kernel_that_ignores_the_guard_fails(extension, monkeypatch, lost):
+def test_a_kernel_that_ignores_clipping_or_skipping_fails(extension, monkeypatch, lost):
     def fault(results, step, wide):
         return results
 
     fault.settings = {lost: None}
     faulty = Faulty(extension, fault)
-    assert "kernel is off by" in _self_check.run(
-        faulty, mx.default_device().type, (mx.float32,) * 3
-    )
+    assert "kernel is off by" in _self_check.run(faulty, mx.default_device().type, (mx.float32,) * 3)
 
 
 NORM_FAULTS = {
@@ -124,7 +120,7 @@ NORM_FAULTS = {
 
 
 @pytest.mark.parametrize("name", NORM_FAULTS)
-def test_a_broken_norm_leaves_norms_to_stock(extension, backend_name, monkeypatch, name):
+def test_a_broken_norm_falls_back(extension, backend_name, monkeypatch, name):
     """And updates to their kernel: with a warning, the right norm, and a skipped step where there should be one."""
 
     class FaultyNorm(Faulty):
@@ -171,13 +167,11 @@ def test_kernels_pass_in_16_bits(extension, dtypes):
     assert _self_check.run(extension, mx.default_device().type, dtypes) is None
 
 
-def test_a_broken_kernel_leaves_the_work_to_stock(broken):
+def test_a_broken_kernel_falls_back(broken):
     """One warning with the reason; results, state and derivatives as if nothing had been replaced."""
     parameters, gradients = {"w": mx.ones((3, 4))}, {"w": mx.full((3, 4), 0.2)}
-    optimizer, reference = fused.AdamW(0.1), stock.AdamW(0.1)
-    with pytest.warns(
-        RuntimeWarning, match="updates of float32 on the .pu fall back to mlx.optimizers"
-    ):
+    optimizer, reference = fused.AdamW(0.1), optim.AdamW(0.1)
+    with pytest.warns(RuntimeWarning, match="updates of float32 on the .pu fall back to mlx.optimizers"):
         new = optimizer.apply_gradients(gradients, parameters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -241,7 +235,7 @@ OPTIONS = [{"state_dtype": "int8"}, {"master_weights": True}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
+def test_what_mlx_cannot_store_falls_back_to_the_cpu(monkeypatch, options):
     """As on a GPU whose kernel for it fails; the stand-in is a back end of another name."""
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
     gradients = {"w": mx.full((64, 64), 0.25, mx.bfloat16)}
@@ -250,14 +244,10 @@ def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
     gpu.place = lambda asked: asked
     monkeypatch.setattr(_step, "backend_of", lambda: gpu)
     find = _backends.Backend._find
-    monkeypatch.setattr(
-        _self_check, "run", lambda ext, kind, dtypes: "it is broken" if kind == mx.gpu else None
-    )
+    monkeypatch.setattr(_self_check, "run", lambda ext, kind, dtypes: "it is broken" if kind == mx.gpu else None)
     monkeypatch.setattr(_backends.Backend, "_find", find)
     optimizer = fused.AdamW(0.1, **options)
-    with pytest.warns(
-        RuntimeWarning, match="updates of bfloat16 .* fall back to the CPU: it is broken"
-    ):
+    with pytest.warns(RuntimeWarning, match="updates of bfloat16 .* fall back to the CPU: it is broken"):
         new = optimizer.apply_gradients(gradients, parameters)
     assert mx.array_equal(new["w"], expected["w"])
     gpu.verdicts[(mx.float32,) * 3] = None
@@ -265,25 +255,23 @@ def test_what_stock_cannot_store_goes_to_the_cpu(monkeypatch, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_what_stock_cannot_store_is_an_error_where_stock_is_forced(monkeypatch, options):
+def test_what_mlx_cannot_store_is_an_error_where_the_fallback_is_forced(monkeypatch, options):
     forced = _backends.Backend(None, "MLX_FUSED_ADAM_BACKEND=stock", mx.cpu, is_forced=True)
     monkeypatch.setattr(_step, "backend_of", lambda: forced)
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
     optimizer = fused.AdamW(0.1, **options)
-    with pytest.raises(
-        RuntimeError, match="must have a kernel, since MLX's operations cannot store"
-    ):
+    with pytest.raises(RuntimeError, match="must have a kernel, since MLX's operations cannot store"):
         optimizer.apply_gradients(parameters, parameters)
     assert optimizer.step.item() == 0
     assert fused.AdamW(0.1).apply_gradients(parameters, parameters)["w"].dtype == mx.bfloat16
 
 
-def test_classes_put_in_the_place_of_stocks_are_not_the_reference(monkeypatch):
-    monkeypatch.setattr(stock, "Adam", fused.Adam)
-    monkeypatch.setattr(stock, "AdamW", fused.AdamW)
+def test_classes_put_in_the_place_of_mlx_s_are_not_the_reference(monkeypatch):
+    monkeypatch.setattr(optim, "Adam", fused.Adam)
+    monkeypatch.setattr(optim, "AdamW", fused.AdamW)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer = stock.AdamW(0.1)
+        optimizer = optim.AdamW(0.1)
         new = optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
     assert mx.all(new["w"] < 1).item() and not optimizer.backend.startswith("stock")
 
@@ -312,9 +300,7 @@ except RuntimeError as error:
 
 
 def run(program, **environment):
-    command = [sys.executable, "-c", PROGRAM + program]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return run_python("-c", PROGRAM + program, timeout=120, **environment)
 
 
 @since_mlx("0.32.2", "mx.synchronize raises what a task of the CPU has thrown")
@@ -334,15 +320,15 @@ print(optimizer.backend, new["w"].tolist())
 """
 
 
-def test_the_environment_forces_stock():
+def test_the_environment_forces_the_fallback():
     result = run(UPDATE, MLX_FUSED_ADAM_BACKEND="stock")
     assert result.returncode == 0, result.stderr  # and no warning
-    expected = stock.AdamW(0.1).apply_gradients({"w": mx.full((4,), 0.2)}, {"w": mx.ones(4)})
+    expected = optim.AdamW(0.1).apply_gradients({"w": mx.full((4,), 0.2)}, {"w": mx.ones(4)})
     assert result.stdout.startswith("stock (MLX_FUSED_ADAM_BACKEND=stock)")
     assert str(expected["w"].tolist()) in result.stdout
 
 
-def test_forced_stock_operations_run_where_they_are_asked_to():
+def test_a_forced_fallback_runs_where_it_is_asked_to():
     backend = _backends.Backend(None, "forced", mx.gpu, is_forced=True)
     assert backend.place(mx.cpu) == mx.cpu and backend.place(None) is None
     assert _backends.Backend("cpu", None, mx.cpu, is_forced=True).place(mx.gpu) == mx.cpu
@@ -387,9 +373,7 @@ def test_the_first_use_may_be_inside_compile():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mx.compile(step, inputs=[state, optimizer.state], outputs=[state, optimizer.state])(
-            mx.ones(3)
-        )
+        mx.compile(step, inputs=[state, optimizer.state], outputs=[state, optimizer.state])(mx.ones(3))
     assert not optimizer.backend.startswith("stock")
     assert mx.all(state["w"] < 1).item()
 

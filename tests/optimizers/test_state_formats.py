@@ -1,65 +1,37 @@
-"""State in 8 bits and exact master weights: bit for bit against a reference in NumPy, and against training in float32."""
+"""State in 8 bits and exact master weights: bit for bit against a reference in NumPy, and against training in
+float32.
+"""
 
 import copy
 import pickle
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 import mlx_fused_adam as fused
+from support.arrays import DTYPES, assert_same_bits, bits, lay_out, random
 from support.storage_reference import decode, draws_of_step, encode, joined, upper_half
+from support.training import copied, train
 
 pytestmark = pytest.mark.usefixtures("device")
 
 STATE_DTYPES = ["float32", "bfloat16", "int8"]
 SETTINGS = dict(learning_rate=1e-2, weight_decay=0.1, bias_correction=True)
-LAYOUTS = ["row-major", "column-major", "strided"]
-
-
-def random(rng: np.random.Generator, shape, dtype: mx.Dtype = mx.float32) -> mx.array:
-    return mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
-
-
-def laid_out(g: mx.array, layout: str) -> mx.array:
-    if layout == "strided":
-        return mx.repeat(g, 2, axis=-1)[..., ::2]
-    if layout == "column-major" and g.ndim > 1:
-        turned = mx.contiguous(mx.swapaxes(g, 0, -1))
-        return mx.swapaxes(turned, 0, -1)
-    return g
+LAYOUTS = ["linear", "all axes reversed", "strided columns"]
 
 
 def to_numpy(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
 
-def bits(x: mx.array) -> np.ndarray:
-    return np.array(x.view(mx.uint16))
-
-
 def full_value(parameter: mx.array, state: dict) -> np.ndarray:
     return joined(bits(parameter), np.array(state["remainder"]).astype(np.int64))
-
-
-def equal_states(a: dict, b: dict) -> None:
-    found, expected = dict(tree_flatten(a)), dict(tree_flatten(b))
-    assert found.keys() == expected.keys()
-    for path, x in expected.items():
-        assert found[path].dtype == x.dtype, path
-        assert mx.array_equal(found[path], x), path
-
-
-def train(optimizer, parameters: dict, gradients: list[dict]) -> dict:
-    for g in gradients:
-        parameters = optimizer.apply_gradients(g, parameters)
-        mx.eval(parameters, optimizer.state)
-    return parameters
 
 
 # ---- 8-bit codes ----
@@ -71,12 +43,8 @@ def assert_codes_are_right(parameter: mx.array, gradients: list[mx.array], seed:
     optimizer.init({"w": parameter})
     state = optimizer.state["w"]
     for step, g in enumerate(gradients, 1):
-        before = [
-            mx.array(decode(k, np.array(state[k]), to_numpy(state[f"{k}_scale"]))) for k in "mv"
-        ]
-        exact = fused.adam_update(
-            parameter.astype(mx.float32), g.astype(mx.float32), *before, step=step, **SETTINGS
-        )
+        before = [mx.array(decode(k, np.array(state[k]), to_numpy(state[f"{k}_scale"]))) for k in "mv"]
+        exact = fused.adam_update(parameter.astype(mx.float32), g.astype(mx.float32), *before, step=step, **SETTINGS)
         parameter = optimizer.apply_gradients({"w": g}, {"w": parameter})["w"]
         draws = draws_of_step(seed, step, 0, parameter.shape)
         assert mx.array_equal(parameter, exact[0].astype(parameter.dtype)), f"w, step {step}"
@@ -88,15 +56,13 @@ def assert_codes_are_right(parameter: mx.array, gradients: list[mx.array], seed:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "shape", [(128, 40), (64, 64), (4, 33, 40), (4097,), (2, 2050), (33, 150)], ids=str
-)
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_codes_are_those_of_the_reference(dtype, shape, layout):
+@pytest.mark.parametrize("shape", [(128, 40), (64, 64), (4, 33, 40), (4097,), (2, 2050), (33, 150)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_state_is_that_of_the_reference(dtype, shape, layout):
     rng = np.random.default_rng(0)
-    gradients = [laid_out(random(rng, shape, dtype), layout) for _ in range(3)]
+    gradients = [lay_out(random(rng, shape, dtype), layout) for _ in range(3)]
     gradients[1] = gradients[1] * mx.array(np.exp(rng.normal(size=shape) * 3).astype(np.float32))
-    gradients[1] = laid_out(mx.clip(gradients[1], -1e3, 1e3).astype(dtype), layout)
+    gradients[1] = lay_out(mx.clip(gradients[1], -1e3, 1e3).astype(dtype), layout)
     assert_codes_are_right(random(rng, shape, dtype), gradients, seed=2**40 + 5)
 
 
@@ -109,10 +75,10 @@ def test_codes_are_those_of_the_reference(dtype, shape, layout):
     scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e15]),
     seed=st.integers(0, 2**64 - 1),
 )
-def test_codes_of_any_shape_and_scale(row, extra, outer, layout, scale, seed):
+def test_quantized_state_of_any_shape_and_scale(row, extra, outer, layout, scale, seed):
     shape = (*outer, -(-4096 // row) + extra, row)
     rng = np.random.default_rng(seed % 1000)
-    gradients = [laid_out(random(rng, shape) * scale, layout) for _ in range(2)]
+    gradients = [lay_out(random(rng, shape) * scale, layout) for _ in range(2)]
     assert_codes_are_right(random(rng, shape), gradients, seed)
 
 
@@ -173,7 +139,7 @@ def test_weights_whose_gradients_stop_come_to_rest():
 
 
 @pytest.mark.cpu_only
-def test_v_in_codes_reaches_its_value():
+def test_quantized_v_reaches_its_value():
     ones = mx.ones((64, 64))
     optimizer = fused.Adam(1e-3, state_dtype="int8")
     parameters = {"w": ones}
@@ -205,10 +171,10 @@ def test_small_parameters_keep_bfloat16(shape, is_coded):
 
 
 @pytest.mark.cpu_only
-def test_codes_do_not_depend_on_the_number_of_threads():
+def test_quantized_state_does_not_depend_on_the_number_of_threads():
     rng = np.random.default_rng(2)
     parameters = {"w": random(rng, (300, 501), mx.bfloat16)}
-    gradients = [{"w": laid_out(random(rng, (300, 501), mx.bfloat16), x)} for x in LAYOUTS]
+    gradients = [{"w": lay_out(random(rng, (300, 501), mx.bfloat16), x)} for x in LAYOUTS]
     before, states = fused.num_threads(), []
     try:
         for count in (1, 3):
@@ -218,7 +184,7 @@ def test_codes_do_not_depend_on_the_number_of_threads():
             states.append(optimizer.state)
     finally:
         fused.set_num_threads(before)
-    equal_states(*states)
+    assert_same_bits(*states)
 
 
 # ---- Master weights ----
@@ -231,24 +197,22 @@ def test_master_weights_are_those_of_float32_training(state_dtype, rounding):
     shapes = {"a": (64, 100), "b": (33, 40, 5), "c": (5000,), "d": (7,), "e": (64, 64), "f": ()}
     start = {k: random(rng, shape, mx.bfloat16) for k, shape in shapes.items()}
     options = dict(SETTINGS, state_dtype=state_dtype, seed=3, stochastic_rounding=rounding)
-    ours, exact = fused.AdamW(**options, master_weights=True), fused.AdamW(**options)
+    master, exact = fused.AdamW(**options, master_weights=True), fused.AdamW(**options)
     parameters, weights = start, {k: p.astype(mx.float32) for k, p in start.items()}
     for step in range(6):
         gradients = {
-            k: laid_out(
-                random(rng, shape, mx.bfloat16), LAYOUTS[step % 3] if shape else "row-major"
-            )
+            k: lay_out(random(rng, shape, mx.bfloat16), LAYOUTS[step % 3] if shape else "linear")
             for k, shape in shapes.items()
         }
-        parameters = ours.apply_gradients(gradients, parameters)
+        parameters = master.apply_gradients(gradients, parameters)
         weights = exact.apply_gradients(gradients, weights)
         for k in shapes:
             where = f"{k}, step {step + 1}"
-            full = full_value(parameters[k], ours.state[k])
+            full = full_value(parameters[k], master.state[k])
             np.testing.assert_array_equal(full, np.array(weights[k]), where)
             np.testing.assert_array_equal(bits(parameters[k]), upper_half(full), where)
             for name, x in exact.state[k].items():
-                assert mx.array_equal(ours.state[k][name], x), f"{name} of {where}"
+                assert mx.array_equal(master.state[k][name], x), f"{name} of {where}"
 
 
 def test_a_parameter_changed_from_outside_costs_half_a_unit_at_most():
@@ -265,7 +229,7 @@ def test_a_parameter_changed_from_outside_costs_half_a_unit_at_most():
     full = full_value(kept, optimizer.state["w"])
     old = to_numpy(changed)
     assert np.isnan(full[0, 4])
-    # Half a unit below infinity lies the largest float's neighbourhood.
+    # Half a unit below infinity is near the largest float.
     assert full[0, 2] > 3.39e38 and full[0, 3] < -3.39e38
     rest = np.isfinite(old)
     unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(old[rest]), 2.0**-126))) - 7)
@@ -281,30 +245,26 @@ def test_the_least_significant_bits_survive_where_bfloat16_loses_them():
     assert (full < 0.9996).all()
 
 
-def test_float32_parameters_need_no_remainder_and_float16_ones_are_refused():
+def test_float32_parameters_need_no_correction_and_float16_ones_are_rejected():
     optimizer = fused.Adam(1e-2, master_weights=True)
     optimizer.init({"w": mx.ones(3)})
     assert optimizer.state["w"].keys() == {"m", "v"}
     for by_init in (True, False):
         optimizer = fused.AdamW(1e-2, master_weights=True)
         parameters = {"a": mx.ones(3), "b": [mx.ones(3, mx.float16)]}
-        with pytest.raises(
-            ValueError, match=r"\[AdamW\] parameter of b.0 must be bfloat16 or float32"
-        ):
-            optimizer.init(parameters) if by_init else optimizer.apply_gradients(
-                parameters, parameters
-            )
+        with pytest.raises(ValueError, match=r"\[AdamW\] parameter of b.0 must be bfloat16 or float32"):
+            optimizer.init(parameters) if by_init else optimizer.apply_gradients(parameters, parameters)
         assert optimizer.step.item() == 0
 
 
 @pytest.mark.cpu_only
-def test_what_stock_gets_wrong_is_gone():
-    """float16 with zero gradients is NaN in stock; bfloat16's decay sticks; see also test_rounding."""
+def test_what_mlx_gets_wrong_in_16_bits_is_right():
+    """float16 with zero gradients is NaN in mlx.optimizers; bfloat16's decay sticks; see also test_rounding."""
     for options in ({}, {"stochastic_rounding": True}, {"state_dtype": "int8"}):
         ones, zeros = mx.ones((64, 64), mx.float16), mx.zeros((64, 64), mx.float16)
         parameters = train(fused.AdamW(1e-2, **options), {"w": ones}, [{"w": zeros}] * 3)
         assert mx.all(mx.isfinite(parameters["w"])), options
-    parameters = train(stock.AdamW(1e-2), {"w": ones}, [{"w": zeros}] * 3)
+    parameters = train(optim.AdamW(1e-2), {"w": ones}, [{"w": zeros}] * 3)
     assert mx.any(mx.isnan(parameters["w"]))
 
 
@@ -335,8 +295,11 @@ def test_bytes_of_weights_and_state(name):
     assert sum(x.nbytes for _, x in arrays) == BYTES[name] * 128 * 128
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_resumed_and_compiled_runs_repeat_the_bits(name, tmp_path):
+STOCHASTIC = dict(stochastic_rounding=True, seed=5)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {}, STOCHASTIC], ids=str)
+def test_resumed_and_compiled_runs_repeat_the_bits(options, tmp_path):
     rng = np.random.default_rng(3)
     start = {"a": random(rng, (70, 90), mx.bfloat16), "b": [random(rng, (9,), mx.bfloat16)]}
 
@@ -344,61 +307,46 @@ def test_resumed_and_compiled_runs_repeat_the_bits(name, tmp_path):
         return {"a": random(rng, (90, 70), mx.bfloat16).T, "b": [random(rng, (9,), mx.bfloat16)]}
 
     steps = [gradients() for _ in range(6)]
-    whole = fused.AdamW(**SETTINGS, **OPTIONS[name])
+    whole = fused.AdamW(**SETTINGS, **options)
     expected = train(whole, start, steps)
 
-    half = fused.AdamW(**SETTINGS, **OPTIONS[name])
+    half = fused.AdamW(**SETTINGS, **options)
     parameters = train(half, start, steps[:3])
     path = str(tmp_path / "state.safetensors")
     mx.save_safetensors(path, dict(tree_flatten(half.state)))
-    resumed = fused.AdamW(**SETTINGS, **OPTIONS[name])
+    resumed = fused.AdamW(**SETTINGS, **options)
     resumed.state = tree_unflatten(list(mx.load(path).items()))
-    equal_states(train(resumed, parameters, steps[3:]), expected)
-    equal_states(resumed.state, whole.state)
+    assert_same_bits(train(resumed, parameters, steps[3:]), expected)
+    assert_same_bits(resumed.state, whole.state)
 
-    compiled = fused.AdamW(**SETTINGS, **OPTIONS[name])
-    parameters = {"a": start["a"] + 0, "b": [start["b"][0] + 0]}
-    compiled.init(parameters)
-    captured = [parameters, compiled.state]
-
-    def step(g):
-        new = compiled.apply_gradients(g, parameters)
-        parameters.update(new)
-
-    step = mx.compile(step, inputs=captured, outputs=captured)
-    for g in steps:
-        step(g)
-        mx.eval(captured)
-    equal_states(parameters, expected)
-    equal_states(compiled.state, whole.state)
+    again = fused.AdamW(**SETTINGS, **options)
+    assert_same_bits(train(again, start, steps, is_compiled=True), expected)
+    assert_same_bits(again.state, whole.state)
 
 
 def state_of(name: str, parameters: dict, gradients: list[dict]) -> dict:
-    """A state of so many steps as stock or one of the options stores it, beside new parameters."""
-    optimizer = stock.Adam(1e-2) if name == "stock" else fused.Adam(1e-2, **OPTIONS[name])
+    """A state of so many steps as mlx.optimizers or one of the options stores it, beside new parameters."""
+    optimizer = optim.Adam(1e-2) if name == "mlx.optimizers" else fused.Adam(1e-2, **OPTIONS[name])
     train(optimizer, parameters, gradients)
     return optimizer.state
 
 
 @pytest.mark.parametrize("is_saved", [False, True])
 @pytest.mark.parametrize("to", OPTIONS)
-@pytest.mark.parametrize("given_by", ["stock", *OPTIONS])
-def test_any_state_is_taken_over(given_by, to, is_saved, tmp_path):
+@pytest.mark.parametrize("given_by", ["mlx.optimizers", *OPTIONS])
+def test_any_state_is_adopted(given_by, to, is_saved, tmp_path):
     rng = np.random.default_rng(4)
     parameters = {
         "a": {"w": random(rng, (64, 70), mx.bfloat16)},
         "b": [random(rng, (9,), mx.bfloat16)],
     }
-    gradients = [
-        {"a": {"w": random(rng, (64, 70), mx.bfloat16)}, "b": [random(rng, (9,), mx.bfloat16)]}
-    ]
+    gradients = [{"a": {"w": random(rng, (64, 70), mx.bfloat16)}, "b": [random(rng, (9,), mx.bfloat16)]}]
     state = state_of(given_by, parameters, gradients * 3)
     if is_saved:
         mx.save_safetensors(str(tmp_path / "s.safetensors"), dict(tree_flatten(state)))
         state = tree_unflatten(list(mx.load(str(tmp_path / "s.safetensors")).items()))
     values = {
-        path: {k: value_of(node, k) for k in "mv"}
-        for path, node in (("a.w", state["a"]["w"]), ("b.0", state["b"][0]))
+        path: {k: value_of(node, k) for k in "mv"} for path, node in (("a.w", state["a"]["w"]), ("b.0", state["b"][0]))
     }
     optimizer = fused.Adam(1e-2, **OPTIONS[to])
     optimizer.state = state
@@ -427,39 +375,37 @@ def value_of(state: dict, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_stock_state_is_what_stock_goes_on_with(name, dtype):
+def test_mlx_optimizers_go_on_with_stock_state(name, dtype):
     rng = np.random.default_rng(5)
     parameters = {"a": {"w": random(rng, (64, 70), dtype)}, "b": [random(rng, (9,), dtype)]}
     gradients = {"a": {"w": random(rng, (64, 70), dtype)}, "b": [random(rng, (9,), dtype)]}
-    ours, theirs = fused.AdamW(1e-2, **OPTIONS[name]), stock.AdamW(1e-2)
-    parameters = train(ours, parameters, [gradients] * 2)
-    before = dict(tree_flatten(ours.state))
-    tree = fused.stock_state(ours)
-    theirs.init(parameters)
+    optimizer, reference = fused.AdamW(1e-2, **OPTIONS[name]), optim.AdamW(1e-2)
+    parameters = train(optimizer, parameters, [gradients] * 2)
+    before = dict(tree_flatten(optimizer.state))
+    tree = fused.stock_state(optimizer)
+    reference.init(parameters)
     assert [(k, x.dtype, x.shape) for k, x in sorted(tree_flatten(tree))] == [
-        (k, x.dtype, x.shape) for k, x in sorted(tree_flatten(theirs.state))
+        (k, x.dtype, x.shape) for k, x in sorted(tree_flatten(reference.state))
     ]
     for k in "mv":
-        expected = mx.array(value_of(ours.state["a"]["w"], k)).astype(dtype)
+        expected = mx.array(value_of(optimizer.state["a"]["w"], k)).astype(dtype)
         assert mx.array_equal(tree["a"]["w"][k], expected), k
-    theirs.state = tree
-    train(theirs, parameters, [gradients])
-    assert theirs.state["step"].item() == 3
-    after = dict(tree_flatten(ours.state))
+    reference.state = tree
+    train(reference, parameters, [gradients])
+    assert reference.state["step"].item() == 3
+    after = dict(tree_flatten(optimizer.state))
     assert before.keys() == after.keys() and all(before[k] is after[k] for k in before)
 
 
 def test_stock_state_needs_parameters_that_were_seen():
     optimizer = fused.Adam(1e-2)
     optimizer.state = {"layers": [{"w": {"m": mx.zeros(3), "v": mx.zeros(3)}}]}
-    with pytest.raises(
-        ValueError, match=r"parameter of layers.0.w but got none: call optimizer.init"
-    ):
+    with pytest.raises(ValueError, match=r"parameter of layers.0.w but got none: call optimizer.init"):
         fused.stock_state(optimizer)
     optimizer.init({"layers": [{"w": mx.zeros(3, mx.float16)}]})
     assert fused.stock_state(optimizer)["layers"][0]["w"]["m"].dtype == mx.float16
     with pytest.raises(TypeError, match="must be an Adam or AdamW of mlx_fused_adam but got"):
-        fused.stock_state(stock.Adam(1e-2))
+        fused.stock_state(optim.Adam(1e-2))
 
 
 def broken(key: str, value) -> dict:
@@ -471,47 +417,23 @@ def broken(key: str, value) -> dict:
 
 
 WRONG = [
-    (
-        "m",
-        mx.ones((64, 64), mx.int32),
-        "m of a.w must be floating or mlx.core.int8 with a scale but got",
-    ),
-    (
-        "m",
-        mx.ones((64, 64), mx.uint8),
-        "m of a.w must be floating or mlx.core.int8 with a scale but got",
-    ),
-    (
-        "v",
-        mx.ones((64, 64), mx.int8),
-        "v of a.w must be floating or mlx.core.uint8 with a scale but",
-    ),
+    ("m", mx.ones((64, 64), mx.int32), "m of a.w must be floating or mlx.core.int8 with a scale but got"),
+    ("m", mx.ones((64, 64), mx.uint8), "m of a.w must be floating or mlx.core.int8 with a scale but got"),
+    ("v", mx.ones((64, 64), mx.int8), "v of a.w must be floating or mlx.core.uint8 with a scale but"),
     ("v", None, "state of a.w must hold v but got nothing"),
     ("m_scale", None, "m_scale of a.w must be there, since m is mlx.core.int8, but got nothing"),
-    (
-        "v_scale",
-        mx.ones((64, 3), mx.bfloat16),
-        r"v_scale of a.w must be bfloat16 of shape \(64, 2\)",
-    ),
-    (
-        "m_scale",
-        mx.ones((64, 2)),
-        "m_scale of a.w must be bfloat16 of shape .* but got mlx.core.float32",
-    ),
+    ("v_scale", mx.ones((64, 3), mx.bfloat16), r"v_scale of a.w must be bfloat16 of shape \(64, 2\)"),
+    ("m_scale", mx.ones((64, 2)), "m_scale of a.w must be bfloat16 of shape .* but got mlx.core.float32"),
     ("m_scale", "1", "m_scale of a.w must be an array but got '1'"),
     ("remainder", mx.ones((64, 64)), "remainder of a.w must be int16 but got mlx.core.float32"),
-    (
-        "remainder",
-        mx.ones(3, mx.int16),
-        r"remainder of a.w must have the parameter's shape \(64, 64\)",
-    ),
+    ("remainder", mx.ones(3, mx.int16), r"remainder of a.w must have the parameter's shape \(64, 64\)"),
     ("m", mx.ones((64, 65)), "m of a.w must have the parameter's shape"),
     ("v", mx.ones((64, 65), mx.uint8), "v of a.w must have the parameter's shape"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "value", "message"), WRONG, ids=str)
-def test_a_state_that_does_not_fit_is_refused_by_its_path(key, value, message):
+def test_a_state_that_does_not_fit_is_rejected_by_its_path(key, value, message):
     parameters = {"a": {"w": mx.ones((64, 64), mx.bfloat16)}}
     optimizer = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
     optimizer.state = broken(key, value)
@@ -533,7 +455,7 @@ def test_a_state_that_does_not_fit_is_refused_by_its_path(key, value, message):
     ("remainder", mx.ones((64, 64), mx.int8), "remainder of a.w must be .*int16 of shape"),
     ("m", mx.ones((64, 64)), "v of a.w must be float32, bfloat16 or float16 but got uint8"),
 ])  # fmt: skip
-def test_a_state_spoilt_between_updates_is_refused_too(key, value, message):
+def test_a_state_spoilt_between_updates_is_rejected_too(key, value, message):
     parameters = {"a": {"w": mx.ones((64, 64), mx.bfloat16)}}
     optimizer = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
     optimizer.init(parameters)
@@ -547,7 +469,7 @@ def test_a_state_spoilt_between_updates_is_refused_too(key, value, message):
     train(optimizer, parameters, [parameters])
 
 
-def test_a_refused_init_leaves_no_state_behind():
+def test_a_rejected_init_leaves_no_state_behind():
     optimizer = fused.AdamW(1e-3, master_weights=True)
     before = dict(optimizer.state)
     with pytest.raises(ValueError, match="parameter of h must be bfloat16 or float32"):
@@ -565,20 +487,18 @@ def test_an_optimizer_can_be_copied_and_pickled(name):
     copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
     expected = train(optimizer, parameters, [parameters])
     for other in copies:
-        equal_states(train(other, parameters, [parameters]), expected)
-        equal_states(other.state, optimizer.state)
+        assert_same_bits(train(other, parameters, [parameters]), expected)
+        assert_same_bits(other.state, optimizer.state)
 
 
 @pytest.mark.cpu_only
-def test_codes_of_parameters_that_become_float64_are_decoded_by_init():
+def test_quantized_state_of_parameters_that_become_float64_is_dequantized_by_init():
     parameters = {"w": mx.ones((128, 32))}
     optimizer = fused.Adam(1e-3, state_dtype="int8")
     parameters = train(optimizer, parameters, [{"w": mx.full((128, 32), 1e-3)}] * 20)
     expected = value_of(optimizer.state["w"], "m")
     wide = {"w": parameters["w"].astype(mx.float64)}
-    with pytest.raises(
-        ValueError, match="state of w must not be quantized for a parameter of .*float64"
-    ):
+    with pytest.raises(ValueError, match="state of w must not be quantized for a parameter of .*float64"):
         optimizer.apply_gradients(wide, wide)
     optimizer.init(wide)
     assert optimizer.state["w"]["m"].dtype == mx.float64
@@ -601,7 +521,7 @@ def test_a_huge_gradient_moves_its_weight_no_further_than_it_may(spike):
 
 def test_a_state_is_converted_inside_a_shapeless_trace():
     parameters = {"w": mx.ones((64, 70))}
-    other = stock.Adam(1e-2)
+    other = optim.Adam(1e-2)
     train(other, parameters, [parameters])
     optimizer = fused.Adam(1e-2, state_dtype="int8")
 
@@ -609,23 +529,21 @@ def test_a_state_is_converted_inside_a_shapeless_trace():
         optimizer.state = state
         return optimizer.apply_gradients(parameters, parameters)["w"]
 
-    state = tree_map(lambda x: x, other.state)
-    expected = step(parameters, tree_map(lambda x: x, state))
+    state = copied(other.state)
+    expected = step(parameters, copied(state))
     found = mx.compile(step, shapeless=True)(parameters, state)
     assert mx.array_equal(found, expected)
 
 
-def test_a_change_of_the_parameters_dtype_is_refused():
+def test_a_change_of_the_parameters_dtype_is_rejected():
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
     optimizer = fused.Adam(1e-2, master_weights=True)
     optimizer.init(parameters)
-    with pytest.raises(
-        ValueError, match="parameter of w must be bfloat16, since it has a remainder"
-    ):
+    with pytest.raises(ValueError, match="parameter of w must be bfloat16, since it has a remainder"):
         optimizer.apply_gradients(parameters, {"w": mx.ones((64, 64))})
 
 
-def test_moments_that_are_not_row_major_are_taken_as_they_are_meant():
+def test_moments_that_are_not_row_major_keep_their_values():
     rng = np.random.default_rng(6)
     parameters, g = (
         {"w": random(rng, (64, 96), mx.bfloat16)},
@@ -634,7 +552,7 @@ def test_moments_that_are_not_row_major_are_taken_as_they_are_meant():
     plain = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
     train(plain, parameters, [g] * 2)
     turned = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
-    turned.state = tree_map(lambda x: x, plain.state)
+    turned.state = copied(plain.state)
     turned.init(parameters)
     for name, x in turned.state["w"].items():
         turned.state["w"][name] = mx.contiguous(x.T).T
@@ -643,11 +561,11 @@ def test_moments_that_are_not_row_major_are_taken_as_they_are_meant():
     expected = plain.apply_gradients(g, parameters)
     found = turned.apply_gradients(g, parameters)
     assert state["m"] is not plain.state["w"]["m"]
-    equal_states(found, expected)
-    equal_states(turned.state["w"], plain.state["w"])
+    assert_same_bits(found, expected)
+    assert_same_bits(turned.state["w"], plain.state["w"])
 
 
-def test_a_compiled_update_of_codes_that_are_not_row_major_is_an_error():
+def test_a_compiled_update_of_quantized_state_that_is_not_row_major_is_an_error():
     parameters = {"w": mx.ones((64, 96), mx.bfloat16)}
     optimizer = fused.Adam(1e-2, state_dtype="int8")
     optimizer.init(parameters)
@@ -664,7 +582,7 @@ def test_a_compiled_update_of_codes_that_are_not_row_major_is_an_error():
     del captured
 
 
-def test_derivatives_and_vmap_are_refused():
+def test_derivatives_and_vmap_are_rejected():
     parameter = mx.ones((64, 64), mx.bfloat16)
     for options, word in (({"state_dtype": "int8"}, "int8"), ({"master_weights": True}, "master")):
         optimizer = fused.Adam(1e-2, **options)
@@ -683,9 +601,7 @@ def test_a_model_is_trained_with_all_options():
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 96))
     model.set_dtype(mx.bfloat16)
-    optimizer = fused.AdamW(
-        1e-3, state_dtype="int8", master_weights=True, stochastic_rounding=True, seed=1
-    )
+    optimizer = fused.AdamW(1e-3, state_dtype="int8", master_weights=True, stochastic_rounding=True, seed=1)
     x = mx.random.normal((16, 96)).astype(mx.bfloat16)
     loss_and_gradients = nn.value_and_grad(model, lambda m, x: (m(x) - x).square().mean())
     losses = []

@@ -1,7 +1,7 @@
 """The CPU kernels on arm64, as on Apple silicon: a part of the suite under qemu-user.
 
-All of it: python tests/platforms/arm64/run.py. Built by arm64/build.py. Skipped, with the reason, where the Debian packages
-that it needs are not installed.
+All of it: python tests/platforms/arm64/run.py. Built by arm64/build.py. Skipped, with the reason, where the Debian
+packages that it needs are not installed.
 """
 
 import platform
@@ -50,7 +50,5 @@ def test_a_part_of_the_suite_passes(arm64_python):
     selection = ["-k", "not ordinary_loop and not stays_alive"]
     files = ["tests/optimizers/test_in_place.py"]
     command, environment = run.pytest_command(arm64_python, ["-q", *selection, *files])
-    result = subprocess.run(
-        command, cwd=build.ROOT, env=environment, capture_output=True, text=True
-    )
+    result = subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -27,7 +27,7 @@ def test_every_kernel_compiles_with_nvcc(tmp_path):
 @pytest.mark.parametrize("types", [("float",), ("bfloat", "half")], ids="-".join)
 def test_the_cases_for_the_gpu_hold_under_emulation(types):
     emulator = build.load_emulator()
-    source = project_shader.full_source(types, ("AdamRule",))
+    source = project_shader.full_source(types)
     include_dirs = [str(d) for d in project_shader.INCLUDE_DIRS]
 
     def run(kernel, buffers, grid, threads_per_threadgroup):

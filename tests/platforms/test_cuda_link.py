@@ -1,7 +1,8 @@
 """Beside MLX's CUDA back end: does the extension find there every symbol of MLX that it needs?
 
-The packages mlx-cpu and mlx-cuda-… both bring mlx/lib/libmlx.so, and the extension loads whichever is installed. Nothing is
-run. Skipped, with the reason, where lief or MLX's CUDA wheels (90 MB each, kept in build/cuda) cannot be had.
+The packages mlx-cpu and mlx-cuda-… both bring mlx/lib/libmlx.so, and the extension loads whichever is installed.
+Nothing is run. Skipped, with the reason, where lief or MLX's CUDA wheels (90 MB each, kept in build/cuda) cannot be
+had.
 """
 
 import subprocess
@@ -13,10 +14,13 @@ from pathlib import Path
 import pytest
 
 import mlx_fused_adam
+from support import tools
 
 if sys.platform != "linux":
     pytest.skip("MLX has CUDA back ends on Linux alone", allow_module_level=True)
-lief = pytest.importorskip("lief", reason="reading the libraries needs lief: pip install '.[test]'")
+pytestmark = tools.module_needs("lief")
+
+import lief  # noqa: E402
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "cuda"
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from support import tools
+
 if sys.platform == "darwin":
     pytest.skip("on a Mac the real build is installed and tested", allow_module_level=True)
-for needed in ("lief", "ziglang", "nanobind", "scikit_build_core"):
-    pytest.importorskip(needed, reason=f"the macOS build needs {needed}: pip install '.[test]'")
+pytestmark = tools.module_needs("lief", "ziglang")
 
 from emulator import project_shader  # noqa: E402
 from platforms.macos import build as macos_build  # noqa: E402
@@ -143,9 +144,7 @@ def test_a_macs_own_build_is_for_the_oldest_macos_that_mlx_has_a_wheel_for(
 
 def test_it_uses_metal_through_mlx(module: Module) -> None:
     for function in ("get_library", "get_kernel", "set_input_array", "set_output_array"):
-        assert any("4core5metal" in name and function in name for name in module.needed[LIBMLX]), (
-            function
-        )
+        assert any("4core5metal" in name and function in name for name in module.needed[LIBMLX]), function
 
 
 def test_a_symbol_that_mlx_does_not_export_is_caught(
@@ -162,12 +161,10 @@ def test_load_commands_are_those_of_an_installed_extension(
 ) -> None:
     assert module.cpu == "ARM64"
     assert module.minimum_macos == (14, 0, 0)
-    assert module.signed, "arm64 macOS refuses unsigned code"
+    assert module.signed, "arm64 macOS rejects unsigned code"
     assert module.rpaths == ["@loader_path/../mlx/lib"]
     assert LIBMLX in module.libraries
-    elsewhere = [
-        name for name in module.libraries if not name.startswith(("/usr/lib/", "/System/Library/"))
-    ]
+    elsewhere = [name for name in module.libraries if not name.startswith(("/usr/lib/", "/System/Library/"))]
     assert elsewhere == [LIBMLX]
     beside_mlx = str(mac_mlx.site_packages / extension.parent.name)
     folder = Path(module.rpaths[0].replace("@loader_path", beside_mlx))

@@ -28,9 +28,7 @@ def test_ci_runs_every_release_but_the_newest_which_all_else_runs_with():
 
 def test_tests_are_counted_by_their_outcome(tmp_path):
     report = tmp_path / "report.xml"
-    report.write_text(
-        '<testsuites><testsuite tests="10" skipped="2" failures="1" errors="3"/></testsuites>'
-    )
+    report.write_text('<testsuites><testsuite tests="10" skipped="2" failures="1" errors="3"/></testsuites>')
     assert run.counts(report) == {"passed": 4, "skipped": 2, "failed": 4}
 
 

@@ -2,10 +2,8 @@
 
 import ast
 import email
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 from importlib.metadata import requires, version
@@ -17,13 +15,15 @@ import pytest
 
 import mlx_fused_adam
 from mlx_fused_adam import _build_info, _compatibility
+from support import tools
+from support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 MLX = Path(mx.__file__).parent
 
 
 @pytest.mark.parametrize("name", ["mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12"])
-def test_another_mlx_is_refused_with_the_mend(name):
+def test_another_mlx_is_rejected_with_the_fix(name):
     with pytest.raises(ImportError) as error:
         _compatibility.check_mlx({"mlx": _build_info.MLX_VERSION, name: "0.0.1"})
     message = str(error.value)
@@ -42,26 +42,24 @@ def test_the_installed_mlx_is_accepted_with_its_back_end():
     _compatibility.check_mlx(installed)
 
 
-def test_another_mlx_is_refused_at_import(tmp_path):
+def test_another_mlx_is_rejected_at_import(tmp_path):
     """With metadata that claims another mlx, the import fails before the extension loads."""
     fake = tmp_path / "mlx-0.0.1.dist-info"
     fake.mkdir()
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx\nVersion: 0.0.1\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mlx_fused_adam"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_python("-c", code)
     assert result.returncode != 0
     assert "ImportError: mlx-fused-adam was built for mlx" in result.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="on macOS mlx always brings its back end")
-def test_mlx_without_a_back_end_is_refused_at_import_with_the_mend(tmp_path):
+def test_mlx_without_a_back_end_is_rejected_at_import_with_the_fix(tmp_path, monkeypatch):
     """As `pip install mlx` leaves it on Linux: no libmlx.so beside the module."""
     shutil.copytree(MLX, tmp_path / "mlx", ignore=shutil.ignore_patterns("lib", "include"))
-    environment = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mlx_fused_adam"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    result = run_python("-c", code)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: mlx-fused-adam needs mlx"), result.stderr
@@ -73,15 +71,14 @@ def test_mlx_is_pinned_exactly_and_once():
     pin = _build_info.MLX_VERSION
     wanted = [r for r in requires("mlx-fused-adam") if re.match(r"mlx\b(?!-lm)", r)]
     assert sorted(wanted) == [
-        'mlx-fused-adam[cpu,docs]; extra == "test"',
+        'mlx-fused-adam[bench,cpu]; extra == "test"',
+        'mlx-fused-adam[docs]; extra == "tools"',
         f"mlx=={pin}",
         f'mlx[cpu]=={pin}; extra == "cpu"',
     ]
     assert version("mlx") == pin
     build_files = [ROOT / "pyproject.toml", *(ROOT / "build_tools").iterdir()]
-    places = [
-        path.name for path in build_files if path.is_file() and f'"{pin}"' in path.read_text()
-    ]
+    places = [path.name for path in build_files if path.is_file() and f'"{pin}"' in path.read_text()]
     assert places == ["mlx_releases.py"]
 
 
@@ -120,9 +117,7 @@ def test_an_isolated_build_gets_the_newest_mlx_or_the_one_asked_for(hook, build_
         found = [r for r in getattr(build_backend, hook)() if r.startswith(("mlx", "nanobind"))]
         assert found == [f"mlx[cpu]=={mlx}", f"nanobind=={NANOBIND[mlx]}"]
     monkeypatch.setenv(VARIABLE, "0.0.1")
-    with pytest.raises(
-        SystemExit, match=rf"{VARIABLE} must be one of .*{newest}.* but got '0.0.1'"
-    ):
+    with pytest.raises(SystemExit, match=rf"{VARIABLE} must be one of .*{newest}.* but got '0.0.1'"):
         getattr(build_backend, hook)()
 
 
@@ -131,15 +126,12 @@ def test_an_old_python_is_rejected_in_one_line(build_tools, monkeypatch):
     source = (ROOT / "build_tools/build_backend.py").read_text()
     ast.parse(source, feature_version=(3, 8))
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
-    with pytest.raises(
-        SystemExit, match=r"needs Python 3\.10 or newer, but this is 3\.9 \("
-    ) as error:
+    with pytest.raises(SystemExit, match=r"needs Python 3\.10 or newer, but this is 3\.9 \(") as error:
         exec(compile(source, "build_backend.py", "exec"), {})
     assert "\n" not in str(error.value)
 
 
 def test_the_source_archive_does_not_say_which_mlx_its_wheels_are_for(build_tools, tmp_path):
-    pytest.importorskip("nanobind", reason="what the build needs: pip install '.[test]'")
     import build_backend
 
     with tarfile.open(tmp_path / build_backend.build_sdist(str(tmp_path))) as archive:
@@ -165,8 +157,7 @@ def test_builds_share_no_folder():
 
 
 def build_tool(name, *arguments):
-    command = [sys.executable, str(ROOT / f"build_tools/{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_python(ROOT / f"build_tools/{name}.py", *arguments)
 
 
 @pytest.fixture
@@ -182,30 +173,28 @@ def of_another_abi(build_tools, tmp_path):
     return other, tag
 
 
-def test_the_build_refuses_a_nanobind_that_mlx_does_not_share(of_another_abi):
+def test_the_build_rejects_a_nanobind_that_mlx_does_not_share(of_another_abi):
     from mlx_releases import NANOBIND
 
     other, tag = of_another_abi
     accepted = build_tool("check_abi", MLX, mlx_fused_adam._ext.__file__)
     assert accepted.returncode == 0, accepted.stderr
-    refused = build_tool("check_abi", MLX, other)
-    assert refused.returncode != 0
-    assert f"ABI ['{tag[:-1]}x'] instead of ['{tag}']" in refused.stderr
-    assert f"pip install 'nanobind=={NANOBIND[version('mlx')]}'" in refused.stderr
+    rejected = build_tool("check_abi", MLX, other)
+    assert rejected.returncode != 0
+    assert f"ABI ['{tag[:-1]}x'] instead of ['{tag}']" in rejected.stderr
+    assert f"pip install 'nanobind=={NANOBIND[version('mlx')]}'" in rejected.stderr
 
 
-def test_the_build_refuses_what_has_no_tag_to_compare(tmp_path):
+def test_the_build_rejects_what_has_no_tag_to_compare(tmp_path):
     core, extension = tmp_path / "core.cpython-311.so", tmp_path / "_ext.so"
     for file in (core, extension):
         file.write_bytes(b"no nanobind")
-    refused = build_tool("check_abi", tmp_path, extension)
-    assert refused.returncode != 0 and "ABI [] instead of []" in refused.stderr
+    rejected = build_tool("check_abi", tmp_path, extension)
+    assert rejected.returncode != 0 and "ABI [] instead of []" in rejected.stderr
 
 
-@pytest.mark.skipif(
-    sys.platform == "darwin", reason="macOS loads no module that was changed since it was signed"
-)
-def test_an_extension_of_another_abi_is_refused_at_import(of_another_abi):
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS loads no module that was changed since it was signed")
+def test_an_extension_of_another_abi_is_rejected_at_import(of_another_abi):
     """One that was built elsewhere, beside this very release of mlx but with another nanobind."""
     code = (
         "import importlib.util as u, sys, mlx.core\n"
@@ -214,17 +203,14 @@ def test_an_extension_of_another_abi_is_refused_at_import(of_another_abi):
     )
 
     def load(extension):
-        command = [sys.executable, "-c", code, str(extension)]
-        return subprocess.run(command, capture_output=True, text=True)
+        return run_python("-c", code, extension)
 
     accepted = load(mlx_fused_adam._ext.__file__)
     assert accepted.returncode == 0, accepted.stderr
-    refused = load(of_another_abi[0])
-    assert refused.returncode != 0
-    last = refused.stderr.strip().splitlines()[-1]
-    assert re.match(
-        r"ImportError: mlx-fused-adam was built with nanobind \d+\.\d+\.\d+ and", last
-    ), last
+    rejected = load(of_another_abi[0])
+    assert rejected.returncode != 0
+    last = rejected.stderr.strip().splitlines()[-1]
+    assert re.match(r"ImportError: mlx-fused-adam was built with nanobind \d+\.\d+\.\d+ and", last), last
     assert "docs/mlx-releases.md" in last
 
 
@@ -235,9 +221,9 @@ def test_the_shader_is_ascii_or_the_build_stops(tmp_path):
     assert accepted.returncode == 0, accepted.stderr
     assert "struct AdamConstants" in out.read_text()
     shader.write_text('#include "math/adam_rule.h"\n// ½ of it\n', encoding="utf-8")
-    refused = build_tool("embed_shaders", tmp_path / "b.cpp", header, shader)
-    assert refused.returncode != 0 and not (tmp_path / "b.cpp").exists()
-    assert "a.metal:2: the shader must be ASCII" in refused.stderr
+    rejected = build_tool("embed_shaders", tmp_path / "b.cpp", header, shader)
+    assert rejected.returncode != 0 and not (tmp_path / "b.cpp").exists()
+    assert "a.metal:2: the shader must be ASCII" in rejected.stderr
 
 
 HOOKS = (ROOT / ".pre-commit-config.yaml").read_text()
@@ -254,29 +240,21 @@ def test_the_hook_s_pins_are_those_of_the_package(build_tools):
     assert next(iter(NANOBIND)) == MLX_OF_HOOK
 
 
-@pytest.mark.skipif(
-    MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone"
-)
+@tools.needs("mypy")
+@pytest.mark.skipif(MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone")
 def test_types_are_right_with_the_extension_s_stub(tmp_path):
     """The installed package, where mypy knows what the build has made; settings are pyproject.toml's."""
-    check = [sys.executable, "-m", "mypy", "-p", "mlx_fused_adam", "--cache-dir", str(tmp_path)]
-    result = subprocess.run(
-        [*check, "--config-file", str(ROOT / "pyproject.toml")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    check = ["-m", "mypy", "-p", "mlx_fused_adam", "--cache-dir", tmp_path]
+    result = run_python(*check, "--config-file", ROOT / "pyproject.toml", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.skipif(
-    MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone"
-)
+@tools.needs("mypy")
+@pytest.mark.skipif(MLX_OF_HOOK != _build_info.MLX_VERSION, reason=f"types are checked with mlx {MLX_OF_HOOK} alone")
 def test_a_misspelt_option_is_a_type_error(tmp_path):
     for call, name in (("Adam(1e-3, state_dtyp='int8')", "state_dtyp"), ("AdamW(1, lr=1)", "lr")):
-        check = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)]
         code = f"import mlx_fused_adam as fused; fused.{call}"
-        result = subprocess.run([*check, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        result = run_python("-m", "mypy", "--cache-dir", tmp_path, "-c", code, cwd=tmp_path)
         assert f'Unexpected keyword argument "{name}"' in result.stdout, result.stdout
 
 
@@ -302,15 +280,10 @@ def test_the_thread_setting_is_respected():
 
 def import_with(setting):
     code = "import mlx_fused_adam; print(mlx_fused_adam.num_threads())"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MLX_FUSED_ADAM_NUM_THREADS": setting},
-    )
+    return run_python("-c", code, MLX_FUSED_ADAM_NUM_THREADS=setting)
 
 
-def test_the_rule_stands_once():
+def test_the_rule_is_written_once():
     """The square root of Adam is taken in one place under csrc/ and metal/."""
     sources = [p for d in ("csrc", "metal") for p in (ROOT / d).rglob("*") if p.is_file()]
     holders = [p.name for p in sources if "sqrt(" in p.read_text().replace("rsqrt(", "")]

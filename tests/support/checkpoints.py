@@ -6,9 +6,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 import mlx_fused_adam as fused
+from support import training
+from support.arrays import random
 
 SETTINGS = dict(learning_rate=1e-2, weight_decay=0.1, bias_correction=True)
 OPTIONS = {
@@ -21,27 +23,14 @@ OPTIONS = {
 }
 
 
-def random(rng, shape, dtype=mx.bfloat16):
-    return mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
-
-
 def tree(seed: int = 0):
     rng = np.random.default_rng(seed)
-    return {"a": {"w": random(rng, (64, 70))}, "b": [random(rng, (9,)), random(rng, ())]}
+    shapes = {"a": {"w": (64, 70)}, "b": [(9,), ()]}
+    return tree_map(lambda x: random(rng, x, mx.bfloat16), shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def train(optimizer, parameters, seeds):
-    for seed in seeds:
-        parameters = optimizer.apply_gradients(tree(seed), parameters)
-        mx.eval(parameters, optimizer.state)
-    return parameters
-
-
-def assert_equal_trees(a, b):
-    found, expected = dict(tree_flatten(a)), dict(tree_flatten(b))
-    assert found.keys() == expected.keys()
-    for path, x in expected.items():
-        assert found[path].dtype == x.dtype and mx.array_equal(found[path], x), path
+    return training.train(optimizer, parameters, map(tree, seeds))
 
 
 def saved(path: Path, **options) -> fused.AdamW:
@@ -51,7 +40,7 @@ def saved(path: Path, **options) -> fused.AdamW:
     return optimizer
 
 
-def refused(path: Path, message: str, optimizer=None, **how) -> None:
+def rejected(path: Path, message: str, optimizer=None, **how) -> None:
     optimizer = optimizer or fused.AdamW(**SETTINGS)
     before = tree_flatten(optimizer.state)
     description = optimizer._description()

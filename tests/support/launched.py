@@ -1,4 +1,5 @@
-"""Starts a program as several processes on this machine that talk over MLX's ring of sockets, as `mlx.launch` does for users.
+"""Starts a program as several processes on this machine that talk over MLX's ring of sockets, as `mlx.launch` does for
+users.
 
 And what such a program begins with: `join_ring`.
 """
@@ -28,11 +29,11 @@ def launch(size: int, program: Path, *arguments: object, timeout: int = 240) -> 
     """
     command = [LAUNCH, *of_ring(size), str(program), *map(str, arguments)]
     # A pipe that stays open and empty: mlx.launch would read without a pause from an input that has ended.
-    its_input, ours = os.pipe()
+    read_end, write_end = os.pipe()
     try:
         started = subprocess.Popen(
             command,
-            stdin=its_input,
+            stdin=read_end,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -45,8 +46,8 @@ def launch(size: int, program: Path, *arguments: object, timeout: int = 240) -> 
             started.communicate()
             raise
     finally:
-        os.close(its_input)
-        os.close(ours)
+        os.close(read_end)
+        os.close(write_end)
     assert started.returncode == 0, output
     return output
 
@@ -71,8 +72,8 @@ def failed_ranks(output: str, size: int) -> list[int]:
 def join_ring(folder: Path) -> mx.distributed.Group:
     """All processes of the launch, in each of them; on the CPU.
 
-    MLX writes the kernels of mx.compile into the folder of temporary files, under the same names: processes that compile the
-    same step at the same time would load each other's unfinished ones. So each has a folder of its own.
+    MLX writes the kernels of mx.compile into the folder of temporary files, under the same names: processes that
+    compile the same step at the same time would load each other's unfinished ones. So each has a folder of its own.
     """
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init(backend="ring", strict=True)
@@ -99,18 +100,7 @@ def free_ports(count: int) -> int:
                 x.close()
 
 
-def bits(x: mx.array) -> np.ndarray:
-    kind = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[x.dtype.size]
-    return np.array(mx.contiguous(x).view(kind))
-
-
-def assert_same_bits(found: dict[str, mx.array], expected: dict[str, mx.array], where: str) -> None:
-    assert found.keys() == expected.keys(), where
-    for path, x in expected.items():
-        np.testing.assert_array_equal(bits(found[path]), bits(x), f"{where}: {path}")
-
-
 def of_run(end: dict[str, mx.array], name: str) -> dict[str, mx.array]:
-    """Of all that a rank has written, what one run ended with."""
+    """The part of all that a rank has written with which one run ended."""
     start = f"{name}/"
     return {path[len(start) :]: x for path, x in end.items() if path.startswith(start)}

@@ -1,4 +1,4 @@
-"""Marks tests of what only later releases of MLX do: ``@since_mlx("0.32.2", "stock checks its arguments")``.
+"""Marks tests of what only later releases of MLX do: ``@since_mlx("0.32.2", "MLX checks its arguments")``.
 
 docs/mlx-releases.md lists them; tests/platforms/releases/run.py runs the suite with each release.
 """

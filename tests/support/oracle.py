@@ -1,4 +1,6 @@
-"""What tests compare with: the float64 Adam of bench/speed/reference.py, and what a tensor of each dtype can hold of it."""
+"""The values that tests compare with: the float64 Adam of bench/speed/reference.py, as a tensor of each dtype holds
+them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def store(x: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
         return stepwise(x).astype(np.float32).astype(NUMPY_DTYPES[dtype]).astype(np.float64)
 
 
-# What float32 numbers lose where a GPU flushes subnormal ones: a few of its smallest normal ones.
+# The loss of float32 numbers where a GPU flushes subnormal ones: a few of its smallest normal ones.
 FLUSHED = 4 * float(np.finfo(np.float32).tiny)
 
 

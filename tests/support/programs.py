@@ -1,7 +1,7 @@
-"""What an optimizer and its parameters must hold, step by step, in NumPy: for test_programs.py.
+"""A model in NumPy of all that an optimizer and its parameters must hold, step by step: for test_programs.py.
 
-Arithmetic is the oracle's, rounding and storage those of rounding_reference.py and storage_reference.py; nothing is evaluated
-by MLX here but schedules. Values are float32 arrays that hold exactly what a tensor of its dtype stores.
+Arithmetic is the oracle's, rounding and storage those of rounding_reference.py and storage_reference.py; nothing is
+evaluated by MLX here but schedules. Values are float32 arrays that hold exactly what a tensor of its dtype stores.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import mlx.core as mx
-import mlx.optimizers as stock
+import mlx.optimizers as optim
 import numpy as np
 
 from support import oracle
@@ -50,14 +50,16 @@ def at_random(x: np.ndarray, draws: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
     is_finite = np.isfinite(x)
     with np.errstate(over="ignore", invalid="ignore"):
         found = rounded(np.where(is_finite, x, 0), draws.reshape(x.shape), dtype)
-        # Half a unit above the largest finite number lies infinity.
+        # Half a unit above the largest finite number comes infinity.
         found = float32(found.astype(oracle.NUMPY_DTYPES[dtype]))
     return float32(np.where(is_finite, np.copysign(found, x), x))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A parameter and its state as stored: ``m`` and ``v``, scales of codes, remainder. Nothing of it is ever changed."""
+    """A parameter and its state as stored: ``m`` and ``v``, scales of codes, remainder. Nothing of it is ever
+    changed.
+    """
 
     dtype: mx.Dtype
     value: np.ndarray
@@ -109,7 +111,7 @@ class Options:
         return found
 
     def wanted(self, tensor: Tensor) -> mx.Dtype:
-        """In which a tensor's moments are to be stored."""
+        """The dtype in which a tensor's moments are to be stored."""
         if self.state_dtype == "int8":
             shape = tensor.value.shape
             is_large = tensor.value.size >= SMALLEST_CODED and shape[-1] >= SHORTEST_CODED_ROW
@@ -143,9 +145,7 @@ class Model:
         self.tensors = tensors
         self.step = 0
         self.forget_guard()
-        self.learning_rate = (
-            self._scheduled() if options.schedule else float(np.float32(options.learning_rate))
-        )
+        self.learning_rate = self._scheduled() if options.schedule else float(np.float32(options.learning_rate))
 
     def copy(self) -> Model:
         new = object.__new__(Model)
@@ -197,7 +197,7 @@ class Model:
 
     @property
     def guard(self) -> dict[str, tuple[np.generic, mx.Dtype]]:
-        """What the state holds beside step, learning rate and parameters."""
+        """The entries of the state beside step, learning rate and parameters."""
         found: dict[str, tuple[np.generic, mx.Dtype]] = {}
         if self.options.max_grad_norm is not None:
             found["grad_norm"] = (np.float32(self.grad_norm), mx.float32)
@@ -205,12 +205,11 @@ class Model:
             found["skipped"] = (np.uint64(self.skipped), mx.uint64)
         return found
 
-    def take_norm(
-        self, gradients: dict[str, np.ndarray], state: Mapping[str, Any]
-    ) -> tuple[np.float32, bool]:
-        """What gradients are multiplied by, and whether the step is applied.
+    def take_norm(self, gradients: dict[str, np.ndarray], state: Mapping[str, Any]) -> tuple[np.float32, bool]:
+        """The factor of the gradients, and whether the step is applied.
 
-        The order in which squares are summed is not the model's to know: the norm is held against float64, and then believed.
+        The order in which squares are summed is not the model's to know: the norm is held against float64, and then
+        believed.
         """
         options = self.options
         with np.errstate(over="ignore", invalid="ignore"):
@@ -233,9 +232,7 @@ class Model:
             is_finite = state["skipped"].item() == self.skipped
         return scale, is_finite or not options.skip_nonfinite
 
-    def update(
-        self, gradients: dict[str, np.ndarray], scale: np.float32 = ONE, is_applied: bool = True
-    ) -> None:
+    def update(self, gradients: dict[str, np.ndarray], scale: np.float32 = ONE, is_applied: bool = True) -> None:
         """One step; gradients in the order of their tree, which numbers the tensors."""
         options = self.options
         if not is_applied:
@@ -253,9 +250,7 @@ class Model:
             )  # fmt: skip
             self.tensors[path] = self._stored(tensor, number, *map(float32, new))
 
-    def _stored(
-        self, tensor: Tensor, number: int, w: np.ndarray, m: np.ndarray, v: np.ndarray
-    ) -> Tensor:
+    def _stored(self, tensor: Tensor, number: int, w: np.ndarray, m: np.ndarray, v: np.ndarray) -> Tensor:
         options, shape = self.options, tensor.value.shape
         bits = bits_of_step(options.seed, self.step, number, w.size)
         state: dict[str, np.ndarray] = {}
@@ -271,9 +266,7 @@ class Model:
             ):
                 assert tensor.state_dtype is not None
                 state[name] = (
-                    at_random(x, bits[name], tensor.state_dtype)
-                    if is_random
-                    else to_dtype(x, tensor.state_dtype)
+                    at_random(x, bits[name], tensor.state_dtype) if is_random else to_dtype(x, tensor.state_dtype)
                 )
         assert tensor.state is not None
         if "remainder" in tensor.state:
@@ -290,17 +283,15 @@ class Model:
             value = to_dtype(w, tensor.dtype)
         return dataclasses.replace(tensor, value=float32(value), state=state)
 
-    def to_stock(self) -> None:
-        """The state that stock would hold: moments in the parameter's dtype, and nothing beside them."""
+    def to_mlx(self) -> None:
+        """The state that mlx.optimizers would hold: moments in the parameter's dtype, and nothing beside them."""
         for path in self.paths_with_state:
             tensor = self.tensors[path]
             state = {name: to_dtype(tensor.moment(name), tensor.dtype) for name in MOMENTS}
             self.tensors[path] = dataclasses.replace(tensor, state=state, state_dtype=tensor.dtype)
 
 
-def by_stock(
-    model: Model, path: str, gradient: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_mlx(model: Model, path: str, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The parameter, m and v after a step of mlx.optimizers on the CPU, from what the model holds; all float32."""
     tensor, options = model.tensors[path], model.options
     settings = options.settings(path, model.learning_rate)
@@ -310,9 +301,9 @@ def by_stock(
         eps=options.eps,
         bias_correction=options.bias_correction,
     )
-    kind = stock.Adam
+    kind = optim.Adam
     if settings.weight_decay:
-        kind, arguments["weight_decay"] = stock.AdamW, options.weight_decay
+        kind, arguments["weight_decay"] = optim.AdamW, options.weight_decay
     assert tensor.state is not None
     with mx.stream(mx.cpu):
         optimizer = kind(**arguments)
@@ -327,7 +318,7 @@ def by_stock(
 
 
 def values_of(x: mx.array) -> np.ndarray:
-    """What an array holds: float32 for floating ones, as stored for others; a copy."""
+    """The values of an array: float32 for floating ones, as stored for others; a copy."""
     if x.dtype == mx.bfloat16:
         wide = np.array(x.view(mx.uint16) if x.size else x.astype(mx.uint16)).astype(np.uint32)
         return np.asarray(np.asarray(wide << 16).view(np.float32))
@@ -337,9 +328,7 @@ def values_of(x: mx.array) -> np.ndarray:
 
 def assert_same(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
     """Bit for bit, up to the bits of NaN."""
-    assert actual.shape == expected.shape, (
-        f"{what}: shape {actual.shape} instead of {expected.shape}"
-    )
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} instead of {expected.shape}"
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
     if actual.dtype == np.float32:
         a, e = np.atleast_1d(actual), np.atleast_1d(expected)
@@ -352,8 +341,7 @@ def assert_same(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
         wrong = np.argwhere(~same)
         at = tuple(int(i) for i in wrong[0])
         raise AssertionError(
-            f"{what}: {len(wrong)} of {same.size} elements differ, first at {at}: {a[at]!r} instead of "
-            f"{e[at]!r}"
+            f"{what}: {len(wrong)} of {same.size} elements differ, first at {at}: {a[at]!r} instead of {e[at]!r}"
         )
 
 
@@ -363,7 +351,7 @@ def assert_array(actual: mx.array, expected: np.ndarray, dtype: mx.Dtype, what: 
 
 
 def state_dtypes(tensor: Tensor) -> dict[str, mx.Dtype]:
-    """Of all that a state holds."""
+    """The dtypes of all that a state holds."""
     is_coded = tensor.state_dtype == mx.int8
     dtypes = {
         "m": tensor.state_dtype,
@@ -379,10 +367,8 @@ def state_dtypes(tensor: Tensor) -> dict[str, mx.Dtype]:
 # ---- Drawing ----
 
 
-def random_values(
-    rng: np.random.Generator, shape: tuple[int, ...], scale: float, dtype: mx.Dtype
-) -> np.ndarray:
-    """Of many sizes, some of them 0."""
+def random_values(rng: np.random.Generator, shape: tuple[int, ...], scale: float, dtype: mx.Dtype) -> np.ndarray:
+    """Values of many sizes, some of them 0."""
     x = rng.normal(size=shape) * np.exp(rng.normal(size=shape)) * scale
     x = np.where(rng.random(shape) < 0.1, 0.0, x)
     return to_dtype(float32(x), dtype)
@@ -412,7 +398,7 @@ def repeated(x: np.ndarray, layout: str) -> np.ndarray:
 
 
 def laid_out(x: np.ndarray, dtype: mx.Dtype, layout: str, rng: np.random.Generator) -> mx.array:
-    """An MLX array of these values that lies so in memory, lazily."""
+    """An MLX array of these values in this layout, lazily."""
     whole = mx.array(x).astype(dtype)
     if layout == "permuted":
         order = [int(i) for i in rng.permutation(x.ndim)]

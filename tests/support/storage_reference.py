@@ -1,4 +1,6 @@
-"""8-bit codes and remainders in NumPy, written anew from docs/state-codes.md and docs/numerics.md, knowing no kernel."""
+"""8-bit codes and remainders in NumPy, written anew from docs/state-codes.md and docs/numerics.md, knowing no
+kernel.
+"""
 
 import numpy as np
 
@@ -70,10 +72,7 @@ def unblocked_scales(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def draws_of_step(seed: int, step: int, tensor: int, shape: tuple[int, ...]) -> dict:
     """The bits for m and v: those of step 0, moved on by the golden ratio."""
     start = bits_of_step(seed, 0, tensor, int(np.prod(shape)))
-    return {
-        name: ((start[name].astype(np.int64) + step * 0x9E37) & 0xFFFF).reshape(shape)
-        for name in ("m", "v")
-    }
+    return {name: ((start[name].astype(np.int64) + step * 0x9E37) & 0xFFFF).reshape(shape) for name in ("m", "v")}
 
 
 def joined(upper: np.ndarray, remainder: np.ndarray) -> np.ndarray:

@@ -1,9 +1,7 @@
-"""Tensors in every storage format, laid out anyhow, and their update by one extension or the other, bit for bit."""
+"""Tensors in every storage format, and their update by a given extension: the one place that calls its adam_update."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -11,58 +9,27 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_fused_adam import _ext
+from support.arrays import lay_out
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
-
-def extension_of_the_cpu(emulated: ModuleType) -> ModuleType:
-    """The extension whose kernels are the CPU's: for DEVICE=emulated the installed one, beside the package's."""
-    if _ext is not emulated:
-        return _ext
-    files = importlib.metadata.files("mlx-fused-adam") or []
-    installed = next(f for f in files if f.match("mlx_fused_adam/_ext*.so")).locate()
-    spec = importlib.util.spec_from_file_location("mlx_fused_adam_installed._ext", installed)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def lay_out(x: mx.array, layout: str) -> mx.array:
-    """The same values, lying otherwise in memory."""
-    if layout == "column-major":
-        return mx.contiguous(x.swapaxes(-1, -2)).swapaxes(-1, -2)
-    if layout == "column-major, padded":  # by 8, which leaves columns aligned
-        rows = x.shape[-2]
-        padded = mx.pad(x.swapaxes(-1, -2), [(0, 0)] * (x.ndim - 1) + [(0, -rows % 8)])
-        return padded[..., :rows].swapaxes(-1, -2)
-    if layout == "column-major, other batches":
-        return mx.contiguous(x.transpose(1, 0, 3, 2)).transpose(1, 0, 3, 2)
-    if layout == "strided":
-        for axis in range(x.ndim):
-            x = mx.repeat(x, 2, axis=axis)
-        return x[tuple(slice(None, None, 2) for _ in x.shape)]
-    if layout == "reversed":
-        back = tuple(slice(None, None, -1) for _ in x.shape)
-        return mx.contiguous(x[back])[back]
-    if layout == "broadcast":
-        return mx.broadcast_to(x[:1], x.shape)
-    if layout == "broadcast columns":
-        return mx.broadcast_to(x[..., :1], x.shape)
-    if layout == "between vectors":
-        return mx.concatenate([mx.zeros(1, x.dtype), x.reshape(-1)])[1:].reshape(x.shape)
-    assert layout == "linear"
-    return x
-
+# Formats of parameter, gradient, m and v; "master" is bfloat16 with a correction.
+FORMATS = [
+    (parameter, parameter.replace("master", "bfloat16"), state)
+    for parameter in ("float32", "bfloat16", "float16", "master")
+    for state in ("bfloat16", "float32", "int8")
+]
 
 Tensor = dict[str, mx.array]
 PARTS = ("parameter", "gradient", "m", "v", "remainder", "m_scale", "v_scale")
 
 
-def make(
-    extension: ModuleType, shape: tuple[int, ...], formats: tuple[str, str, str], seed: int = 4
-) -> Tensor:
+def named(formats: tuple[str, str, str]) -> str:
+    """The id of a test with these formats."""
+    return "-".join(formats)
+
+
+def make(extension: ModuleType, shape: tuple[int, ...], formats: tuple[str, str, str], seed: int = 4) -> Tensor:
     """Values of many sizes within a block, among them 0."""
     rng = np.random.default_rng(seed)
 
@@ -95,7 +62,7 @@ def update(
     *,
     rounding: str = "all",
     step: int = 5,
-    **settings,
+    **settings: Any,
 ) -> list[Tensor]:
     """The tensors after a step, lazily."""
     settings = {"betas": (0.9, 0.99), "weight_decay": 0.1, "seed": 2**40 + 5, **settings}
@@ -126,16 +93,8 @@ def update_lists(
     return [parameters, *([state[name] for state in states] for name in ("m", "v"))]
 
 
-def bits(x: mx.array) -> np.ndarray:
-    kinds = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
-    return np.array(mx.contiguous(x).view(kinds[x.dtype.size]))
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    assert set(actual) == set(expected)
-    for name, x in expected.items():
-        assert actual[name].dtype == x.dtype and actual[name].shape == x.shape, name
-        np.testing.assert_array_equal(bits(actual[name]), bits(x), f"{what}{name}")
+def sum_of_squares(extension: ModuleType, gradients: list[mx.array]) -> mx.array:
+    return extension.sum_of_squares(gradients, uses_kernel=lambda dtype: True)
 
 
 def steps(

@@ -36,8 +36,7 @@ inline void to_floats_apart(const std::uint16_t* from, std::size_t n, float* eve
   }
 }
 
-inline void from_floats_apart(const float* even, const float* odd, std::size_t n,
-                              std::uint16_t* to) {
+inline void from_floats_apart(const float* even, const float* odd, std::size_t n, std::uint16_t* to) {
   auto words = [](const float* from) {
     return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
   };

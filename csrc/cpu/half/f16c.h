@@ -39,8 +39,7 @@ inline void to_floats_apart(const std::uint16_t* from, std::size_t n, float* eve
   }
 }
 
-inline void from_floats_apart(const float* even, const float* odd, std::size_t n,
-                              std::uint16_t* to) {
+inline void from_floats_apart(const float* even, const float* odd, std::size_t n, std::uint16_t* to) {
   for (std::size_t i = 0; i < n; i += 2 * kLanes) {
     __m128i a = _mm256_cvtps_ph(_mm256_loadu_ps(even + i / 2), _MM_FROUND_TO_NEAREST_INT);
     __m128i b = _mm256_cvtps_ph(_mm256_loadu_ps(odd + i / 2), _MM_FROUND_TO_NEAREST_INT);

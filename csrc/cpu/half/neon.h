@@ -42,8 +42,7 @@ inline void to_floats_apart(const std::uint16_t* from, std::size_t n, float* eve
   }
 }
 
-inline void from_floats_apart(const float* even, const float* odd, std::size_t n,
-                              std::uint16_t* to) {
+inline void from_floats_apart(const float* even, const float* odd, std::size_t n, std::uint16_t* to) {
   const float* from[] = {even, odd};
   for (std::size_t i = 0; i < n; i += 2 * kLanes) {
     uint16x8x2_t words;

@@ -27,8 +27,7 @@ inline void to_floats_apart(const std::uint16_t* from, std::size_t n, float* eve
   }
 }
 
-inline void from_floats_apart(const float* even, const float* odd, std::size_t n,
-                              std::uint16_t* to) {
+inline void from_floats_apart(const float* even, const float* odd, std::size_t n, std::uint16_t* to) {
   for (std::size_t i = 0; i < n / 2; ++i) {
     to[2 * i] = store_float16(even[i], {false, 0});
     to[2 * i + 1] = store_float16(odd[i], {false, 0});

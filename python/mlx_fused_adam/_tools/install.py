@@ -1,14 +1,17 @@
 """`install`: every mlx.optimizers.Adam and AdamW becomes the fused one when it is built, for third-party code.
 
 No name is replaced: an object changes its class at the start of `__init__`. So it does not matter where the class was
-imported, or whether a dict or an Enum holds it. Objects that `__init__` does not build (unpickled, copied), subclasses, and
-classes whose methods someone has patched stay MLX's.
+imported, or whether a dict or an Enum holds it. Objects that `__init__` does not build (unpickled, copied), subclasses,
+and classes whose methods someone has patched stay MLX's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import os
+import sys
 import threading
 from collections import Counter
 from typing import Any
@@ -23,7 +26,7 @@ _PARAMETERS = {fused: inspect.signature(fused).parameters for fused in _FUSED.va
 # The methods that the fused classes override. If a program patches one in MLX's class, its patch is kept.
 _OVERRIDDEN = ("init", "init_single", "apply_gradients", "apply_single")
 _ORIGINAL_METHODS = {kind: [getattr(kind, name) for name in _OVERRIDDEN] for kind in _FUSED}
-_active: list[Installation] = []  # the last one counts
+_active: list[Installation] = []  # options of later ones win
 _originals: dict[type[optim.Adam], Any] = {}
 _lock = threading.RLock()
 
@@ -36,6 +39,11 @@ class Installation:
         # Optimizers built so far, by class name: fused ones, and those that stayed MLX's.
         self.built: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
+        self.is_logged = False  # whether the user knows
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={x!r}" for name, x in self.options.items())
+        return f"<install({given}), {'active' if self in _active else 'ended'}>"
 
     def undo(self) -> None:
         """Return to mlx.optimizers, or to an earlier `install`; calling it again has no effect."""
@@ -47,10 +55,26 @@ class Installation:
 
     def begin(self) -> None:
         with _lock:
-            if not _originals:
-                for kind, fused in _FUSED.items():
+            # Those of now, since a program may have reloaded MLX's module.
+            for kind, fused in ((optim.Adam, Adam), (optim.AdamW, AdamW)):
+                if kind not in _originals:
+                    _FUSED[kind] = fused
+                    _ORIGINAL_METHODS.setdefault(kind, [getattr(kind, name) for name in _OVERRIDDEN])
                     _patch(kind, fused)
             _active.append(self)
+
+    def count(self, name: str) -> None:
+        """Count an optimizer of this class that has become fused; log the first one."""
+        self.built[name] += 1
+        if not self.is_logged:
+            self.is_logged = True
+            log(f"mlx.optimizers.{name} is built as mlx_fused_adam.{name} from here on, by {self!r}")
+
+    @property
+    def unused(self) -> list[str]:
+        """The options that none of the classes built so far takes."""
+        taken = {name for fused in _FUSED.values() if self.built[fused.__name__] for name in _PARAMETERS[fused]}
+        return [name for name in self.options if name not in taken] if self.built else []
 
     def __enter__(self) -> Installation:
         if self not in _active:
@@ -60,26 +84,58 @@ class Installation:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def defaults(self, fused: type[Adam] | type[AdamW]) -> dict[str, Any]:
-        """The options that this class takes."""
-        return {name: x for name, x in self.options.items() if name in _PARAMETERS[fused]}
+
+def _taken(options: dict[str, Any], fused: type[Adam] | type[AdamW]) -> dict[str, Any]:
+    return {name: x for name, x in options.items() if name in _PARAMETERS[fused]}
+
+
+def installed() -> dict[str, Any] | None:
+    """The options of all active installations, later ones over earlier ones; None if there is no installation."""
+    with _lock:
+        return {name: x for installation in _active for name, x in installation.options.items()} if _active else None
+
+
+def uninstall() -> None:
+    """End every active `install`, also one whose return value is lost, as in a notebook cell that was run twice."""
+    with _lock:
+        _active.clear()
+        _restore()
+
+
+def log(line: str) -> None:
+    """Write one line to stderr, whatever has become of it."""
+    rank = os.environ.get("MLX_RANK")
+    who = f"mlx-fused-adam (rank {rank})" if rank else "mlx-fused-adam"
+    if sys.stderr is None:
+        return
+    # A full disk or a closed pipe must not end a training run, nor make it fail at exit because of a buffered line.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+        try:
+            file = sys.stderr.fileno()
+        except (AttributeError, OSError):  # replaced by the program
+            print(f"{who}: {line}", file=sys.stderr, flush=True)
+        else:
+            os.write(file, f"{who}: {line}\n".encode())
 
 
 def install(**options: Any) -> Installation:
     """Build the fused optimizer wherever code builds ``mlx.optimizers.Adam`` or ``AdamW``, from now on.
 
-    It does not matter where or when a module imported the class. Existing optimizers, pickles of them, and subclasses of
-    MLX's classes stay as they are. Use it for third-party training code::
+    It does not matter where or when a module imported the class. Existing optimizers, pickles of them, and subclasses
+    of MLX's classes stay as they are. Use it for third-party training code::
 
         with fused.install(max_grad_norm=1.0):
             train()
 
     Args:
         **options: Arguments of :class:`Adam` and :class:`AdamW` except ``learning_rate``. They are defaults: explicit
-            arguments win. ``weight_decay`` and ``decay_filter`` apply to AdamW alone.
+            arguments win. ``weight_decay`` and ``decay_filter`` apply to AdamW alone. Options of an installation that
+            is active already stay, unless they are given anew.
 
     Returns:
-        Installation: Its ``undo()`` ends it, and so does the end of a ``with`` block.
+        Installation: Its ``undo()`` ends it, and so does the end of a ``with`` block. It logs the first optimizer that
+        it changes. :func:`uninstall` ends all of them, and :func:`installed` tells what is active.
 
     Raises:
         ValueError: For an option's value that is not among its choices.
@@ -93,7 +149,7 @@ def install(**options: Any) -> Installation:
     if not isinstance(correction := options.get("bias_correction", False), bool):
         raise TypeError(f"[install] bias_correction must be True or False but got {correction!r}")
     installation = Installation(options)
-    Adam(0.0, **installation.defaults(Adam))
+    Adam(0.0, **_taken(options, Adam))
     AdamW(0.0, **options)  # takes every option, so it names an unknown one
     installation.begin()
     return installation
@@ -113,10 +169,10 @@ def _patch(kind: type[optim.Adam], fused: type[Adam] | type[AdamW]) -> None:
             installation.kept[type(self).__name__] += 1
             return original(self, *args, **kwargs)
         positional = list(_PARAMETERS[fused])[: len(args)]
-        defaults = {k: x for k, x in installation.defaults(fused).items() if k not in positional}
+        defaults = {k: x for k, x in _taken(installed() or {}, fused).items() if k not in positional}
         self.__class__ = fused
         initialize(self, *args, **(defaults | kwargs))
-        installation.built[fused.__name__] += 1
+        installation.count(fused.__name__)
 
     kind.__init__ = build  # type: ignore[method-assign]  # the one thing that this file is for
 

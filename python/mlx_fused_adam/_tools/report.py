@@ -50,11 +50,7 @@ def main(as_json: bool) -> int:
 
 def collect() -> dict[str, Any]:
     """The report in JSON's types."""
-    devices = [
-        _device(kind)
-        for kind in (mx.DeviceType.cpu, mx.DeviceType.gpu)
-        if mx.is_available(mx.Device(kind))
-    ]
+    devices = [_device(kind) for kind in (mx.DeviceType.cpu, mx.DeviceType.gpu) if mx.is_available(mx.Device(kind))]
     settings = {k: x for k, x in sorted(os.environ.items()) if k.startswith("MLX_FUSED_ADAM_")}
     report: dict[str, Any] = {
         "versions": {
@@ -90,9 +86,7 @@ def as_text(report: dict[str, Any]) -> str:
         for name, milliseconds in timings.items():
             rate = _BYTES * _ELEMENTS / milliseconds / 1e6
             fused = timings["fused compiled" if "compiled" in name else "fused"]
-            lines.append(
-                f"  {name:24} {milliseconds:8.2f} ms  {rate:6.1f} GB/s  {milliseconds / fused:5.1f}x"
-            )
+            lines.append(f"  {name:24} {milliseconds:8.2f} ms  {rate:6.1f} GB/s  {milliseconds / fused:5.1f}x")
     lines.append("")
     lines += [f"To do: {x}" for x in report["advice"]]
     lines.append("All checks passed." if report["ok"] else "A kernel failed its check: see above.")
@@ -142,19 +136,17 @@ def _advice(report: dict[str, Any]) -> list[str]:
     advice = []
     forced = report["settings"].get("MLX_FUSED_ADAM_BACKEND")
     if forced:
-        advice.append(
-            f"MLX_FUSED_ADAM_BACKEND={forced} is set; unset it to use each device's own kernels."
-        )
+        advice.append(f"MLX_FUSED_ADAM_BACKEND={forced} is set; unset it to use each device's own kernels.")
     for device in report["devices"]:
         if not device["ok"]:
             advice.append(
-                f"file an issue with this report (python -m mlx_fused_adam --json): the {device['kind']}'s kernels fail here. "
+                f"file an issue with this report (python -m mlx_fused_adam --json): "
+                f"the {device['kind']}'s kernels fail here. "
                 "Until then training works, with MLX's own operations."
             )
         elif device["backend"].startswith("stock") and not forced:
             advice.append(
-                f"the {device['kind']} has no kernel; train on the CPU, which has one: "
-                "mx.set_default_device(mx.cpu)."
+                f"the {device['kind']} has no kernel; train on the CPU, which has one: mx.set_default_device(mx.cpu)."
             )
     threads, best = report["cpu_kernels"]["threads"], default_num_threads({})
     if threads != best:

@@ -1,14 +1,13 @@
 """python -m mlx_fused_adam run: run any training script or module after `install`, in its child processes too.
 
-This process becomes the script's (exec), so that exit status, tracebacks, arguments, signals and `__main__` are those of a
-plain run. startup/sitecustomize.py calls `start` in it, and in every Python that inherits its environment.
+This process becomes the script's (exec), so that exit status, tracebacks, arguments, signals and `__main__` are those
+of a plain run. startup/sitecustomize.py calls `start` in it, and in every Python that inherits its environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, _backends, _ext
-from .install import Installation, install
+from .install import Installation, install, log
 
 OPTIONS = "MLX_FUSED_ADAM_OPTIONS"  # the environment variable; JSON
 _PACKAGE = "mlx_fused_adam"
@@ -31,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adam-options",
         metavar="JSON",
         type=_checked,
-        help=f"options of Adam and AdamW for code that cannot pass them, as '{{\"max_grad_norm\": 1.0}}'; default: ${OPTIONS}",
+        help="options of Adam and AdamW for code that cannot pass them, "
+        f"as '{{\"max_grad_norm\": 1.0}}'; default: ${OPTIONS}",
     )
     parser.add_argument("-m", action="store_true", dest="is_module", help="run a module")
     # One argument takes all: with two, argparse would drop a "--" between them.
@@ -41,18 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NoReturn:
     """Become the Python that runs the script, in an environment that installs the fused optimizers."""
     if sys.flags.ignore_environment or sys.flags.no_site:
-        parser.error(
-            "Python must be started without -E, -I and -S, which disable PYTHONPATH or sitecustomize"
-        )
+        parser.error("Python must be started without -E, -I and -S, which disable PYTHONPATH or sitecustomize")
     # Some Pythons' argparse removes a leading "--", others keep it.
     given = arguments.command_line
     target, *rest = given[given[:1] == ["--"] :] or [None]
     if target is None:
         parser.error("SCRIPT or -m MODULE is required")
     if os.pathsep in _STARTUP:
-        parser.error(
-            f"{_STARTUP} must not contain {os.pathsep!r}, which separates folders of PYTHONPATH"
-        )
+        parser.error(f"{_STARTUP} must not contain {os.pathsep!r}, which separates folders of PYTHONPATH")
     environment = dict(os.environ)
     if arguments.adam_options is not None:
         environment[OPTIONS] = json.dumps(arguments.adam_options)
@@ -77,8 +73,9 @@ def start() -> None:
     """Install the fused optimizers in this process; log it, and at exit what they did."""
     options = _parsed(os.environ.get(OPTIONS) or "{}")
     installation = install(**options)
+    installation.is_logged = True  # by the line below
     given = ", ".join(f"{name}={x!r}" for name, x in options.items())
-    _say(
+    log(
         f"{__version__}: mlx.optimizers.Adam and AdamW are the fused ones from here on"
         + (f", with {given}" if given else "")
     )
@@ -92,27 +89,13 @@ def _say_result(installation: Installation) -> None:
     parts = [f"built {counted(installation.built) or 'no Adam or AdamW'}"]
     if installation.kept:
         parts.append(f"{counted(installation.kept)} stayed as it was")
+    if unused := installation.unused:
+        parts.append(f"not used, since no optimizer that was built takes it: {', '.join(unused)}")
     backends = zip((_ext.cpu_backend(), _ext.gpu_backend()), _ext.updated_tensors(), strict=True)
     counts = [f"{name} ran {count:,} updates of tensors" for (name, *_), count in backends if count]
     if installation.built and not counts:
         counts = ["no kernel has updated anything"]
-    _say("; ".join([*parts, *counts, *_backends.reasons()]))
-
-
-def _say(line: str) -> None:
-    rank = os.environ.get("MLX_RANK")
-    who = f"mlx-fused-adam (rank {rank})" if rank else "mlx-fused-adam"
-    if sys.stderr is None:
-        return
-    # A full disk or a closed pipe must not end a training run, nor make it fail at exit because of a buffered line.
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
-        try:
-            file = sys.stderr.fileno()
-        except (AttributeError, OSError):  # replaced by the program
-            print(f"{who}: {line}", file=sys.stderr, flush=True)
-        else:
-            os.write(file, f"{who}: {line}\n".encode())
+    log("; ".join([*parts, *counts, *_backends.reasons()]))
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -125,9 +108,7 @@ def _parsed(text: str) -> dict[str, Any]:
         options = json.loads(text)
     except json.JSONDecodeError as error:
         example = '{"max_grad_norm": 1.0}'
-        raise ValueError(
-            f"options must be JSON in single quotes, as {example!r}, but got {text}: {error}"
-        ) from None
+        raise ValueError(f"options must be JSON in single quotes, as {example!r}, but got {text}: {error}") from None
     if not isinstance(options, dict):
         raise ValueError(f"options must be a JSON object but got {text}")
     return options

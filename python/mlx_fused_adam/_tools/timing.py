@@ -1,8 +1,8 @@
 """Time several implementations side by side: warm-up, turns, median and quartiles. Used by the report and bench/.
 
-Each implementation takes a turn in every round, in random order, so that drift of the machine affects all alike. A turn is
-a pause, an untimed step and some timed ones: torch's OpenMP threads spin for about 10 ms after a step and would slow the
-next implementation; after the pause an implementation's own threads must wake before its times count.
+Each implementation takes a turn in every round, in random order, so that drift of the machine affects all alike. A turn
+is a pause, an untimed step and some timed ones: torch's OpenMP threads spin for about 10 ms after a step and would slow
+the next implementation; after the pause an implementation's own threads must wake before its times count.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ def measure(
     with _no_garbage_collection():
         cost = {name: _warm_up(step) for name, step in steps.items()}
         is_long = {name: cost[name] > LONG_STEP_SECONDS for name in steps}
-        repeats = {
-            name: min(MOST_REPEATS, max(1, round(TURN_SECONDS / cost[name]))) for name in steps
-        }
+        repeats = {name: min(MOST_REPEATS, max(1, round(TURN_SECONDS / cost[name]))) for name in steps}
         round_seconds = sum(PAUSE_SECONDS + (1 + repeats[name]) * cost[name] for name in steps)
         rounds = max(fewest_rounds, min(MOST_ROUNDS, int(seconds / round_seconds)))
 

@@ -38,8 +38,8 @@ struct Lanes {
 
   Lanes(const T& mine, int line) : mask(emulator_simd_exchange(&mine, sizeof(T), value, line)) {}
   bool active(uint32_t lane) const { return lane < emulator::kSimdWidth && mask >> lane & 1; }
-  // Beyond the simdgroup, the caller's own value. What an inactive lane would give is undefined on Metal; here, nothing that a
-  // kernel could have use for.
+  // Beyond the simdgroup, the caller's own value. What an inactive lane would give is undefined on Metal; here, nothing
+  // that a kernel could have use for.
   T at(uint32_t lane) const {
     if (lane >= emulator::kSimdWidth) return value[self];
     if (active(lane)) return value[lane];
@@ -102,8 +102,7 @@ template <typename T>
 T simd_shuffle_and_fill_up(T x, T filling, uint16_t n, int line = __builtin_LINE()) {
   Lanes<T> lanes(x, line);
   Lanes<T> fillings(filling, line);
-  return lanes.self >= n ? lanes.at(lanes.self - n)
-                         : fillings.at(emulator::kSimdWidth + lanes.self - n);
+  return lanes.self >= n ? lanes.at(lanes.self - n) : fillings.at(emulator::kSimdWidth + lanes.self - n);
 }
 template <typename T>
 T simd_broadcast_first(T x, int line = __builtin_LINE()) {
@@ -153,8 +152,7 @@ MSL_ATOMIC(fetch_xor, a ^ b)
 #undef MSL_ATOMIC
 template <typename T>
 T atomic_load_explicit(const volatile atomic<T>* object, memory_order) {
-  return atomic_update(const_cast<volatile atomic<T>*>(object),
-                       [](T a) MSL_UNCHECKED { return a; });
+  return atomic_update(const_cast<volatile atomic<T>*>(object), [](T a) MSL_UNCHECKED { return a; });
 }
 template <typename T, typename U>
 void atomic_store_explicit(volatile atomic<T>* object, U value, memory_order order) {
@@ -177,25 +175,18 @@ struct Argument {  // by value: an attribute of the thread, as a scalar or a vec
   MSL_UNCHECKED static T get(const Thread& thread, void*) {
     constexpr Role role = static_cast<Role>(Code >> 16);
     if constexpr (role == Role::thread_position_in_grid) return of(thread.thread_position_in_grid);
-    if constexpr (role == Role::thread_position_in_threadgroup)
-      return of(thread.thread_position_in_threadgroup);
-    if constexpr (role == Role::threadgroup_position_in_grid)
-      return of(thread.threadgroup_position_in_grid);
+    if constexpr (role == Role::thread_position_in_threadgroup) return of(thread.thread_position_in_threadgroup);
+    if constexpr (role == Role::threadgroup_position_in_grid) return of(thread.threadgroup_position_in_grid);
     if constexpr (role == Role::threadgroups_per_grid) return of(thread.threadgroups_per_grid);
     if constexpr (role == Role::threads_per_grid) return of(thread.threads_per_grid);
     if constexpr (role == Role::threads_per_threadgroup) return of(thread.threads_per_threadgroup);
-    if constexpr (role == Role::dispatch_threads_per_threadgroup)
-      return of(thread.dispatch_threads_per_threadgroup);
-    if constexpr (role == Role::thread_index_in_threadgroup)
-      return of({thread.thread_index_in_threadgroup, 0, 0});
-    if constexpr (role == Role::thread_index_in_simdgroup)
-      return of({thread.thread_index_in_simdgroup, 0, 0});
+    if constexpr (role == Role::dispatch_threads_per_threadgroup) return of(thread.dispatch_threads_per_threadgroup);
+    if constexpr (role == Role::thread_index_in_threadgroup) return of({thread.thread_index_in_threadgroup, 0, 0});
+    if constexpr (role == Role::thread_index_in_simdgroup) return of({thread.thread_index_in_simdgroup, 0, 0});
     if constexpr (role == Role::simdgroup_index_in_threadgroup)
       return of({thread.simdgroup_index_in_threadgroup, 0, 0});
-    if constexpr (role == Role::simdgroups_per_threadgroup)
-      return of({thread.simdgroups_per_threadgroup, 0, 0});
-    if constexpr (role == Role::threads_per_simdgroup)
-      return of({thread.threads_per_simdgroup, 0, 0});
+    if constexpr (role == Role::simdgroups_per_threadgroup) return of({thread.simdgroups_per_threadgroup, 0, 0});
+    if constexpr (role == Role::threads_per_simdgroup) return of({thread.threads_per_simdgroup, 0, 0});
     static_assert(role != Role::buffer && role != Role::threadgroup,
                   "a kernel parameter is neither memory nor has a known attribute");
   }
@@ -238,14 +229,13 @@ struct Entry<Function, void (*)(P...), std::index_sequence<I...>, Roles...> {
   MSL_UNCHECKED static void run(const Thread& thread, void* const* arguments) {
     Function(Argument<P>::template get<Roles>(thread, arguments[I])...);
   }
-  static constexpr Parameter parameters[] = {{static_cast<Role>(Roles >> 16), (Roles & 0xffff) - 1,
-                                              Argument<P>::size, Argument<P>::align}...};
+  static constexpr Parameter parameters[] = {
+      {static_cast<Role>(Roles >> 16), (Roles & 0xffff) - 1, Argument<P>::size, Argument<P>::align}...};
 };
 
 template <auto Function, int... Roles>
 constexpr Kernel entry(const char* name) {
-  using E =
-      Entry<Function, decltype(Function), std::make_index_sequence<sizeof...(Roles)>, Roles...>;
+  using E = Entry<Function, decltype(Function), std::make_index_sequence<sizeof...(Roles)>, Roles...>;
   return {name, &E::run, E::parameters, sizeof...(Roles)};
 }
 

@@ -1,5 +1,5 @@
-// Metal's standard library for nvcc: what a shader translated for CUDA includes first. A threadgroup is a block, a simdgroup
-// a warp; a kernel is a device function that a generated __global__ function calls with its parameters.
+// Metal's standard library for nvcc: what a shader translated for CUDA includes first. A threadgroup is a block, a
+// simdgroup a warp; a kernel is a device function that a generated __global__ function calls with its parameters.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -76,20 +76,16 @@ struct Argument {
   template <int Code>
   __device__ static T get(const Arguments& arguments) {
     constexpr Role role = static_cast<Role>(Code >> 16);
-    static_assert(role == Role::thread_position_in_grid ||
-                      role == Role::thread_position_in_threadgroup ||
-                      role == Role::threadgroup_position_in_grid ||
-                      role == Role::threads_per_grid || role == Role::thread_index_in_simdgroup,
+    static_assert(role == Role::thread_position_in_grid || role == Role::thread_position_in_threadgroup ||
+                      role == Role::threadgroup_position_in_grid || role == Role::threads_per_grid ||
+                      role == Role::thread_index_in_simdgroup,
                   "msl_cuda.h does not have this kernel attribute yet");
     Position p = arguments.threads_per_grid;
     if constexpr (role == Role::thread_position_in_grid) p = position_in_grid();
-    if constexpr (role == Role::thread_position_in_threadgroup)
-      p = {threadIdx.x, threadIdx.y, threadIdx.z};
-    if constexpr (role == Role::threadgroup_position_in_grid)
-      p = {blockIdx.x, blockIdx.y, blockIdx.z};
+    if constexpr (role == Role::thread_position_in_threadgroup) p = {threadIdx.x, threadIdx.y, threadIdx.z};
+    if constexpr (role == Role::threadgroup_position_in_grid) p = {blockIdx.x, blockIdx.y, blockIdx.z};
     if constexpr (role == Role::thread_index_in_simdgroup)
-      p = {((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) % kSimdWidth, 0,
-           0};
+      p = {((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) % kSimdWidth, 0, 0};
     return AsArgument<T>::from(p);
   }
 };

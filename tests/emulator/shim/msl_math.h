@@ -30,8 +30,7 @@ using std::remove_reference_t;
 using std::true_type;
 
 template <typename T>
-constexpr bool is_floating_point_v =
-    is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, bfloat>;
+constexpr bool is_floating_point_v = is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, bfloat>;
 template <typename T>
 struct is_floating_point : integral_constant<bool, is_floating_point_v<T>> {};
 template <typename T>
@@ -64,8 +63,8 @@ using if_integral = enable_if_t<is_integral_v<T>, T>;
 template <typename T>
 using if_scalar = enable_if_t<is_arithmetic_v<T>, T>;
 
-// What a function that is not of metal::precise gives in place of `exact`: on a hostile GPU, up to `ulps` units in the last
-// place beside it. How far follows from the value, so that every thread and order of execution agrees.
+// What a function that is not of metal::precise gives in place of `exact`: on a hostile GPU, up to `ulps` units in the
+// last place beside it. How far follows from the value, so that every thread and order of execution agrees.
 MSL_FUNCTION float fast_result(float exact, uint32_t ulps) {
 #ifdef MSL_HOSTILE_FUNCTIONS
   uint32_t bits = as_type<uint32_t>(exact), magnitude = bits & 0x7fffffffu;
@@ -79,7 +78,8 @@ MSL_FUNCTION T fast_result(T exact, uint32_t) {
   return exact;
 }
 
-// `ulps`: what Metal's fast variant for float may be off by, about as its specification has it, there in part as formulas.
+// `ulps`: what Metal's fast variant for float may be off by, about as its specification has it, there in part as
+// formulas.
 #define MSL_UNARY(name, function, ulps)                     \
   namespace precise {                                       \
   template <typename T>                                     \
@@ -161,8 +161,7 @@ MSL_BINARY(powr, std::pow, 16)
 
 template <typename T>
 MSL_FUNCTION if_float<T> fma(T x, T y, T z) {
-  return static_cast<T>(
-      std::fma(static_cast<float>(x), static_cast<float>(y), static_cast<float>(z)));
+  return static_cast<T>(std::fma(static_cast<float>(x), static_cast<float>(y), static_cast<float>(z)));
 }
 template <typename T>
 MSL_FUNCTION if_float<T> abs(T x) {

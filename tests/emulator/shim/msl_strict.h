@@ -1,5 +1,5 @@
-// Metal's names for clang, with address spaces that are real: a pointer to device memory that says no more than `float*`,
-// a `double`, a qualifier cast away are errors, as they are on Metal. Only for checking; nothing here runs.
+// Metal's names for clang, with address spaces that are real: a pointer to device memory that says no more than
+// `float*`, a `double`, a qualifier cast away are errors, as they are on Metal. Only for checking; nothing here runs.
 #pragma once
 
 #define device __attribute__((address_space(1)))

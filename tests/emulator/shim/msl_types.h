@@ -31,9 +31,7 @@ struct bfloat {
   bfloat() = default;
   template <typename T, typename = std::enable_if_t<std::is_convertible<T, float>::value>>
   MSL_FUNCTION constexpr bfloat(T value) : bits(round(static_cast<float>(value))) {}
-  MSL_FUNCTION constexpr operator float() const {
-    return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
-  }
+  MSL_FUNCTION constexpr operator float() const { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
 
  private:
   MSL_FUNCTION static constexpr uint16_t round(float value) {

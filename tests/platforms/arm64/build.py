@@ -1,9 +1,11 @@
-"""Makes an arm64 Linux in a folder: Debian's Python, MLX's aarch64 wheels, and this project, cross-built by its own CMake.
+"""Makes an arm64 Linux in a folder: Debian's Python, MLX's aarch64 wheels, and this project, cross-built by its own
+CMake.
 
     python tests/platforms/arm64/build.py        # then run.py runs tests in it
 
-Needs qemu-user-static, debootstrap and g++-aarch64-linux-gnu of Debian or Ubuntu and the packages of the test extra; downloads
-once, by debootstrap and pip. Everything lands in build/arm64. The CPU kernels of Apple silicon are the same arm64 code.
+Needs qemu-user-static, debootstrap and g++-aarch64-linux-gnu of Debian or Ubuntu and the packages of the test extra;
+downloads once, by debootstrap and pip. Everything lands in build/arm64. The CPU kernels of Apple silicon are the same
+arm64 code.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def _path() -> str:
 
 
 def _run(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    """What the command prints; its whole output is in the error if it fails."""
+    """The output of the command; all of it is in the error if it fails."""
     environment = os.environ | {"PATH": _path()} | (env or {})
     arguments = [str(part) for part in command]
     result = subprocess.run(arguments, cwd=ROOT, env=environment, text=True, capture_output=True)
@@ -145,8 +147,7 @@ def build() -> Path:
         "SETUPTOOLS_EXT_SUFFIX": f".cpython-3{sys.version_info.minor}-aarch64-linux-gnu.so",
     }
     program = (
-        "import json, sys, scikit_build_core.build as b; "
-        "print(b.build_wheel(sys.argv[1], json.loads(sys.argv[2])))"
+        "import json, sys, scikit_build_core.build as b; print(b.build_wheel(sys.argv[1], json.loads(sys.argv[2])))"
     )
     printed = _run(sys.executable, "-c", program, CACHE / "dist", json.dumps(settings), env=cross)
     return CACHE / "dist" / printed.split()[-1]

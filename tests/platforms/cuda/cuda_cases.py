@@ -1,7 +1,8 @@
 """Updates of every kernel, layout and dtype, and what must come out, for any runner of the project's shader.
 
-A runner takes (kernel, buffers, grid, threads_per_threadgroup); a buffer is (index, array, "input" | "output" | "both" |
-"bytes"). The dispatches are those of csrc/metal/adam.cpp; the expected values come from NumPy, in float32, rounded once.
+A runner takes (kernel, buffers, grid, threads_per_threadgroup); a buffer is (index, array, "input" | "output" | "both"
+| "bytes"). The dispatches are those of csrc/metal/adam.cpp; the expected values come from NumPy, in float32, rounded
+once.
 """
 
 from __future__ import annotations
@@ -20,28 +21,24 @@ Runner = Callable[[str, list[Buffer], tuple[int, int, int], tuple[int, int, int]
 ROOT = Path(__file__).resolve().parents[3]
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 CONSTANTS = np.array([BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPS], np.float32)
-SCALARS = np.array([0.01, 1.25, 0.99], np.float32)  # step_size, denominator_scale, decay
+# step_size, denominator_scale, decay, gradient_scale, is_applied
+SCALARS = np.array([0.01, 1.25, 0.99, 0.5, 1.0], np.float32)
 
-# What host and shader share: numbers, and the fields of the argument structs.
+# Shared by host and shader: numbers, and the 32-bit fields of the argument structs, whose first member is StepArgs.
 HEADER = (ROOT / "metal" / "adam_args.h").read_text()
 SHARED = {
     name: eval(value, {"__builtins__": {}})
     for name, value in re.findall(r"^\s*(k\w+) = ([\d <]+),", HEADER, re.MULTILINE)
 }
 STRUCTS = {
-    name: re.findall(r"^\s*(?:unsigned int|RoundingArgs) (\w+)", body, re.MULTILINE)
+    name: re.findall(r"^\s*unsigned int (\w+)", body, re.MULTILINE)
     for name, body in re.findall(r"struct (\w+Args) {\n(.*?)};", HEADER, re.DOTALL)
 }
-# Rounding to nearest.
-PLAIN = {
-    "rounding": [0] * len(STRUCTS["RoundingArgs"]),
-    "number": 0,
-    "numbers": [0] * SHARED["kGroupTensors"],
-    "first_element": 0,
-    "row_length": 0,
-}
+NEAREST = [0, 0, 0]  # RoundingRequest
+DEFAULTS = {"number": 0, "numbers": [0] * SHARED["kGroupTensors"], "first_element": 0}
+DEFAULTS["scalar_count"] = len(SCALARS)
 # Read only by formats that are not among these cases.
-EXTRAS = ("kRemainder", "kMScale", "kVScale", "kNewRemainder", "kNewMScale", "kNewVScale")
+AUXILIARIES = ("kCorrection", "kMScale", "kVScale", "kNewCorrection", "kNewMScale", "kNewVScale")
 
 
 def to_bits(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -60,16 +57,15 @@ def to_float(x: np.ndarray, dtype: str) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def expected(
-    tensor: list[np.ndarray], types: tuple[str, str, str], scalars: np.ndarray
-) -> list[np.ndarray]:
+def expected(tensor: list[np.ndarray], types: tuple[str, str, str], scalars: np.ndarray) -> list[np.ndarray]:
     """The update operation by operation, each rounded to float32."""
     p, g, s = types
     w, g, m, v = (to_float(x, t) for x, t in zip(tensor, (p, g, s, s), strict=True))
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps = CONSTANTS
+    step_size, denominator_scale, decay, scale, _ = np.append(scalars, np.ones(4, np.float32))[:5]
+    g = g * scale
     m = beta1 * m + one_minus_beta1 * g
     v = beta2 * v + one_minus_beta2 * (g * g)
-    step_size, denominator_scale, decay = [*scalars, np.float32(1), np.float32(1)][:3]
     w = w * decay - (step_size * m) / (np.sqrt(v) * denominator_scale + eps)
     return [to_bits(w, p), to_bits(m, s), to_bits(v, s)]
 
@@ -83,10 +79,11 @@ def random_tensor(shape: tuple[int, ...], types: tuple[str, str, str]) -> list[n
 
 
 def arguments(struct: str, **fields: int | list[int]) -> Buffer:
-    """An argument struct: the constants, then 32-bit fields in the header's order."""
-    fields = {name: fields.get(name, PLAIN.get(name)) for name in {*STRUCTS[struct], *fields}}
-    assert set(fields) == set(STRUCTS[struct]), f"{struct} has the fields {STRUCTS[struct]}"
-    values = np.concatenate([np.atleast_1d(fields[name]) for name in STRUCTS[struct]])
+    """An argument struct: StepArgs, then 32-bit fields in the header's order."""
+    names = [*STRUCTS["StepArgs"], *STRUCTS[struct]]
+    fields = {name: fields.get(name, DEFAULTS.get(name)) for name in {*names, *fields}}
+    assert set(fields) == set(names), f"{struct} has the fields {names}"
+    values = np.concatenate([NEAREST, *(np.atleast_1d(fields[name]) for name in names)])
     packed = np.concatenate([CONSTANTS, values.astype(np.uint32).view(np.float32)])
     return SHARED["kArgs"], packed, "bytes"
 
@@ -109,14 +106,14 @@ class Update:
         extra: str = "",
         scalars: np.ndarray = SCALARS,
     ) -> None:
-        self.name = f"{kernel}<AdamRule, {', '.join(types)}{extra}>"
+        self.name = f"{kernel}<{', '.join(types)}{extra}>"
         self.types = types
         self.buffers: list[Buffer] = [
             (SHARED["kScalars"], scalars, "input"),
             (SHARED["kStep"], np.ones(1, np.uint32), "input"),
         ]
         if kernel != "adam_group":
-            self.buffers += [(SHARED[name], np.zeros(1, np.uint32), "input") for name in EXTRAS]
+            self.buffers += [(SHARED[name], np.zeros(1, np.uint32), "input") for name in AUXILIARIES]
         self.scalars = scalars
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -124,9 +121,7 @@ class Update:
         """`tensor` as the kernel sees it: parameter, gradient, m, v; the memory order of each is its own."""
         want = expected(tensor, self.types, self.scalars)
         memory = [x.base if x.base is not None else x for x in tensor]
-        outputs = [
-            memory[i] if in_place else np.empty(want[0].shape, memory[i].dtype) for i in (0, 2, 3)
-        ]
+        outputs = [memory[i] if in_place else np.empty(want[0].shape, memory[i].dtype) for i in (0, 2, 3)]
         uses = ["both", "input", "both", "both"] if in_place else ["input"] * 4
         for i, (array, use) in enumerate(zip(memory, uses, strict=True)):
             self.buffers.append((first + i, array, use))
@@ -153,12 +148,10 @@ class Update:
 
 
 def linear(
-    types: tuple[str, str, str], size: int, in_place: bool, scalars: int = 3
+    types: tuple[str, str, str], size: int, in_place: bool, scalars: int = len(SCALARS)
 ) -> tuple[Update, tuple, tuple]:
     update = Update("adam_linear", types, scalars=SCALARS[:scalars].copy())
-    update.buffers.append(
-        arguments("LinearArgs", size=size, vectors=size > 3, scalar_count=scalars)
-    )
+    update.buffers.append(arguments("LinearArgs", row_length=size, vectors=size > 3, scalar_count=scalars))
     update.bind(random_tensor((size,), types), SHARED["kFirstTensor"], in_place)
     threads = threads_for(size, types)
     return update, (threads, 1, 1), (min(threads, SHARED["kThreads"]), 1, 1)
@@ -168,20 +161,18 @@ def group(types: tuple[str, str, str], sizes: list[int]) -> tuple[Update, tuple,
     update = Update("adam_group", types)
     ends = np.cumsum([threads_for(size, types) for size in sizes]).tolist()
     fields = {"sizes": sizes, "vectors": [1] * len(sizes), "thread_ends": ends}
-    update.buffers.append(arguments("GroupArgs", **fields, scalar_count=3))
+    update.buffers.append(arguments("GroupArgs", **fields))
     for i, size in enumerate(sizes):
         first = SHARED["kFirstTensor"] + i * SHARED["kBuffersPerTensor"]
         update.bind(random_tensor((size,), types), first, in_place=True)
     return update, (ends[-1], 1, 1), (min(ends[-1], SHARED["kThreads"]), 1, 1)
 
 
-def tiled(
-    types: tuple[str, str, str], batch: int | None, rows: int, columns: int
-) -> tuple[Update, tuple, tuple]:
+def tiled(types: tuple[str, str, str], batch: int | None, rows: int, columns: int) -> tuple[Update, tuple, tuple]:
     """A batch of matrices, or one with no axis around it."""
     update = Update("adam_tiled", types)
     run = run_length(types)
-    fields = {"rows": rows, "columns": columns, "axes": int(batch is not None), "scalar_count": 3}
+    fields = {"rows": rows, "columns": columns, "axes": int(batch is not None)}
     vectors = rows % run == 0 and columns % run == 0
     update.buffers.append(arguments("TiledArgs", **fields, vectors=vectors))
     tensor = random_tensor((batch or 1, rows, columns), types)
@@ -194,12 +185,10 @@ def tiled(
     return update, (-(-columns // side) * threads, -(-rows // side), batch or 1), (threads, 1, 1)
 
 
-def general(
-    types: tuple[str, str, str], index: str, shape: tuple[int, ...]
-) -> tuple[Update, tuple, tuple]:
+def general(types: tuple[str, str, str], index: str, shape: tuple[int, ...]) -> tuple[Update, tuple, tuple]:
     """A gradient with gaps along its last axis."""
     update = Update("adam_general", types, f", {index}")
-    update.buffers.append(arguments("GeneralArgs", axes=len(shape), scalar_count=3))
+    update.buffers.append(arguments("GeneralArgs", axes=len(shape)))
     tensor = random_tensor(shape, types)
     wide = np.repeat(tensor[1], 2, axis=-1)
     tensor[1] = wide[..., ::2]

@@ -1,8 +1,8 @@
 """Runs the project's Metal shader on an NVIDIA GPU: the same text, through nvcc, against NumPy, bit for bit.
 
 python tests/platforms/cuda/run.py                  every kernel, layout and combination of dtypes
-python tests/platforms/cuda/run.py --sanitize       the small cases under compute-sanitizer: memcheck, racecheck, initcheck
-python tests/platforms/cuda/run.py --compile-only   needs nvcc but no GPU
+python tests/platforms/cuda/run.py --sanitize       the small cases under compute-sanitizer: memcheck, racecheck,
+initcheck python tests/platforms/cuda/run.py --compile-only   needs nvcc but no GPU
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FLAGS += ["-Xcompiler", "-fPIC,-w", "-diag-suppress", "2506"]
 def compile_shader(folder: Path, architecture: str, types: tuple[str, ...]) -> Path:
     """Builds the shader and runtime.cuh into a shared library."""
     folder.mkdir(parents=True, exist_ok=True)
-    source = project_shader.full_source(types, ("AdamRule",))
+    source = project_shader.full_source(types)
     text = translate.for_cuda(source, project_shader.INCLUDE_DIRS) + '#include "runtime.cuh"\n'
     file = folder / "adam.cu"
     file.write_text(text)
@@ -92,9 +92,7 @@ def sanitize(folder: Path, architecture: str) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile-only", action="store_true", help="do not run anything")
     parser.add_argument("--sanitize", action="store_true", help="also run under compute-sanitizer")
     parser.add_argument("--small", action="store_true", help="leave the large tensors out")

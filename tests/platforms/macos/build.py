@@ -50,7 +50,7 @@ class MacMLX:
 
 
 def run(command: list[str | Path], cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
-    """What the command prints; its whole output is in the error if it fails."""
+    """The output of the command; all of it is in the error if it fails."""
     result = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr}")
@@ -58,7 +58,7 @@ def run(command: list[str | Path], cwd: Path = ROOT, env: dict[str, str] | None 
 
 
 def fetch_mlx(macos: int = OLDEST, cache: Path = CACHE) -> MacMLX:
-    """What a Mac of that release installs as the very version of MLX that is installed here."""
+    """The wheels that a Mac of that release installs as the very version of MLX that is installed here."""
     mlx_version = version("mlx")
     asked = cache / f"mlx-{mlx_version}-cp3{sys.version_info.minor}-for-macos-{macos}"
     if not asked.exists():
@@ -146,8 +146,7 @@ def build(source: Path = ROOT, cache: Path = CACHE) -> Path:
         "SETUPTOOLS_EXT_SUFFIX": EXT_SUFFIX,
     }
     program = (
-        "import json, sys, scikit_build_core.build as b; "
-        "print(b.build_wheel(sys.argv[1], json.loads(sys.argv[2])))"
+        "import json, sys, scikit_build_core.build as b; print(b.build_wheel(sys.argv[1], json.loads(sys.argv[2])))"
     )
     shutil.rmtree(cache / "cmake", ignore_errors=True)
     command = [sys.executable, "-c", program, cache / "dist", json.dumps(settings)]

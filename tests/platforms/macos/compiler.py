@@ -16,7 +16,7 @@ LINK = ["-nostdlib++"]
 
 
 def translate(argument: str) -> list[str]:
-    """What stands for a clang argument that ziglang's linker does not know."""
+    """The replacement of a clang argument that ziglang's linker does not know."""
     if argument == "-bundle":
         return ["-shared"]
     if argument.startswith("-Wl,@"):

@@ -1,4 +1,4 @@
-"""What a macOS extension module asks of the system it is loaded into, and whether it gets it.
+"""The symbols that a macOS extension module needs from the system, and whether they are there.
 
 `inspect` reads a Mach-O file with lief; `missing_symbols` compares what it needs with what
 libmlx.dylib and Python export. Used by test_macos_build.py.
@@ -41,9 +41,7 @@ def inspect(path: Path) -> Module:
         minimum_macos=tuple(binary.build_version.minos),
         rpaths=[rpath.path for rpath in binary.rpaths],
         libraries=[
-            library.name
-            for library in binary.libraries
-            if library.command == lief.MachO.LoadCommand.TYPE.LOAD_DYLIB
+            library.name for library in binary.libraries if library.command == lief.MachO.LoadCommand.TYPE.LOAD_DYLIB
         ],
         signed=binary.has_code_signature,
         exported={symbol.name for symbol in binary.exported_symbols},
@@ -60,6 +58,6 @@ def python_symbols() -> set[str]:
 
 
 def missing_symbols(module: Module, libmlx: Module) -> set[str]:
-    """What nothing on a Mac would provide: loading the module, or a call into it, would fail."""
+    """The symbols that nothing on a Mac would provide: loading the module, or a call into it, would fail."""
     from_mlx = module.needed.get(LIBMLX, set())
     return (from_mlx - libmlx.exported) | (module.needed.get("", set()) - python_symbols())

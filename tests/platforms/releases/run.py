@@ -1,10 +1,13 @@
-"""Builds the package for each mlx release that it knows, runs the CPU tests there, and keeps the table in docs/mlx-releases.md.
+"""Builds the package for each mlx release that it knows, runs the CPU tests there, and keeps the table in
+docs/mlx-releases.md.
 
 python tests/platforms/releases/run.py                            every release in build_tools/mlx_releases.py
 python tests/platforms/releases/run.py --release 0.32.2           one of them; more with --release again
-python tests/platforms/releases/run.py --release 0.32.2 -- tests  pytest's arguments: all tests; the table is not written
+python tests/platforms/releases/run.py --release 0.32.2 -- tests  pytest's arguments: all tests; the table is not
+written
 
-Each release gets a new virtual environment in build/releases, and there the command that users are told. Needs the network.
+Each release gets a new virtual environment in build/releases, and there the command that users are told. Needs the
+network.
 """
 
 from __future__ import annotations
@@ -41,11 +44,13 @@ Result = dict[str, str | int]
 
 
 def install(mlx: str) -> Path:
-    """The Python of a new environment, in which the package is built for this mlx and installed with what its tests need."""
+    """The Python of a new environment, in which the package is built for this mlx and installed with what its tests
+    need.
+    """
     folder = FOLDER / mlx
     venv.create(folder, with_pip=True, clear=True)
     python = folder / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--quiet", f"{ROOT}[test]"]
+    command = [python, "-m", "pip", "install", "--quiet", f"{ROOT}[test,tools]"]
     subprocess.run(command, check=True, env=os.environ | {VARIABLE: mlx})
     return python
 
@@ -54,8 +59,7 @@ def counts(report: Path) -> dict[str, int]:
     """How many tests passed, were skipped and failed, from pytest's JUnit report."""
     suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
     total, skipped, failures, errors = (
-        sum(int(suite.get(name, 0)) for suite in suites)
-        for name in ("tests", "skipped", "failures", "errors")
+        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped", "failures", "errors")
     )
     failed = failures + errors
     return {"passed": total - skipped - failed, "skipped": skipped, "failed": failed}
@@ -87,7 +91,9 @@ def table(results: Sequence[Result]) -> str:
 
 
 def keep(result: Result) -> None:
-    """In results.json and in the document, in place of an earlier one of the same release; in the order of the releases."""
+    """In results.json and in the document, in place of an earlier one of the same release; in the order of the
+    releases.
+    """
     known = {x["mlx"]: x for x in json.loads(RESULTS.read_text())} | {result["mlx"]: result}
     results = [known[mlx] for mlx in NANOBIND if mlx in known]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -97,9 +103,7 @@ def keep(result: Result) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--release", action="append", choices=NANOBIND, help="one mlx release; default: all"
-    )
+    parser.add_argument("--release", action="append", choices=NANOBIND, help="one mlx release; default: all")
     parser.add_argument("pytest", nargs="*", help="pytest's arguments, after --")
     arguments = parser.parse_args()
     failed = []

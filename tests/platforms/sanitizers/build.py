@@ -1,10 +1,11 @@
 """Builds the extension, or a program of a few of its files, with GCC's sanitizers, and tells how to run Python with it.
 
-    python tests/platforms/sanitizers/build.py address|thread [none|emulated]     # prints the folder; run.py runs tests in it
+    python tests/platforms/sanitizers/build.py address|thread [none|emulated]     # prints the folder; run.py runs tests
+    in it
 
 CMake and ninja decide what is out of date; all is kept in build/sanitizers-…. "address" is AddressSanitizer and
-UndefinedBehaviorSanitizer, "thread" is ThreadSanitizer. Python and libmlx stay as they are, so a sanitizer's library has to be
-loaded before them (LD_PRELOAD), and what libmlx does by itself is not seen.
+UndefinedBehaviorSanitizer, "thread" is ThreadSanitizer. Python and libmlx stay as they are, so a sanitizer's library
+has to be loaded before them (LD_PRELOAD), and what libmlx does by itself is not seen.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 KINDS = ("address", "thread")
-# Undefined behaviour ends the process. Without -g1 and with the tracking of variables the kernels compile for minutes; a report
-# has its lines all the same. The kernels keep their own -O3, so that what is checked is vectorised as it is for users.
+# Undefined behaviour ends the process. Without -g1 and with the tracking of variables the kernels compile for minutes;
+# a report has its lines all the same. The kernels keep their own -O3, so that what is checked is vectorised as it is
+# for users.
 COMMON = ["-O1", "-g1", "-fno-var-tracking", "-fno-omit-frame-pointer"]
 FLAGS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", *COMMON],
@@ -31,7 +33,7 @@ FLAGS = {
 }
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 COMPILERS = ("cc", "gcc", "c++", "g++")
-# What a build of the extension reads.
+# The files that a build of the extension reads.
 SOURCES = ("CMakeLists.txt", "build_tools", "csrc", "metal", "python")
 # Reports are files: nobody reads the output of the processes that tests start.
 OPTIONS = {
@@ -82,7 +84,7 @@ def what_is_missing(kind: str = "address") -> str:
 
 
 def launcher(kind: str) -> list[str]:
-    """What has to stand before a command: libtsan of GCC below 14 knows addresses of the usual 28 random bits alone."""
+    """The words before a command: libtsan of GCC below 14 knows addresses of the usual 28 random bits alone."""
     bits = Path("/proc/sys/vm/mmap_rnd_bits")
     is_too_random = kind == "thread" and bits.exists() and int(bits.read_text()) > 28
     return ["setarch", "--addr-no-randomize"] if is_too_random else []
@@ -106,7 +108,8 @@ def _library(name: str) -> Path:
 
 
 def folder(kind: str, gpu: str = "none", faults: Iterable[Fault] = ()) -> Path:
-    # CMake remembers the Python that it was configured for, so each environment has a build of its own; and each set of faults.
+    # CMake remembers the Python that it was configured for, so each environment has a build of its own; and each set of
+    # faults.
     environment = sys.prefix + "".join(map(str, faults))
     digest = hashlib.sha256(environment.encode()).hexdigest()[:8]
     parts = ["sanitizers", kind, *([gpu] if gpu != "none" else [])]
@@ -119,8 +122,7 @@ def plant(faults: Iterable[Fault], sources: Path) -> None:
         text = (ROOT / fault.file).read_text()
         if text.count(fault.text) != 1:
             raise RuntimeError(
-                f"{fault.file} holds {text.count(fault.text)} times {fault.text!r}; "
-                "plant this fault elsewhere"
+                f"{fault.file} holds {text.count(fault.text)} times {fault.text!r}; plant this fault elsewhere"
             )
         planted = sources / fault.file
         planted.write_text(text.replace(fault.text, fault.replacement))
@@ -128,7 +130,9 @@ def plant(faults: Iterable[Fault], sources: Path) -> None:
 
 
 def copy(names: Iterable[str], to: Path) -> Path:
-    """A copy of these parts of the tree, whose files keep their times, so that ninja leaves what has been made of them."""
+    """A copy of these parts of the tree, whose files keep their times, so that ninja leaves what has been made of
+    them.
+    """
     shutil.rmtree(to, ignore_errors=True)
     for name in names:
         if (ROOT / name).is_dir():

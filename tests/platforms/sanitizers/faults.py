@@ -40,16 +40,15 @@ TRIGGERS = {
         "writes past an array's end": Trigger(
             Fault(
                 "csrc/cpu/kernels.cpp",
-                "for (; at + kChunk <= n; at += kChunk) {\n    update_chunk<kChunk, Rule>",
-                "for (; at < n; at += kChunk) {\n    update_chunk<kChunk, Rule>",
+                "for (; at + kChunk <= n; at += kChunk) {\n    update_chunk<kChunk>",
+                "for (; at < n; at += kChunk) {\n    update_chunk<kChunk>",
             ),
             UPDATE.format(size=33, dtype="float32"),
             "heap-buffer-overflow",
         ),
         "shifts out of an integer": Trigger(
             Fault("csrc/math/encodings.h", "(h & 0x8000u) << 16", "(h & 0x8000u) << 32"),
-            "import os; os.environ['MLX_FUSED_ADAM_ISA'] = 'baseline'\n"
-            + UPDATE.format(size=64, dtype="float16"),
+            "import os; os.environ['MLX_FUSED_ADAM_ISA'] = 'baseline'\n" + UPDATE.format(size=64, dtype="float16"),
             "shift exponent 32 is too large",
         ),
         "leaks": Trigger(
@@ -95,9 +94,7 @@ PROGRAMS = {
             "-DFUSED_ADAM_VECTOR_BYTES=16",
         ],
     ),
-    "parallel_for": Program(
-        ["tests/kernels/parallel_for.cpp", "csrc/cpu/threads.cpp"], ["-pthread"]
-    ),
+    "parallel_for": Program(["tests/kernels/parallel_for.cpp", "csrc/cpu/threads.cpp"], ["-pthread"]),
 }
 
 
@@ -105,9 +102,7 @@ def compile_program(name: str, kind: str, place: Path, planted: Iterable[Fault] 
     """Compiles a program within `place`, from a copy of its sources if faults are planted, and returns it."""
     sources = build.ROOT
     if planted := tuple(planted):
-        sources = build.copy(
-            ("csrc", "tests/kernels", "tests/platforms/sanitizers"), place / "sources"
-        )
+        sources = build.copy(("csrc", "tests/kernels", "tests/platforms/sanitizers"), place / "sources")
         build.plant(planted, sources)
     program = PROGRAMS[name]
     command = ["g++", "-std=c++20", "-ffp-contract=off", "-w", *build.FLAGS[kind]]
@@ -127,9 +122,7 @@ def main(kind: str) -> int:
         build.take_reports(place)
         code = [str(build.HERE / program)] if program.endswith(".py") else ["-c", program]
         command = [*build.python(kind), *code]
-        done = subprocess.run(
-            command, env=environment, timeout=1200, stderr=subprocess.PIPE, text=True
-        )
+        done = subprocess.run(command, env=environment, timeout=1200, stderr=subprocess.PIPE, text=True)
         reports = build.take_reports(place)
         is_seen = bool(reports) and report in "\n".join([done.stderr, *reports])
         print(done.stderr, *reports, sep="\n")

@@ -1,6 +1,6 @@
-// Runs the CPU kernels (csrc/cpu/kernels.cpp) by themselves on arrays that end where their elements do, so that a sanitizer sees
-// an access past them: every storage format, lengths around a chunk's, tiles of all sides. With any argument, only lengths of whole
-// chunks. Built by faults.py, run by test_sanitizers.py.
+// Runs the CPU kernels (csrc/cpu/kernels.cpp) by themselves on arrays that end where their elements do, so that a
+// sanitizer sees an access past them: every storage format, lengths around a chunk's, tiles of all sides. With any
+// argument, only lengths of whole chunks. Built by faults.py, run by test_sanitizers.py.
 #include "cpu/kernels.h"
 
 #include <cstdio>
@@ -10,47 +10,39 @@
 
 namespace fused_adam::cpu {
 namespace baseline {
-Kernels kernels();
+KernelSet kernels();
 }
 
 namespace {
 
-const Format kFormats[] = {Format::float32, Format::bfloat16,
-                           Format::float16, Format::bfloat16_remainder,
+const Format kFormats[] = {Format::float32, Format::bfloat16, Format::float16, Format::bfloat16_correction,
                            Format::int8,    Format::uint8};
 
 size_t bytes_of(Format format) {
   return format == Format::float32 ? 4 : format == Format::int8 || format == Format::uint8 ? 1 : 2;
 }
 
-// Exactly the bytes of n elements and of what the format has beside them. All zeros but for every third byte, a small number.
-struct Plane {
-  Plane(Format format, size_t n)
+// Exactly the bytes of n elements and of the format's auxiliary array. All zeros but for every third byte, a small
+// number.
+struct Array {
+  Array(Format format, size_t n)
       : values(new char[n * bytes_of(format)]()),
-        extra(new char[format == Format::bfloat16_remainder
-                           ? 2 * n
-                           : 2 * ((n + kBlockElements - 1) / kBlockElements)]()) {
+        auxiliary(new char[format == Format::bfloat16_correction ? 2 * n
+                                                                 : 2 * ((n + kBlockElements - 1) / kBlockElements)]()) {
     for (size_t i = 0; i < n * bytes_of(format); i += 3) values[i] = char(i % 61);
   }
-  Source source() const { return {values.get(), extra.get()}; }
-  Target target() const { return {values.get(), extra.get()}; }
-  std::unique_ptr<char[]> values, extra;
+  Source source() const { return {values.get(), auxiliary.get()}; }
+  Target target() const { return {values.get(), auxiliary.get()}; }
+  std::unique_ptr<char[]> values, auxiliary;
 };
 
-enum class Random { none, of_v, of_all };
-
-void update(const Kernels& set, const TensorFormats& formats, size_t n, Random random) {
-  Plane parameter(formats.parameter, n), gradient(formats.gradient, n), m(formats.m, n),
-      v(formats.v, n);
+void update(const KernelSet& set, const TensorFormats& formats, size_t n, unsigned results) {
+  Array parameter(formats.parameter, n), gradient(formats.gradient, n), m(formats.m, n), v(formats.v, n);
   RunPointers run{parameter.source(), gradient.source(), m.source(), v.source(),
                   parameter.target(), m.target(),        v.target()};
-  StepRounding rounding;
-  bool is_all = random == Random::of_all;
-  if (random != Random::none) {
-    rounding = {is_all, is_all, true, tensor_random(1, 2, 3, 4, formats.has_codes())};
-  }
+  auto rounding = tensor_rounding({results, 1, 2}, 3, 4, formats.is_quantized());
   AdamConstants constants{0.9f, 0.1f, 0.999f, 0.001f, 1e-8f};
-  for (auto kernel : {set.adam, set.traffic, set.keep}) {
+  for (auto kernel : {set.adam, set.keep}) {
     kernel(run, 0, n, formats, {1e-3f, 1.0f, 1.0f}, constants, rounding);
   }
 }
@@ -78,20 +70,20 @@ int main(int argument_count, char**) {
     if (argument_count > 1 && n % kBlockElements > 0) continue;
     for (auto parameter : kFormats) {
       if (parameter == Format::int8 || parameter == Format::uint8) continue;
-      auto gradient = parameter == Format::bfloat16_remainder ? Format::bfloat16 : parameter;
+      auto gradient = parameter == Format::bfloat16_correction ? Format::bfloat16 : parameter;
       for (auto state : {Format::float32, Format::bfloat16, Format::float16, Format::int8}) {
         auto v = state == Format::int8 ? Format::uint8 : state;
-        for (auto random : {Random::none, Random::of_v, Random::of_all}) {
-          update(set, {parameter, gradient, state, v}, n, random);
+        for (unsigned results : {0, int(kRoundV), kRoundParameter | kRoundM | kRoundV}) {
+          update(set, {parameter, gradient, state, v}, n, results);
         }
       }
     }
     for (auto from : {Format::float32, Format::bfloat16, Format::float16}) {
-      set.sum_of_squares(Plane(from, n).source(), from, n);
+      set.sum_of_squares(Array(from, n).source(), from, n);
     }
     for (auto from : kFormats) {
       for (auto to : kFormats) {
-        Plane source(from, n), target(to, n);
+        Array source(from, n), target(to, n);
         set.convert(source.source(), from, target.target(), to, n);
       }
     }

@@ -46,7 +46,7 @@ def train(dtype: mx.Dtype, options: dict, is_compiled: bool) -> None:
     assert all(x.size for _, x in tree_flatten(optimizer.state))
 
 
-def refuse() -> None:
+def reject() -> None:
     x = mx.ones(3)
     for arguments in ((x, mx.ones(4), x, x), (x, x, x, x.astype(mx.int32)), (x, x, None, x)):
         try:
@@ -72,6 +72,6 @@ if __name__ == "__main__":
             dtype = mx.bfloat16 if "master_weights" in options else mx.float32
             for is_compiled in (False, True):
                 train(dtype, options, is_compiled)
-        refuse()
+        reject()
         transform()
     gc.collect()

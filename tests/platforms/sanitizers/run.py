@@ -1,13 +1,16 @@
-"""Runs the suite, or any tests, on an extension built with GCC's sanitizers; fails if a test fails or a process reports.
+"""Runs the suite, or any tests, on an extension built with GCC's sanitizers; fails if a test fails or a process
+reports.
 
     python tests/platforms/sanitizers/run.py address                  # AddressSanitizer and UndefinedBehaviorSanitizer
     python tests/platforms/sanitizers/run.py address tests/kernels/test_layouts.py -n0
-    DEVICE=emulated python tests/platforms/sanitizers/run.py address  # the host code of the Metal path, its GPU emulated
-    python tests/platforms/sanitizers/run.py thread                   # ThreadSanitizer: tests of threads, then streams.py
-    python tests/platforms/sanitizers/run.py leaks                    # LeakSanitizer, by leaks.py
-    python tests/platforms/sanitizers/run.py faults                   # faults planted in the extension are reported: faults.py
+    DEVICE=emulated python tests/platforms/sanitizers/run.py address  # the host code of the Metal path, its GPU
+    emulated python tests/platforms/sanitizers/run.py thread                   # ThreadSanitizer: tests of threads, then
+    streams.py python tests/platforms/sanitizers/run.py leaks                    # LeakSanitizer, by leaks.py
+    python tests/platforms/sanitizers/run.py faults                   # faults planted in the extension are reported:
+    faults.py
 
-What is not run, and why, stands in NOT_RUN. Needs GCC and the packages of the test extra. All is kept in build/sanitizers-….
+NOT_RUN lists the tests that are not run, and why. Needs GCC and the extra test. Builds are kept in
+build/sanitizers-….
 """
 
 from __future__ import annotations

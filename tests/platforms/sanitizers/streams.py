@@ -1,9 +1,11 @@
-"""Several Python threads, each with an MLX stream of its own, updating parameters at once; each must end as one thread alone.
+"""Several Python threads, each with an MLX stream of its own, updating parameters at once; each must end as one thread
+alone.
 
-    python tests/platforms/sanitizers/streams.py [STEPS [THREADS]]      # by itself; run.py runs it under ThreadSanitizer
+    python tests/platforms/sanitizers/streams.py [STEPS [THREADS]]      # by itself; run.py runs it under
+    ThreadSanitizer
 
-Each thread has an optimizer of its own, with other storage than its neighbour's, large tensors shared among helpers, linear and
-column-major gradients, old values held for a while, and errors now and then.
+Each thread has an optimizer of its own, with other storage than its neighbour's, large tensors shared among helpers,
+linear and column-major gradients, old values held for a while, and errors now and then.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Install the fused optimizers in every Python under `python -m mlx_fused_adam run`, which puts this folder on PYTHONPATH.
+"""Install the fused optimizers in every Python under `python -m mlx_fused_adam run`, which puts this folder on
+PYTHONPATH.
 
-The import of mlx.optimizers triggers it, so that processes without MLX start as fast as before. Then this module removes
-itself from the path and imports the user's sitecustomize, if there is one.
+The import of mlx.optimizers triggers it, so that processes without MLX start as fast as before. Then this module
+removes itself from the path and imports the user's sitecustomize, if there is one.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ _started = False
 class _Finder(importlib.abc.MetaPathFinder):
     """Find a module with the other finders, and call `_loaded` once it is loaded."""
 
-    def find_spec(
-        self, fullname: str, path: object = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname not in _AWAITED:
             return None
         for finder in sys.meta_path:

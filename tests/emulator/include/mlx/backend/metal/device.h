@@ -89,14 +89,12 @@ class Device {
   MTL::Library* get_library(const std::string& name, const std::string& path = "");
   MTL::Library* get_library(const std::string& name, const CompileOptions& options,
                             const std::function<std::string(void)>& builder);
-  MTL::Library* get_library(const std::string& name,
-                            const std::function<std::string(void)>& builder) {
+  MTL::Library* get_library(const std::string& name, const std::function<std::string(void)>& builder) {
     return get_library(name, {}, builder);
   }
   void clear_library(const std::string& name);
   MTL::ComputePipelineState* get_kernel(const std::string& base_name, MTL::Library* library,
-                                        const std::string& hash_name = "",
-                                        const MTLFCList& function_constants = {},
+                                        const std::string& hash_name = "", const MTLFCList& function_constants = {},
                                         const std::vector<MTL::Function*>& linked_functions = {});
 
   const std::string& get_architecture() const { return architecture_; }
