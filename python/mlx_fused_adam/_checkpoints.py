@@ -1,8 +1,8 @@
 """Save an optimizer to one safetensors file, atomically, and load it.
 
 Atomic: the file is written to a temporary name, flushed to the disk and renamed over the old one. Its metadata
-describes the optimizer: format, class, hyper-parameters, options, step. Loading reads and compares everything before it
-changes anything.
+describes the optimizer: format, class, hyper-parameters, options, step, containers. Loading reads and compares
+everything before it changes anything.
 """
 
 from __future__ import annotations
@@ -13,78 +13,76 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from ._clipping import RECORDED, fit_recorded
 from ._optimizers import Adam, AdamW
-from ._state import AUXILIARY, SHARED, map_states
+from ._state import AUXILIARY, MOMENTS, map_states
+from ._structure import can_be_guessed, described, fitted, is_one_state, rebuilt
+from ._tree import flattened
 
 _FORMAT = "mlx_fused_adam.optimizer"
-_VERSION = 1
+# Version 1 has no description of containers. It is still written where a reader of version 1 guesses them right.
+_VERSION = 2
 _CHOICES = ("error", "file", "optimizer")
-_CHOOSE = "pass hyperparameters='file' or 'optimizer' to choose"
+_WAY = (
+    "a file of save_optimizer, or the state of mlx.optimizers' Adam or AdamW as "
+    "mx.save_safetensors(path, dict(tree_flatten(optimizer.state))) writes it"
+)
+# What fsync answers on file systems that have none, such as network shares.
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def save_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW) -> None:
     """Write the optimizer's state, hyper-parameters and options to one safetensors file, atomically.
 
+    The file restores the state's dicts, lists and tuples, with string and integer keys as they are. Later changes of
+    ``learning_rate`` belong to the state, and are saved with it.
+
     Args:
-        path: The file, with any suffix; an existing one is replaced once the new one is complete, and keeps its mode. A
-            symbolic link is followed.
-        optimizer: Its state is evaluated and saved, with the containers of the state tree.
+        path: The file, under exactly this name: no suffix is appended, and any suffix gives a safetensors file. An
+            existing one is replaced once the new one is complete, and keeps its permissions; a symbolic link is
+            followed.
+        optimizer: Its state is evaluated and saved.
 
     Raises:
-        TypeError: If it is not an optimizer of this package.
-        ValueError: If two parameters have one path, as ``{"a.w": …, "a": {"w": …}}`` has.
+        TypeError: If it is not an optimizer of this package, or its state holds something other than arrays, numbers
+            and strings.
         OSError: If the file cannot be written; the previous one is untouched.
     """
     _check_kind("save_optimizer", optimizer)
-    arrays: dict[str, mx.array] = {}
-    optimizer._make_arrays()
-    tree = _structure(optimizer.state, "", arrays)
+    path = Path(path)
+    structure, arrays = described(optimizer.state)
     mx.eval(arrays)
     metadata = {
         "format": _FORMAT,
-        "format_version": str(_VERSION),
+        "format_version": "1" if can_be_guessed(optimizer.state) else str(_VERSION),
         "optimizer": json.dumps(_description(optimizer)),
-        "step": str(optimizer.step.item()),
-        "tree": json.dumps(tree),
+        "step": str(int(optimizer.step)),
+        "tree": json.dumps(structure, separators=(",", ":")),
     }
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "No such folder to save an optimizer in", str(Path(path).parent))
-    # A short name of its own, since the target's may have as many characters as a name can; mx.save_safetensors
-    # requires the suffix. Opened by its mode, so that the umask applies.
-    temporary = target.parent / f".{secrets.token_hex(8)}.safetensors"
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    try:
-        if target.exists():
-            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
-        mx.save_safetensors(str(temporary), arrays, metadata)
-        _flush(temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    # The new file is in place: a folder that cannot be flushed, as on network shares, is no failure.
-    with contextlib.suppress(OSError):
-        _flush(target.parent)
+    with _errors_named(path):
+        _write(path, arrays, metadata)
 
 
 def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyperparameters: str = "error") -> None:
     """Load a saved optimizer; training continues bit for bit as if it had not stopped.
 
-    The first ``init`` or update after it raises if a parameter has no state in the file, or the file holds the state of
-    something that is no parameter.
+    The file's parameters must be the optimizer's: those of its state if it has one already, and those of its next
+    ``init`` or update. Parameters that the model has, but that get no gradient in the first
+    ``update(model, gradients)``, keep the file's state. To train more or fewer parameters than the saved run, call
+    ``init`` with the saved run's first; then freeze or unfreeze, and call ``init(model.trainable_parameters())`` for
+    new ones.
 
     Args:
-        path: A file that :func:`save_optimizer` wrote; or a state of mlx.optimizers' Adam or AdamW, as written by
-            ``mx.save_safetensors(path, dict(tree_flatten(optimizer.state)))``, without hyper-parameters to compare.
+        path: A file that :func:`save_optimizer` wrote, or the state of ``mlx.optimizers.Adam`` or ``AdamW`` as
+            ``mx.save_safetensors(path, dict(tree_flatten(optimizer.state)))`` writes it. The latter has no
+            hyper-parameters to compare, and is converted to the optimizer's options at its next use.
         optimizer: An optimizer of the saved class. If it has a state already (from ``init``, say), the file's must have
             the same paths and shapes.
         hyperparameters: What to do where hyper-parameters or options differ: ``"error"``: raise; ``"file"``: take the
@@ -94,7 +92,7 @@ def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyp
 
     Raises:
         ValueError: If the file is damaged, foreign, of a newer format, or does not fit, naming the mismatch; nothing
-            has changed then.
+            has changed then. Where the optimizer has no state to compare, its next use raises.
         FileNotFoundError: If there is no such file.
         TypeError: If it is not an optimizer of this package.
     """
@@ -106,33 +104,30 @@ def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyp
     path = Path(path)
     arrays, metadata = _read(path)
     own = _description(optimizer)
-    saved = _saved_description(path, arrays, metadata, own)
-    if saved["class"] != own["class"] and hyperparameters != "optimizer":
-        _reject(path, f"the state of {own['class']}", f"that of {saved['class']} ({_CHOOSE})")
-    if saved.get("shard_group") != own["shard_group"]:
-        named = [x.get("shard_group") or "unsharded parameters" for x in (own, saved)]
-        _reject(path, f"the state of {named[0]}", f"that of {named[1]}")
-    differing = [k for k in sorted(own | saved) if own.get(k) != saved.get(k)]
-    rates = (own["learning_rate"], saved["learning_rate"])
-    if "schedule" not in rates and "learning_rate" in differing:
-        differing.remove("learning_rate")
-    if differing and hyperparameters == "error":
-        told = "; ".join(f"{k}: file {saved.get(k)!r}, optimizer {own.get(k)!r}" for k in differing)
-        _reject(path, "the optimizer's hyper-parameters", f"{told} ({_CHOOSE})")
-    state = _fitting_state(path, arrays, metadata, optimizer)
-    if hyperparameters == "optimizer" and rates[0] != rates[1]:
+    if metadata.get("format") == _FORMAT:
+        saved = _saved_description(path, metadata)
+        read = _saved_state(path, arrays, metadata)
+    else:
+        read = _state_of_mlx(path, arrays)
+        is_scheduled = own["learning_rate"] == "schedule"
+        saved = own if is_scheduled else own | {"learning_rate": _rounded(read["learning_rate"])}
+    differing = _differing(path, saved, own, hyperparameters)
+    state = _fitting_state(path, read, optimizer)
+    if hyperparameters == "optimizer" and not own["learning_rate"] == saved["learning_rate"] == "schedule":
         state["learning_rate"] = optimizer.state["learning_rate"]
     if hyperparameters == "file":
-        if saved.get("decay_filter") == "callable" != own.get("decay_filter"):
-            _reject(path, "a decay_filter that can be read", "a callable: give it to the optimizer")
         optimizer._take_description({k: saved[k] for k in differing if k in saved})
     fit_recorded(state, optimizer._options)
+    for name in (saved.keys() | own.keys()) & state.keys() - optimizer.state.keys():
+        del state[name]  # the value of a schedule that this optimizer does not have
     # The same dict, which a compiled step may have captured; the setter lets the next use convert the state.
     tree = optimizer.state
     optimizer.state = tree
     tree.clear()
     tree.update(state)
-    optimizer._loaded_file = str(path)
+    # A file of an optimizer that had seen no parameters fits any.
+    is_new = not _has_parameters(state) and int(state["step"]) == 0
+    optimizer._loaded = None if is_new else (str(path), tree)
 
 
 def _check_kind(op: str, optimizer: Any) -> None:
@@ -146,149 +141,214 @@ def _description(optimizer: Adam | AdamW) -> dict[str, Any]:
     return {"class": kind.__name__, **optimizer._description()}
 
 
-def _flush(path: str | Path) -> None:
+# ---- Write ----
+
+
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Errors of the system under the user's path instead of the temporary file's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def _write(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    target = Path(os.path.realpath(path))
+    old = None
+    with contextlib.suppress(FileNotFoundError):
+        old = os.stat(target)
+    if old and not stat.S_ISREG(old.st_mode):
+        is_folder = stat.S_ISDIR(old.st_mode)
+        raise OSError(errno.EISDIR if is_folder else errno.EINVAL, "not a regular file")
+    # A short name, since the target's may be as long as the file system allows; mx.save_safetensors requires the
+    # suffix.
+    name = target.parent / f".save_optimizer-{secrets.token_hex(8)}.safetensors"
+    # The system applies the umask.
+    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        try:
+            mx.save_safetensors(str(name), arrays, metadata)
+        except RuntimeError as error:  # as on a full disk
+            raise OSError(f"[save_optimizer] {path} cannot be written: {error}") from error
+        if old:
+            with contextlib.suppress(OSError):  # another owner's, or a file system that has no modes
+                os.chmod(name, stat.S_IMODE(old.st_mode))
+        _flush(name)
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    # The new file is in place: a folder that cannot be flushed, or read, is no error.
+    with contextlib.suppress(OSError):
+        _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
     finally:
         os.close(handle)
+
+
+# ---- Read ----
 
 
 def _reject(path: Path, wanted: str, got: str) -> NoReturn:
     raise ValueError(f"[load_optimizer] {path} must hold {wanted} but got {got}")
 
 
-def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str] | None]:
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Read arrays and metadata, whole: MLX would read arrays later, when the optimizer has changed.
 
     MLX checks header, dtypes, shapes and offsets. It does not see bytes that follow the last array.
     """
     wanted = "a whole safetensors file"
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
+        start = file.read(9)
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(loaded)
     except RuntimeError as error:
-        _reject(path, wanted, f"an error: {error}")
+        hint = "" if start[8:] == b"{" else f"; it must be {_WAY}"
+        _reject(path, wanted, f"an error: {error}{hint}")
     arrays: dict[str, mx.array]
     arrays, metadata = loaded
     size = path.stat().st_size
-    expected = 8 + header_bytes + sum(x.nbytes for x in arrays.values())
+    expected = 8 + int.from_bytes(start[:8], "little") + sum(x.nbytes for x in arrays.values())
     if size != expected:
         _reject(path, wanted, f"{size} bytes instead of {expected}")
-    return arrays, metadata
+    return arrays, metadata or {}  # some releases of MLX give None for "__metadata__": null
 
 
-def _saved_description(
-    path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None, own: dict[str, Any]
-) -> dict[str, Any]:
-    """The description in the file; the optimizer's own for a state of mlx.optimizers, which has none."""
-    if not metadata and "step" in arrays and "learning_rate" in arrays:
-        rate = own["learning_rate"]
-        return own if rate == "schedule" else own | {"learning_rate": arrays["learning_rate"].item()}
-    if not metadata or metadata.get("format") != _FORMAT:
-        _reject(
-            path,
-            "what save_optimizer wrote, or a state with step and learning_rate",
-            "a safetensors file of something else",
-        )
+def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     version = metadata.get("format_version", "")
     if not version.isdecimal() or int(version) > _VERSION:
         _reject(path, f"format version {_VERSION} or older", f"{version or 'none'}")
     try:
         saved: dict[str, Any] = json.loads(metadata["optimizer"])
-        saved["class"], saved["learning_rate"]
+        saved["class"]
     except (ValueError, KeyError, TypeError) as error:
         _reject(path, "the optimizer's hyper-parameters", f"metadata that cannot be read ({error})")
     return saved
 
 
-def _structure(tree: Any, path: str, arrays: dict[str, mx.array]) -> Any:
-    """Describe a tree in JSON's types: an array by its name in the file, which is its path; containers by their items.
+def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> dict[str, Any]:
+    """The state in the containers that it was saved from; the first release's files do not describe them."""
+    state: Any
+    if "tree" in metadata:
+        try:
+            state = rebuilt(json.loads(metadata["tree"]), arrays)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _reject(path, "the containers of its state", f"metadata that cannot be read ({error!r})")
+    else:
+        state = tree_unflatten(list(arrays.items()))
+    for name in ("step", "learning_rate"):
+        if not isinstance(state, dict) or name not in state:
+            _reject(path, name, "none")
+        if isinstance(state[name], mx.array) and state[name].shape != ():
+            _reject(path, f"a {name} of shape ()", f"shape {state[name].shape}")
+    return state
+
+
+def _state_of_mlx(path: Path, arrays: dict[str, mx.array]) -> dict[str, Any]:
+    """The state of mlx.optimizers' Adam or AdamW, in the containers that mlx.utils guesses."""
+    found: dict[str, set[str]] = {}
+    for name in arrays:
+        parameter, _, last = name.rpartition(".")
+        found.setdefault(parameter, set()).add(last)
+    of_optimizer = found.pop("", set())
+    if not {"step", "learning_rate"} <= of_optimizer:
+        _reject(path, _WAY, "a safetensors file of something else, without step and learning_rate")
+    for parameter, names in sorted(found.items()):
+        if names != set(MOMENTS):
+            _reject(path, _WAY, f"{', '.join(sorted(names))} instead of m, v of {parameter}")
+    return _saved_state(path, arrays, {})
+
+
+def _rounded(learning_rate: Any) -> float:
+    return float(f"{float(learning_rate):.7g}")  # float32's digits
+
+
+def _differing(path: Path, saved: dict[str, Any], own: dict[str, Any], hyperparameters: str) -> list[str]:
+    """The names of hyper-parameters and options that differ.
 
     Raises:
-        ValueError: If two arrays have one path.
+        ValueError: If ``hyperparameters`` does not allow them to.
     """
-    if isinstance(tree, dict):
-        return {"dict": [[key, _structure(x, _joined(path, key), arrays)] for key, x in tree.items()]}
-    if isinstance(tree, (list, tuple)):
-        kind = "list" if isinstance(tree, list) else "tuple"
-        return {kind: [_structure(x, _joined(path, i), arrays) for i, x in enumerate(tree)]}
-    if path in arrays:
-        raise ValueError(f"[save_optimizer] paths must be different but got {path} twice: rename a parameter")
-    arrays[path] = tree
-    return path
+    if saved.get("shard_group") != own["shard_group"]:
+        named = [x.get("shard_group") or "unsharded parameters" for x in (own, saved)]
+        _reject(path, f"the state of {named[0]}", f"that of {named[1]}")
+    differing = [k for k in sorted(own | saved) if own.get(k) != saved.get(k)]
+    if "class" in differing and hyperparameters != "optimizer":
+        _reject(
+            path,
+            f"the state of {own['class']}",
+            f"that of {saved['class']} (pass hyperparameters='optimizer' to go on as {own['class']})",
+        )
+    rates = [x.get("learning_rate") for x in (saved, own)]
+    compared = [k for k in differing if k != "learning_rate" or "schedule" in rates]
+    if compared and hyperparameters == "error":
+        told = "; ".join(f"{k} (file: {saved.get(k)!r}, optimizer: {own.get(k)!r})" for k in compared)
+        _reject(
+            path,
+            "the optimizer's hyper-parameters",
+            f"{told}; pass hyperparameters='file' or 'optimizer' to choose",
+        )
+    if hyperparameters == "file":
+        for name, unreadable in (("decay_filter", "callable"), ("weight_decay", "schedule")):
+            if name in differing and saved.get(name) == unreadable:
+                _reject(
+                    path,
+                    f"a {name} that can be read",
+                    f"a {unreadable}: give it to the optimizer",
+                )
+    return differing
 
 
-def _joined(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
+def _fitting_state(path: Path, read: dict[str, Any], optimizer: Adam | AdamW) -> dict[str, Any]:
+    """The file's state, in the containers of the optimizer's own if it has one; else its next use compares it."""
+    own_values, own = _parted(optimizer.state)
+    values, saved = _parted(read)
+    for name in own_values.keys() - values.keys() - RECORDED:
+        values[name] = own_values[name]  # of a schedule that the saved run did not have
+    has_met_parameters = not (optimizer._loaded and optimizer._loaded[1] is optimizer.state)
+    if not (has_met_parameters and flattened(own)):
+        return values | saved
+
+    def takes(part: Any) -> bool:
+        return isinstance(part, mx.array) or is_one_state(part)
+
+    def by_name(tree: Any) -> dict[str, Any]:
+        return {k: x for k, x in flattened(tree) if k.rpartition(".")[2] not in AUXILIARY}
+
+    fit = fitted(saved, map_states(lambda _, state: state["m"], own), takes)
+    known, found = by_name(own), by_name(saved)
+    missing = known.keys() - found.keys() or fit.lacking
+    unknown = found.keys() - known.keys() or fit.unused
+    for names, got in ((missing, "none"), (unknown, "one that the optimizer lacks")):
+        if names:
+            _reject(path, f"the optimizer's state of {min(names)}", got)
+    fitting = by_name(fit.state)
+    for name, x in sorted(known.items()):
+        if fitting[name].shape != x.shape:
+            _reject(path, f"{name} of shape {x.shape}", f"shape {fitting[name].shape}")
+    return values | fit.state
 
 
-def _rebuilt(tree: Any, arrays: dict[str, mx.array]) -> Any:
-    """The tree that `_structure` described."""
-    if isinstance(tree, str):
-        return arrays[tree]
-    ((kind, items),) = tree.items()
-    if kind == "dict":
-        return {key: _rebuilt(x, arrays) for key, x in items}
-    return {"list": list, "tuple": tuple}[kind](_rebuilt(x, arrays) for x in items)
+def _parted(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state's values, such as step and learning rate, and the parameters' states."""
+    is_value = {k: not isinstance(x, (dict, list, tuple)) for k, x in state.items()}
+    values = {k: x for k, x in state.items() if is_value[k]}
+    return values, {k: x for k, x in state.items() if not is_value[k]}
 
 
-def _nested(arrays: dict[str, mx.array]) -> dict[str, Any]:
-    """A tree guessed from paths, for files that hold no other; ``init`` puts states at their parameters' places."""
-    try:
-        state: dict[str, Any] = tree_unflatten(list(arrays.items()))
-        return state
-    except (AttributeError, IndexError, TypeError, ValueError):  # no one guess fits: {"0": …, "a": …}, say
-        state = {}
-        for name, x in arrays.items():
-            *path, last = name.split(".")
-            inner = state
-            for key in path:
-                inner = inner.setdefault(key, {})
-            inner[last] = x
-        return state
-
-
-def _fitting_state(
-    path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None, optimizer: Adam | AdamW
-) -> dict[str, Any]:
-    """The state tree of the file; in the optimizer's containers if it has a state, else those of the file."""
-    for name in ("step", "learning_rate"):
-        if name not in arrays:
-            _reject(path, name, "none")
-    known = dict(tree_flatten(optimizer.state))
-    if not any("." in name or isinstance(x, dict) for name, x in known.items()):
-        if metadata and "tree" in metadata:
-            try:
-                state: dict[str, Any] = _rebuilt(json.loads(metadata["tree"]), arrays)
-                return dict(state)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                _reject(path, "a whole safetensors file", f"metadata that cannot be read ({error!r})")
-        return _nested(arrays)
-
-    def without_options(names: dict[str, Any]) -> set[str]:
-        return {k for k in names if k not in SHARED and k.rpartition(".")[2] not in AUXILIARY}
-
-    own, saved = without_options(known), without_options(arrays)
-    for missing, got in ((own - saved, "none"), (saved - own, "one that the optimizer lacks")):
-        if missing:
-            _reject(path, f"the optimizer's state of {min(missing)}", got)
-    for name in sorted(own):
-        if arrays[name].shape != known[name].shape:
-            _reject(path, f"{name} of shape {known[name].shape}", f"shape {arrays[name].shape}")
-
-    def with_saved_auxiliary(path: str, old: dict) -> dict[str, Any]:
-        inner = f"{path}." if path else ""
-        moments = {k: x for k, x in old.items() if k not in AUXILIARY}
-        return moments | {k: arrays[inner + k] for k in AUXILIARY if inner + k in arrays}
-
-    state = tree_map_with_path(lambda name, x: arrays.get(name, x), optimizer.state)
-    for name in RECORDED:
-        if isinstance(state.get(name), mx.array):
-            del state[name]
-        if name in arrays:
-            state[name] = arrays[name]
-    state = map_states(with_saved_auxiliary, state)
-    return state
+def _has_parameters(state: dict[str, Any]) -> bool:
+    return bool(flattened(_parted(state)[1]))

@@ -23,8 +23,9 @@ from ._backends import backend_of, known_backend
 from ._clipping import Clipping, check_names, clipping_of, fit_recorded
 from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
-from ._state import converted, dtypes_by_path, fresh, placed
+from ._state import converted, dtypes_by_path, fresh
 from ._step import Leaves, Step
+from ._structure import fit_loaded
 from ._tree import Walk, flattened
 
 
@@ -61,7 +62,7 @@ class _Fused(_MLXOptimizer):
     _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
     _decay_filter: DecayFilter | None = None
     _is_hinted = False
-    _loaded_file: str | None = None  # whose state has not met its parameters yet
+    _loaded: tuple[str, dict] | None = None  # a file and its state, which has not met its parameters yet
 
     def _set_options(self, options: Options) -> None:
         check_ranges(options.op, self.betas, self.eps)
@@ -127,9 +128,10 @@ class _Fused(_MLXOptimizer):
         A state of mlx.optimizers, or of other options, is converted to what the options ask for.
 
         Raises:
-            ValueError: If part of a state or a parameter does not fit, naming its path; no state is changed then.
+            ValueError: If part of a state or a parameter does not fit, or a file that was loaded has no state of a
+                parameter, or one that no parameter takes, naming its path; no state is changed then.
         """
-        was_initialized = self._initialized
+        was_initialized, loaded = self._initialized, self._loaded
         before = tree_map(lambda x: x, self._state)
         states: list[tuple[dict, dict]] = []
 
@@ -144,23 +146,19 @@ class _Fused(_MLXOptimizer):
                 self._decay_filter.check(dtypes)
             fit_recorded(self._state, self._options)
             self._make_arrays()
-            if self._loaded_file and not isinstance(parameters, mx.array):
-                loaded = placed(self._options.op, self._loaded_file, parameters, self._state)
-                self._state.clear()
-                self._state.update(loaded)
+            self._fit_loaded(parameters, parameters)
             super().init(parameters)
             self._hint(parameters)
             # A subclass's own state is its own.
             if getattr(self.init_single, "__func__", None) is _Fused.init_single:
                 tree_map_with_path(convert, parameters, self._state)
         except BaseException:
-            self._restore(before, was_initialized)
+            self._restore(before, was_initialized, loaded)
             raise
         for state, new in states:
             state.clear()
             state.update(new)
         self._parameter_dtypes = dtypes
-        self._loaded_file = None
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Give one parameter's state zeros: ``m``, ``v``, and the auxiliary arrays of the options."""
@@ -185,7 +183,7 @@ class _Fused(_MLXOptimizer):
     ) -> tuple[Any, Callable[[], None]]:
         """The result of an update, and what takes the update back; ``clipping`` replaces that of the options."""
         self._make_arrays()
-        was_initialized = self._initialized
+        was_initialized, loaded = self._initialized, self._loaded
         copy_all = self._has_own_rule or not was_initialized
         before = tree_map(lambda x: x, self._state) if copy_all else dict(self._state)
         written: list[tuple[dict, dict]] = []
@@ -194,9 +192,11 @@ class _Fused(_MLXOptimizer):
             for state, old in written:
                 state.clear()
                 state.update(old)
-            self._restore(before, was_initialized)
+            self._restore(before, was_initialized, loaded)
 
         try:
+            if loaded and not was_initialized:
+                self._fit_loaded(_those_with(gradients, parameters), parameters)
             if self._has_own_rule:
                 if self._options.needs_norm:
                     raise ValueError(
@@ -274,10 +274,20 @@ class _Fused(_MLXOptimizer):
         walk.fill(new)
         return walk.result(), list(zip(walk.states, states, strict=True)), clipping
 
-    def _restore(self, state: dict, is_initialized: bool) -> None:
+    def _restore(self, state: dict, is_initialized: bool, loaded: tuple[str, dict] | None) -> None:
         self._state.clear()
         self._state.update(state)
-        self._initialized = is_initialized
+        self._initialized, self._loaded = is_initialized, loaded
+
+    def _fit_loaded(self, trained: Any, parameters: Any) -> None:
+        """Put a loaded state in the containers of its first parameters, unless the user has set another since."""
+        if self._loaded and self._loaded[1] is self._state and isinstance(trained, dict):
+            makes_empty_states = getattr(self.init_single, "__func__", None) is not _Fused.init_single
+            op, file = self._options.op, self._loaded[0]
+            state = fit_loaded(op, file, self._state, trained, parameters, makes_empty_states)
+            self._state.clear()
+            self._state.update(state)
+        self._loaded = None
 
     def _fall_back(self, gradient: mx.array, parameter: mx.array, state: dict, is_decayed: bool) -> mx.array:
         """Update one parameter as mlx.optimizers does; its Adam is its AdamW without decay."""

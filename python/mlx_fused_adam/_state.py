@@ -6,12 +6,12 @@ weight's low bits. csrc/math/encodings.h defines their formats; the extension co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer as _MLXMultiOptimizer
-from mlx.utils import tree_map, tree_map_with_path
+from mlx.utils import tree_map
 
 from . import _ext
 from ._arguments import as_array
@@ -147,40 +147,6 @@ def map_states(change: Callable[[str, dict], Any], tree: Any, path: str = "") ->
         items = [map_states(change, x, f"{inner}{i}") for i, x in enumerate(tree)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
-
-
-def placed(op: str, file: str, parameters: Any, tree: dict[str, Any]) -> dict[str, Any]:
-    """The state tree that a file was loaded into, with each state at its parameter's place.
-
-    Args:
-        file: Its name, for errors.
-
-    Raises:
-        ValueError: If a parameter has no state there, or a state no parameter, naming its path.
-    """
-    states: dict[str, dict[str, Any]] = {}
-    map_states(lambda path, state: states.setdefault(path, state), tree)
-    paths = {path for path, _ in flattened(parameters)}
-    if missing := paths - states.keys():
-        raise ValueError(
-            f"[{op}] parameters must be those of {file} but got {_named(missing)}, which has no state there; to start "
-            "from zero, call init with the file's parameters first, and then with all"
-        )
-    if unused := states.keys() - paths:
-        raise ValueError(
-            f"[{op}] parameters must be those of {file} but got nothing at {_named(unused)}, which has a state there; "
-            "if it is frozen now, call init with all parameters of the file first"
-        )
-    if isinstance(parameters, mx.array):
-        return tree
-    shared = {key: x for key, x in tree.items() if isinstance(x, mx.array)}
-    found: dict[str, Any] = tree_map_with_path(lambda path, _: states[path], parameters)
-    return shared | found
-
-
-def _named(paths: Iterable[str]) -> str:
-    first, *others = sorted(paths)
-    return (first or "the root") + (f" and {len(others)} more" if others else "")
 
 
 def dtypes_by_path(parameters: Any) -> dict[str, str]:

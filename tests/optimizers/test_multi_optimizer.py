@@ -282,7 +282,8 @@ def test_one_part_and_trees_of_any_kind():
         assert_same_bits(found, expected)
         assert many.state["grad_norm"].item() == one.state["grad_norm"].item()
     optimizer = fused.MultiOptimizer([fused.Adam(0.1), optim.Lion(0.1)], [in_embed], **BOTH)
-    for parameters in ({"embed": mx.ones(3)}, {"other": mx.ones(3)}, {}):  # a part, or both, without parameters
+    optimizer.init({"embed": mx.ones(3), "other": mx.ones(3)})
+    for parameters in ({"embed": mx.ones(3)}, {"other": mx.ones(3)}, {}):  # a part, or both, without gradients
         optimizer.apply_gradients(parameters, parameters)
     assert [o.step.item() for o in optimizer.optimizers] == [3, 3]
 

@@ -95,19 +95,37 @@ FILTERS: dict[str, Any] = {
 }
 
 
-def tree_of(leaves: dict[str, Any]) -> dict[str, Any]:
+# How the blocks of a tree are kept; "flat" has no levels at all, but dots in its keys.
+CONTAINERS = ["lists", "lists", "digits", "ints", "flat"]
+
+
+def tree_of(leaves: dict[str, Any], containers: str) -> dict[str, Any]:
     """The tree of some of PATHS; a block that has nothing is there, and empty."""
+    if containers == "flat":
+        return dict(leaves)
     tree: dict[str, Any] = {}
     for path, x in leaves.items():
         *outer, last = path.split(".")
         inner = tree
-        if outer and outer[0] == "blocks":
+        if outer and outer[0] == "blocks" and containers == "lists":
             blocks = tree.setdefault("blocks", [])
             blocks += [{} for _ in range(int(outer[1]) + 1 - len(blocks))]
             inner = blocks[int(outer[1])]
+        elif outer and outer[0] == "blocks":
+            number = int(outer[1]) if containers == "ints" else outer[1]
+            inner = tree.setdefault("blocks", {}).setdefault(number, {})
         elif outer:
             inner = tree.setdefault(outer[0], {})
         inner[last] = x
+    return tree
+
+
+def at(tree: Any, path: str) -> Any:
+    """What a tree of any containers has at one of PATHS."""
+    if path in tree:
+        return tree[path]
+    for key in path.split("."):
+        tree = tree[key if isinstance(tree, dict) and key in tree else int(key)]
     return tree
 
 
@@ -208,10 +226,11 @@ class Programs(RuleBasedStateMachine):
         shapes=st.lists(st.sampled_from(SMALL), min_size=1, max_size=5),
         large=st.sampled_from(LARGE),
         begins_with_init=st.booleans(),
+        containers=st.sampled_from(CONTAINERS),
     )
     def begin(
         self, *, dtypes: str, has_schedule: bool, shapes: list[tuple[int, ...]], large: tuple[int, ...],
-        begins_with_init: bool, decay_filter: str, **drawn: Any,
+        begins_with_init: bool, decay_filter: str, containers: str, **drawn: Any,
     ) -> None:  # fmt: skip
         if drawn["state_dtype"] == "int8" and drawn["stochastic_rounding"] is False:
             drawn["stochastic_rounding"] = None
@@ -231,7 +250,8 @@ class Programs(RuleBasedStateMachine):
             dtype = DTYPES[names[(i + len(shapes)) % len(names)] if dtypes == "mixed" else dtypes]
             tensors[path] = Tensor(dtype, random_values(self.rng, shape, 1.0, dtype))
         self.model = Model(options, tensors)
-        self.tree = tree_of({k: mx.array(x.value).astype(x.dtype) for k, x in tensors.items()})
+        self.containers = containers
+        self.tree = self.tree_of({k: mx.array(x.value).astype(x.dtype) for k, x in tensors.items()})
         self.make_optimizer()
         self.is_initialized = False
         self.must_update_all = False
@@ -245,6 +265,9 @@ class Programs(RuleBasedStateMachine):
         kind = getattr(fused, self.model.options.kind)
         self.optimizer = kind(**self.model.options.arguments())
         self.forget_compiled()
+
+    def tree_of(self, leaves: dict[str, Any]) -> dict[str, Any]:
+        return tree_of(leaves, self.containers)
 
     def forget_compiled(self) -> None:
         self.compiled: dict[tuple[str, ...], Callable[[Any], None]] = {}
@@ -274,13 +297,7 @@ class Programs(RuleBasedStateMachine):
 
     def states(self) -> dict[str, dict[str, mx.array]]:
         """By path."""
-        found: dict[str, dict[str, mx.array]] = {}
-        for path in self.model.paths_with_state:
-            state: Any = self.optimizer.state
-            for key in path.split("."):
-                state = state[int(key) if isinstance(state, (list, tuple)) else key]
-            found[path] = state
-        return found
+        return {path: at(self.optimizer.state, path) for path in self.model.paths_with_state}
 
     def draw_gradients(
         self, paths: list[str], layout: str, scale: float, dtype: str
@@ -333,7 +350,7 @@ class Programs(RuleBasedStateMachine):
             self.spoil(spoils, values, arrays)
         if is_ready:
             mx.eval(arrays)
-        gradients = tree_of(arrays)
+        gradients = self.tree_of(arrays)
         # In the order of the tree, which numbers the tensors.
         values = {path: values[path] for path, _ in tree_flatten(gradients)}
         del arrays
@@ -582,7 +599,7 @@ class Programs(RuleBasedStateMachine):
         if is_evaluated:
             mx.eval(new)
         del arrays
-        merge(self.tree, tree_of(new))
+        merge(self.tree, self.tree_of(new))
         self.count("replaced parameter")
 
     @rule(which=st.integers(0, 99), layout=st.sampled_from(LAYOUTS[:7]), is_evaluated=st.booleans())
@@ -684,7 +701,7 @@ class Programs(RuleBasedStateMachine):
             how = "unknown"
             gradients["nothing"] = mx.ones(3)
         tree = {"nothing": gradients.pop("nothing")} if how == "unknown" else {}
-        tree = tree_of(gradients) | tree
+        tree = self.tree_of(gradients) | tree
         del parameters, gradients
         try:
             self.reject(lambda: optimizer.apply_gradients(tree, self.tree))
@@ -737,12 +754,8 @@ class Programs(RuleBasedStateMachine):
             model.forget_guard()
             self.is_initialized = False
 
-        def rate(of: Model) -> Any:
-            return None if of.options.schedule else float(f"{of.learning_rate:.7g}")
-
         fits = not model.paths_with_state or set(model.paths_with_state) == set(saved.paths_with_state)
-        differs = rate(model) != rate(saved)
-        if not fits or (differs and side == "error"):
+        if not fits:
             self.reject(lambda: fused.load_optimizer(file, self.optimizer, hyperparameters=side))
             return self.count("rejected load")
         fused.load_optimizer(file, self.optimizer, hyperparameters=side)
@@ -754,10 +767,15 @@ class Programs(RuleBasedStateMachine):
         model.forget_guard()
         if self.saved_guard:
             model.grad_norm, model.skipped = saved.grad_norm, saved.skipped
-        if not (differs and side == "optimizer"):
+        if side != "optimizer" or model.options.schedule:
             model.learning_rate = saved.learning_rate
         self.is_initialized = False
-        # Later parameters get their state by init; and what mlx.optimizers saved is converted by it.
+        # Parameters of a later time get their state once those of the file have theirs.
+        if saved.paths_with_state and len(saved.paths_with_state) < len(model.tensors):
+            self.reject(lambda: self.optimizer.init(self.tree))
+            arrays = self.arrays()
+            self.optimizer.init(self.tree_of({path: arrays[path] for path in saved.paths_with_state}))
+        # What mlx.optimizers saved is converted, too.
         self.init_all()
         self.count("load")
 
@@ -773,9 +791,7 @@ class Programs(RuleBasedStateMachine):
         for path, tensor in model.tensors.items():
             if tensor.state is None:
                 continue
-            node: Any = state
-            for key in path.split("."):
-                node = node[int(key) if isinstance(node, (list, tuple)) else key]
+            node = at(state, path)
             assert set(node) == {"m", "v"}, path
             for name in ("m", "v"):
                 where = f"stock_state's {self.where(path, name)}"
