@@ -136,7 +136,7 @@ struct StoredRun {
   uint scales;  // of m, and in the upper half of v; 0 in threads that do not load them
 };
 
-// The pointers are those of the run's first element.
+// The run's first element is where the pointers point.
 template <uint N, typename T, typename Value>
 inline void load_values(const device T* from, int64_t stride, Run run, thread Value* values) {
   if (run.uses_vectors) {
@@ -148,7 +148,7 @@ inline void load_values(const device T* from, int64_t stride, Run run, thread Va
 
 template <uint N, typename P, typename G, typename S>
 inline StoredRun<P, S, N> load_run(TensorPointers<P, G, S> t, int64_t parameter_stride, Run run) {
-  StoredRun<P, S, N> stored;
+  StoredRun<P, S, N> stored = {};
   if (run.uses_vectors) {
     load_vectors<N>(t.parameter, stored.parameter);
     load_vectors<N>(t.m, stored.m);
@@ -164,7 +164,6 @@ inline StoredRun<P, S, N> load_run(TensorPointers<P, G, S> t, int64_t parameter_
       load_elements<N>(t.auxiliary.correction, 1, run.count, stored.correction);
     }
   }
-  stored.scales = 0u;
   if (Format<S>::is_quantized && run.has_scales) {
     stored.scales = uint(*t.auxiliary.m_scale) | uint(*t.auxiliary.v_scale) << 16;
   }
@@ -329,7 +328,7 @@ inline void update_row_major(
   uint element = row * row_length + column;
   Run run = run_at<length>(column, row_length, vectors, first_element + element);
   t = moved(t, element, thread_in_tensor / kBlockThreads);
-  float gradient[length];
+  float gradient[length] = {};
   load_values<length>(t.gradient, 1, run, gradient);
   update_run<length>(t, 1, gradient, run, step);
 }
@@ -489,7 +488,7 @@ template <typename P, typename G, typename S>
   for (uint k = first_line; k < side && first_column + k < args.columns; k += lines_at_once) {
     const device G* from = gradient + (gradient_matrix + (first_column + k) * column_stride + row);
     Run run = run_at<length>(row, args.rows, args.vectors != 0, 0u);
-    G values[length];
+    G values[length] = {};
     load_values<length>(from, 1, run, values);
     for (uint i = 0; i < length; ++i) {
       if (i < run.count) {
@@ -503,7 +502,7 @@ template <typename P, typename G, typename S>
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
-  TensorStep of_tensor = load_step(args.step, args.number, scalars, step, Format<S>::is_quantized);
+  TensorStep tensor_step = load_step(args.step, args.number, scalars, step, Format<S>::is_quantized);
   uint column = first_column + start;
   for (uint k = first_line; k < side && first_row + k < args.rows; k += lines_at_once) {
     int64_t element = matrix + (first_row + k) * row_stride + column;
@@ -513,7 +512,7 @@ template <typename P, typename G, typename S>
     for (uint i = 0; i < length; ++i) {
       values[i] = i < run.count ? float(tile[start + i][k]) : 0.0f;
     }
-    update_run<length>(moved(tensor, element, block), 1, values, run, of_tensor);
+    update_run<length>(moved(tensor, element, block), 1, values, run, tensor_step);
   }
 }
 
@@ -578,7 +577,7 @@ template <typename P, typename G, typename S, typename Index>
   tensor.m = m + m_at;
   tensor.v = v + v_at;
   Run run = run_at<length>(column, columns, false, args.first_element + uint(element));
-  float values[length];
+  float values[length] = {};
   load_values<length>(gradient + gradient_at, gradient_strides[last], run, values);
   update_run<length>(
       tensor,

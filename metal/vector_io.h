@@ -60,11 +60,13 @@ inline void store_vectors(device T* to, const thread T* values) {
   }
 }
 
-// The first `count` elements, `stride` apart; zeros beyond them.
+// The first `count` elements, `stride` apart; the others stay as they are.
 template <uint N, typename T, typename Value>
 inline void load_elements(const device T* from, int64_t stride, uint count, thread Value* values) {
   for (uint k = 0; k < N; ++k) {
-    values[k] = k < count ? Value(from[int64_t(k) * stride]) : Value(0);
+    if (k < count) {
+      values[k] = Value(from[int64_t(k) * stride]);
+    }
   }
 }
 

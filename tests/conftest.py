@@ -65,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # A shell's background jobs ignore it, and so would the processes that tests interrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "cpu_only: about the CPU back end, whatever else there is")
+    config.addinivalue_line("markers", "quick: every kernel, dtype and option once, in minutes on a Mac")
     config.addinivalue_line("markers", "tools: needs a heavy tool (support/tools.py)")
 
 
@@ -80,10 +81,27 @@ def pytest_report_header() -> str:
 # Files whose few tests take minutes: one that comes last would keep a single process busy.
 LONG = ("test_macos_build.py", "test_arm64.py", "test_cuda_compile.py", "test_sanitizers.py")
 
+# Files, or tests of one, that are marked `quick`.
+QUICK = {
+    "test_self_check.py": ("test_the_kernel_passes", "test_kernels_pass_in_16_bits"),
+    "test_layouts.py": (),
+    "test_clipping.py": ("test_a_bad_step_is_as_if_it_had_not_been", "test_clipping_is_the_update_of_scaled_gradients"),
+    "test_state_formats.py": (
+        "test_quantized_state_is_that_of_the_reference",
+        "test_master_weights_are_those_of_float32_training",
+    ),
+    "test_decay.py": (),
+    "test_edges.py": (),
+    "test_checkpoints.py": ("test_training_goes_on_bit_for_bit",),
+}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
+        names = QUICK.get(item.path.name)
+        if names is not None and (not names or item.originalname in names):
+            item.add_marker(pytest.mark.quick)
         if item.get_closest_marker("cpu_only"):
             callspec = getattr(item, "callspec", None)
             device = callspec.params.get("device", DEVICE) if callspec else DEVICE

@@ -5,6 +5,7 @@ The state tree, schedules, defaults and errors are inherited from mlx.optimizers
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class _Fused(_MLXOptimizer):
     _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
     _decay_filter: DecayFilter | None = None
     _loaded: tuple[str, dict] | None = None  # a file and its state, which has not met its parameters yet
+    _is_hinted = False
 
     def _set_options(self, options: Options) -> None:
         check_ranges(options.op, self.betas, self.eps)
@@ -70,6 +72,22 @@ class _Fused(_MLXOptimizer):
         self._make_arrays()
         # A schedule's value is lazy, and another thread could not evaluate it.
         mx.eval(self._state)
+
+    def _hint(self, parameters: Any) -> None:
+        """Warn once of an option that has no effect on any of the parameters."""
+        options = self._options
+        if self._is_hinted or not parameters:
+            return
+        asked = {"master_weights": options.master_weights, "stochastic_rounding": options.stochastic_rounding}
+        names = [name for name, x in asked.items() if x and not (name == "stochastic_rounding" and options.state_dtype)]
+        dtypes = {x.dtype for _, x in flattened(parameters)}
+        if names and dtypes and not dtypes & {mx.bfloat16, mx.float16}:
+            self._is_hinted = True
+            warnings.warn(
+                f"[{options.op}] {' and '.join(names)} has no effect: no parameter is bfloat16",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _change_options(self, options: Options) -> None:
         fit_recorded(self._state, options)
@@ -130,6 +148,7 @@ class _Fused(_MLXOptimizer):
             self._make_arrays()
             self._fit_loaded(parameters, parameters)
             super().init(parameters)
+            self._hint(parameters)
             # A subclass's own state is its own.
             if getattr(self.init_single, "__func__", None) is _Fused.init_single:
                 tree_map_with_path(convert, parameters, self._state)

@@ -1,6 +1,7 @@
 """What people do to optimizers beside training: change options, set state by hand, subclass, unfreeze, print."""
 
 import threading
+import warnings
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,6 +83,20 @@ def test_an_optimizer_prints_what_it_is(monkeypatch, backend_name):
     assert repr(optimizer) == text and _backends._known == {}  # no kernel was run for it
     assert optimizer.backend == backend_name and repr(optimizer) == f"{text} on {backend_name}"
     assert repr(fused.Adam(lambda step: 0.1)).startswith("Adam(learning_rate='schedule', betas=")
+
+
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
+def test_an_option_without_an_effect_is_told_once(options):
+    optimizer = fused.AdamW(**SETTINGS, **options)
+    with pytest.warns(UserWarning, match=f"{next(iter(options))} has no effect: no parameter is bfloat16") as told:
+        parameters = train(optimizer, tree(), [1])
+        optimizer.init(parameters)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(fused.AdamW(**SETTINGS, **options), tree(0, mx.bfloat16), [1])
+        if "stochastic_rounding" in options:  # which the state's dtype gives something to do
+            train(fused.AdamW(**SETTINGS, **options, state_dtype="bfloat16"), tree(), [1])
 
 
 # ---- State ----

@@ -14,6 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.nn.layers.containers import Sequential
+from mlx.nn.layers.linear import Linear
+from mlx.nn.utils import value_and_grad
 
 from .. import Adam, __version__, _backends, _ext, _reference, _self_check
 from .._build_info import MLX_VERSION
@@ -35,10 +38,11 @@ _CHECKED: list[_self_check.Dtypes] = [
     (mx.bfloat16,),
     (mx.float16,),
 ]
-_RIGHT = "every kernel is right"
+_PASSED = "passed"
 _ELEMENTS = 4_194_304
 _BYTES = 28  # read and written for each float32 parameter
 _SECONDS, _FEWEST_ROUNDS = 3.0, 5
+_LAYERS, _SIDE = 8, 512  # of the model whose training step's memory is measured
 
 
 def main(as_json: bool) -> int:
@@ -87,6 +91,11 @@ def as_text(report: dict[str, Any]) -> str:
             rate = _BYTES * _ELEMENTS / milliseconds / 1e6
             fused = timings["fused compiled" if "compiled" in name else "fused"]
             lines.append(f"  {name:24} {milliseconds:8.2f} ms  {rate:6.1f} GB/s  {milliseconds / fused:5.1f}x")
+        if peaks := device["peak_MB"]:
+            lines.append(f"  peak memory of a training step of {_LAYERS} × Linear({_SIDE}), batch 1, float32:")
+        for name, megabytes in peaks.items():
+            fused = peaks["fused compiled" if "compiled" in name else "fused"]
+            lines.append(f"  {name:24} {megabytes:8.1f} MB  {megabytes / fused:20.2f}x")
     lines.append("")
     lines += [f"To do: {x}" for x in report["advice"]]
     lines.append("All checks passed." if report["ok"] else "A kernel failed its check: see above.")
@@ -94,28 +103,29 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _device(kind: mx.DeviceType) -> dict[str, Any]:
-    """The device's back end, its kernels' checks against mlx.optimizers, and the time of a step."""
+    """The device's back end, its kernels' checks against mlx.optimizers, the time of an update and a step's memory."""
     backend = _backends.backend_of(kind)
-    checks, milliseconds, is_right = {}, {}, True
+    checks, milliseconds, peaks, is_ok = {}, {}, {}, True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has the reasons
         description = backend.description
         if backend.name is None:
-            is_right = _backends.kernel_of(kind)[0] is None or backend.is_forced
+            is_ok = _backends.kernel_of(kind)[0] is None or backend.is_forced
         else:
             for dtypes in _CHECKED:
                 reason = backend.check(dtypes)
-                is_right &= reason is None
-                checks[_self_check.names(dtypes)] = reason or _RIGHT
+                is_ok &= reason is None
+                checks[_self_check.names(dtypes)] = reason or _PASSED
             if backend.check() is None:
-                milliseconds = _speed(kind)
+                milliseconds, peaks = _speed(kind), _peaks(kind)
     return {
         "kind": kind.name,
         "name": _name(kind),
         "backend": description,
         "checks": checks,
         "milliseconds": milliseconds,
-        "ok": is_right,
+        "peak_MB": peaks,
+        "ok": is_ok,
     }
 
 
@@ -156,16 +166,56 @@ def _advice(report: dict[str, Any]) -> list[str]:
 
 def _speed(kind: mx.DeviceType) -> dict[str, float]:
     with mx.stream(kind):
-        timings = measure(
-            {
-                f"{name}{mode}": _step_of(kind_of_adam(1e-3), is_compiled=bool(mode))
-                for name, kind_of_adam in (("fused", Adam), ("mlx.optimizers", _reference.Adam))
-                for mode in ("", " compiled")
-            },
-            _SECONDS,
-            _FEWEST_ROUNDS,
-        )
+        timings = measure(_each(_step_of), _SECONDS, _FEWEST_ROUNDS)
     return {name: round(timing.median * 1e3, 3) for name, timing in timings.items()}
+
+
+def _peaks(kind: mx.DeviceType) -> dict[str, float]:
+    """The peak memory of a training step, with that of the model and its state, in MB."""
+    peaks = {}
+    before = mx.default_device()
+    mx.set_default_device(mx.Device(kind))
+    try:
+        for name, peak in _each(_peak_of).items():
+            peaks[name] = round(peak() / 1e6, 1)
+    finally:
+        mx.set_default_device(before)
+    return peaks
+
+
+def _each(make: Callable[[optim.Adam, bool], Any]) -> dict[str, Any]:
+    """``make(optimizer, is_compiled)`` for the fused optimizer and MLX's, eager and compiled."""
+    return {
+        f"{name}{mode}": make(kind(1e-3), bool(mode))
+        for name, kind in (("fused", Adam), ("mlx.optimizers", _reference.Adam))
+        for mode in ("", " compiled")
+    }
+
+
+def _peak_of(optimizer: optim.Adam, is_compiled: bool) -> Callable[[], int]:
+    def peak() -> int:
+        mx.synchronize()
+        mx.clear_cache()
+        others = mx.get_active_memory()
+        model = Sequential(*(Linear(_SIDE, _SIDE) for _ in range(_LAYERS)))
+        optimizer.init(model.trainable_parameters())
+        state = [model.state, optimizer.state]
+        mx.eval(state)
+        loss_and_gradients = value_and_grad(model, lambda x: model(x).square().mean())
+
+        def train(x: mx.array) -> None:
+            _, gradients = loss_and_gradients(x)
+            optimizer.update(model, gradients)
+
+        run = mx.compile(train, inputs=state, outputs=state) if is_compiled else train
+        x = mx.random.normal((1, _SIDE))
+        for _ in range(3):  # the first compiles, or checks the kernels
+            mx.reset_peak_memory()
+            run(x)
+            mx.eval(state)
+        return mx.get_peak_memory() - others
+
+    return peak
 
 
 def _step_of(optimizer: optim.Adam, is_compiled: bool) -> Callable[[], None]:

@@ -17,6 +17,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
+import mlx.core as mx
+
 from .. import __version__, _backends, _ext
 from .install import Installation, install, log
 
@@ -95,6 +97,8 @@ def _say_result(installation: Installation) -> None:
     counts = [f"{name} ran {count:,} updates of tensors" for (name, *_), count in backends if count]
     if installation.built and not counts:
         counts = ["no kernel has updated anything"]
+    if installation.built:
+        counts.append(f"peak memory {mx.get_peak_memory() / 1e9:.3g} GB")
     log("; ".join([*parts, *counts, *_backends.reasons()]))
 
 
