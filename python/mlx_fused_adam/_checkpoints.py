@@ -255,7 +255,7 @@ def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
             _reject(path, name, "none")
         if isinstance(state[name], mx.array) and state[name].shape != ():
             _reject(path, f"a {name} of shape ()", f"shape {state[name].shape}")
-    return state
+    return dict(state)
 
 
 def _state_of_mlx(path: Path, arrays: dict[str, mx.array]) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class _Fused(_MLXOptimizer):
     _options: Options
     _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
     _decay_filter: DecayFilter | None = None
-    _is_hinted = False
     _loaded: tuple[str, dict] | None = None  # a file and its state, which has not met its parameters yet
+    _is_hinted = False
 
     def _set_options(self, options: Options) -> None:
         check_ranges(options.op, self.betas, self.eps)
