@@ -254,7 +254,7 @@ def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
         if not isinstance(state, dict) or name not in state:
             _reject(path, name, "none")
         if isinstance(state[name], mx.array) and state[name].shape != ():
-            _reject(path, f"a {name} of shape ()", f"shape {state[name].shape}")
+            _reject(path, f"a scalar {name}", f"one of shape {state[name].shape}")
     return dict(state)
 
 

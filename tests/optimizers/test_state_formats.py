@@ -404,7 +404,7 @@ def test_stock_state_needs_parameters_that_were_seen():
         fused.stock_state(optimizer)
     optimizer.init({"layers": [{"w": mx.zeros(3, mx.float16)}]})
     assert fused.stock_state(optimizer)["layers"][0]["w"]["m"].dtype == mx.float16
-    with pytest.raises(TypeError, match="must be an Adam or AdamW of mlx_fused_adam but got"):
+    with pytest.raises(TypeError, match="must be an Adam, AdamW or MultiOptimizer of mlx_fused_adam but got"):
         fused.stock_state(optim.Adam(1e-2))
 
 
