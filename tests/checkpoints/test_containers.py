@@ -254,8 +254,6 @@ def test_a_first_use_that_fails_is_none(tmp_path):
     fused.load_optimizer(tmp_path / "o", optimizer)
     no_change(optimizer, lambda: optimizer.init({"a.w": mx.ones(5)}), r"m of a.w must have the parameter's shape")
     no_change(optimizer, lambda: step(optimizer, {"a.w": W, "b": W}), "got b, which has no state there")
-    with pytest.raises(ValueError, match="got nothing at c"):
-        optimizer.apply_gradients({"a.w": W}, {"c": W})
     optimizer.init({"a.w": W})
 
 
