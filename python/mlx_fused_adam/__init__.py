@@ -12,6 +12,7 @@ _check_mlx()  # before the extension is loaded: with another mlx it might crash
 from . import _backends, _threads  # noqa: E402
 from ._checkpoints import load_optimizer, save_optimizer  # noqa: E402
 from ._ext import num_threads, set_num_threads  # noqa: E402
+from ._multi_optimizer import MultiOptimizer  # noqa: E402
 from ._operation import adam_update  # noqa: E402
 from ._optimizers import Adam, AdamW  # noqa: E402
 from ._state import stock_state  # noqa: E402
@@ -24,6 +25,6 @@ _backends.forced_backend()
 __version__ = _version("mlx-fused-adam")
 
 __all__ = [
-    "Adam", "AdamW", "Installation", "adam_update", "install", "installed", "load_optimizer", "num_threads",
-    "save_optimizer", "set_num_threads", "stock_state", "uninstall",
+    "Adam", "AdamW", "Installation", "MultiOptimizer", "adam_update", "install", "installed", "load_optimizer",
+    "num_threads", "save_optimizer", "set_num_threads", "stock_state", "uninstall",
 ]  # fmt: skip

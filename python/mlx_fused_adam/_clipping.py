@@ -43,13 +43,17 @@ class Clipping(NamedTuple):
         is_floating = mx.issubdtype(gradient.dtype, mx.floating)
         return scaled.astype(gradient.dtype) if is_floating else scaled
 
-    def record(self, state: dict[str, Any], before: dict[str, Any], counters: Iterable[str]) -> None:
-        """Write the norm and the number of skipped steps into a state whose ``counters`` have advanced already."""
+    def record(self, state: dict[str, Any]) -> None:
+        """Write the norm and the number of skipped steps into a state."""
         if self.gradient_scale is not None:
             state["grad_norm"] = self.norm
         if self.is_applied is not None:
             skipped = state.get("skipped", 0)
             state["skipped"] = self.kept(skipped, skipped + 1)
+
+    def keep_counters(self, state: dict[str, Any], before: dict[str, Any], counters: Iterable[str]) -> None:
+        """Return a state's ``counters``, which have advanced already, to those before if the step is skipped."""
+        if self.is_applied is not None:
             for name in counters:
                 if name in before:
                     state[name] = self.kept(state[name], before[name])

@@ -175,23 +175,35 @@ class _Fused(_MLXOptimizer):
             ValueError: If a gradient's shape or dtype does not fit or its parameter is missing, naming the path.
             TypeError: If a gradient or parameter is no array, naming the path.
         """
-        # A subclass or an instance may have its own rule for single parameters, which changes state as it goes.
-        has_own_rule = getattr(self.apply_single, "__func__", None) is not _Fused.apply_single
+        result, _ = self._applied(gradients, parameters)
+        return result
+
+    def _applied(
+        self, gradients: Any, parameters: Any, clipping: Clipping | None = None
+    ) -> tuple[Any, Callable[[], None]]:
+        """The result of an update, and what takes the update back; ``clipping`` replaces that of the options."""
         self._make_arrays()
         was_initialized, loaded = self._initialized, self._loaded
-        copy_all = has_own_rule or not was_initialized
+        copy_all = self._has_own_rule or not was_initialized
         before = tree_map(lambda x: x, self._state) if copy_all else dict(self._state)
         written: list[tuple[dict, dict]] = []
+
+        def undo() -> None:
+            for state, old in written:
+                state.clear()
+                state.update(old)
+            self._restore(before, was_initialized, loaded)
+
         try:
             if loaded and not was_initialized:
                 self._fit_loaded(_those_with(gradients, parameters), parameters)
-            if has_own_rule:
+            if self._has_own_rule:
                 if self._options.needs_norm:
                     raise ValueError(
                         f"[{self._options.op}] apply_single must be the package's own with max_grad_norm and "
                         f"skip_nonfinite but got one of {type(self).__name__}, which would not obey them"
                     )
-                return super().apply_gradients(gradients, parameters)
+                return super().apply_gradients(gradients, parameters), undo
             check_names(gradients, self._options)
             if not was_initialized:
                 self.init(_those_with(gradients, parameters))
@@ -200,23 +212,28 @@ class _Fused(_MLXOptimizer):
                 value = scheduler(step)
                 self.state[name] = value if isinstance(value, mx.array) else mx.array(value, mx.float32)
             self.state["step"] = step + 1
-            result, changes, clipping = self._updated(gradients, parameters, self.state)
-            written = [(state, dict(state)) for state, _ in changes]
+            is_shared = clipping is not None
+            result, changes, clipping = self._updated(gradients, parameters, self.state, clipping)
+            written += [(state, dict(state)) for state, _ in changes]
             for state, changed in changes:
                 state.update(changed)
             if clipping:
-                clipping.record(self.state, before, ("step", *self._schedulers))
-            return result
+                clipping.keep_counters(self.state, before, ("step", *self._schedulers))
+                if not is_shared:
+                    clipping.record(self.state)
+            return result, undo
         except BaseException as error:
             # A rejected or interrupted update is no step, and leaves no moments of a wrong shape behind.
-            for state, old in written:
-                state.clear()
-                state.update(old)
-            self._restore(before, was_initialized, loaded)
+            undo()
             if isinstance(error, TypeError):
                 for path, gradient in flattened(gradients):
                     as_array("gradient", gradient, path)
             raise
+
+    @property
+    def _has_own_rule(self) -> bool:
+        """Whether a subclass or the instance has its own rule for single parameters, which changes state as it goes."""
+        return getattr(self.apply_single, "__func__", None) is not _Fused.apply_single
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Update one parameter with ``state["m"]`` and ``state["v"]``; return the new parameter.
@@ -230,11 +247,12 @@ class _Fused(_MLXOptimizer):
         return result
 
     def _updated(
-        self, gradients: Any, parameters: Any, states: Any
+        self, gradients: Any, parameters: Any, states: Any, clipping: Clipping | None = None
     ) -> tuple[Any, list[tuple[dict, dict]], Clipping | None]:
         """The new parameters, each state with its changes, and the clipping; changes nothing."""
         walk = Walk(gradients, parameters, states)
-        clipping = clipping_of(walk.gradients, self._options, walk.paths)
+        if clipping is None:
+            clipping = clipping_of(walk.gradients, self._options, walk.paths)
         weight_decay = getattr(self, "weight_decay", 0.0)
         if not isinstance(weight_decay, mx.array):
             weight_decay = float(weight_decay)

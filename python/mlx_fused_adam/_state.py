@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+from mlx.optimizers import MultiOptimizer as _MLXMultiOptimizer
+from mlx.utils import tree_map
 
 from . import _ext
 from ._arguments import as_array
@@ -85,7 +87,7 @@ def is_quantized(state: dict) -> bool:
 
 
 def stock_state(optimizer: Any) -> dict[str, Any]:
-    """The state tree that ``mlx.optimizers.Adam`` or ``AdamW`` would hold in this optimizer's place.
+    """The state tree that the optimizer of mlx.optimizers would hold in this optimizer's place.
 
     ``m`` and ``v`` are in their parameter's dtype, lazily. The low bits of master weights (``remainder``) are left out,
     since mlx.optimizers has no place for them: training continues from the 16-bit parameters. The optimizer keeps its
@@ -93,7 +95,8 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
 
     Args:
         optimizer: A :class:`mlx_fused_adam.Adam` or ``AdamW`` that has seen the parameters of its state, in an update
-            or in ``init``.
+            or in ``init``; or a MultiOptimizer, of this package or MLX's, where parts that are not fused keep their
+            state as it is.
 
     Returns:
         A new tree, for ``mlx.optimizers.Adam(...).state`` or ``mx.save_safetensors``.
@@ -102,9 +105,15 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
         ValueError: If the dtype of a parameter is not known: call ``optimizer.init(parameters)`` first.
         TypeError: If it is not an optimizer of this package.
     """
+    if isinstance(optimizer, _MLXMultiOptimizer):
+        is_known = [hasattr(x, "_parameter_dtypes") or isinstance(x, _MLXMultiOptimizer) for x in optimizer.optimizers]
+        parts = zip(optimizer.optimizers, is_known, strict=True)
+        return {"states": [stock_state(x) if known else tree_map(lambda x: x, x.state) for x, known in parts]}
     dtypes = getattr(optimizer, "_parameter_dtypes", None)
     if dtypes is None:
-        raise TypeError(f"[stock_state] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}")
+        raise TypeError(
+            f"[stock_state] optimizer must be an Adam, AdamW or MultiOptimizer of mlx_fused_adam but got {optimizer!r}"
+        )
 
     def without_options(path: str, state: dict) -> dict[str, Any]:
         if path not in dtypes:
