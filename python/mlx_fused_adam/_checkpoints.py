@@ -13,14 +13,16 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
+from mlx.optimizers import MultiOptimizer as _MLXMultiOptimizer
+from mlx.utils import tree_map_with_path, tree_unflatten
 
 from ._clipping import RECORDED, fit_recorded
+from ._multi_optimizer import MultiOptimizer, undo_of, with_inner
 from ._optimizers import Adam, AdamW
 from ._state import AUXILIARY, MOMENTS, map_states
 from ._structure import can_be_guessed, described, fitted, is_one_state, rebuilt
@@ -31,18 +33,22 @@ _FORMAT = "mlx_fused_adam.optimizer"
 _VERSION = 2
 _CHOICES = ("error", "file", "optimizer")
 _WAY = (
-    "a file of save_optimizer, or the state of mlx.optimizers' Adam or AdamW as "
+    "a file of save_optimizer, or the state of mlx.optimizers' Adam, AdamW or MultiOptimizer as "
     "mx.save_safetensors(path, dict(tree_flatten(optimizer.state))) writes it"
 )
 # What fsync answers on file systems that have none, such as network shares.
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def save_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW) -> None:
+Optimizer = Adam | AdamW | MultiOptimizer
+
+
+def save_optimizer(path: str | os.PathLike[str], optimizer: Optimizer) -> None:
     """Write the optimizer's state, hyper-parameters and options to one safetensors file, atomically.
 
     The file restores the state's dicts, lists and tuples, with string and integer keys as they are. Later changes of
-    ``learning_rate`` belong to the state, and are saved with it.
+    ``learning_rate`` belong to the state, and are saved with it. A MultiOptimizer is saved with all its parts, those
+    that are not fused with the numbers, strings and None among their attributes.
 
     Args:
         path: The file, under exactly this name: no suffix is appended, and any suffix gives a safetensors file. An
@@ -70,7 +76,7 @@ def save_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW) -> Non
         _write(path, arrays, metadata)
 
 
-def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyperparameters: str = "error") -> None:
+def load_optimizer(path: str | os.PathLike[str], optimizer: Optimizer, *, hyperparameters: str = "error") -> None:
     """Load a saved optimizer; training continues bit for bit as if it had not stopped.
 
     The file's parameters must be the optimizer's: those of its state if it has one already, and those of its next
@@ -80,11 +86,11 @@ def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyp
     new ones.
 
     Args:
-        path: A file that :func:`save_optimizer` wrote, or the state of ``mlx.optimizers.Adam`` or ``AdamW`` as
-            ``mx.save_safetensors(path, dict(tree_flatten(optimizer.state)))`` writes it. The latter has no
-            hyper-parameters to compare, and is converted to the optimizer's options at its next use.
-        optimizer: An optimizer of the saved class. If it has a state already (from ``init``, say), the file's must have
-            the same paths and shapes.
+        path: A file that :func:`save_optimizer` wrote, or the state of ``mlx.optimizers.Adam``, ``AdamW`` or
+            ``MultiOptimizer`` as ``mx.save_safetensors(path, dict(tree_flatten(optimizer.state)))`` writes it. The
+            latter has no hyper-parameters to compare, and is converted to the optimizer's options at its next use.
+        optimizer: An optimizer of the saved class, a MultiOptimizer with the saved classes of parts. If it has a state
+            already (from ``init``, say), the file's must have the same paths and shapes.
         hyperparameters: What to do where hyper-parameters or options differ: ``"error"``: raise; ``"file"``: take the
             file's; ``"optimizer"``: keep the optimizer's, convert the state to its options at its next use, and let an
             Adam load an AdamW's file, or the reverse. The learning rate is part of the state, and loaded with it but
@@ -103,42 +109,132 @@ def load_optimizer(path: str | os.PathLike[str], optimizer: Adam | AdamW, *, hyp
         )
     path = Path(path)
     arrays, metadata = _read(path)
-    own = _description(optimizer)
+    saved: dict[str, Any] | None = None
     if metadata.get("format") == _FORMAT:
         saved = _saved_description(path, metadata)
         read = _saved_state(path, arrays, metadata)
     else:
-        read = _state_of_mlx(path, arrays)
-        is_scheduled = own["learning_rate"] == "schedule"
+        read = _state_of_mlx(path, arrays, optimizer)
+    loads = _loads(path, saved, read, optimizer, hyperparameters)
+    undos = [undo_of(part) for part in with_inner([optimizer])]
+    try:
+        for load in loads:
+            load()
+    except BaseException:
+        for undo in undos:
+            undo()
+        raise
+
+
+def _loads(
+    path: Path, saved: dict[str, Any] | None, read: Any, optimizer: Any, hyperparameters: str
+) -> list[Callable[[], None]]:
+    """What gives the optimizer, or each of its parts, the file's state, once all of it has been compared.
+
+    Args:
+        saved: The file's description; None for a state that MLX saved.
+    """
+    if isinstance(optimizer, _MLXMultiOptimizer):
+        return _loads_of_parts(path, saved, read, optimizer, hyperparameters)
+    own = _description(optimizer)
+    is_fused = isinstance(optimizer, (Adam, AdamW))
+    values = ("step", "learning_rate") if is_fused else ("step",)
+    if saved is None:
+        _check_values(path, read, values)
+        is_scheduled = own["learning_rate"] in ("schedule", None)
         saved = own if is_scheduled else own | {"learning_rate": _rounded(read["learning_rate"])}
     differing = _differing(path, saved, own, hyperparameters)
-    state = _fitting_state(path, read, optimizer)
-    if hyperparameters == "optimizer" and not own["learning_rate"] == saved["learning_rate"] == "schedule":
+    _check_values(path, read, values)
+    state = _fitting_state(path, read, optimizer) if is_fused else _same_state(path, read, optimizer)
+    is_scheduled = own["learning_rate"] == saved.get("learning_rate") == "schedule"
+    if hyperparameters == "optimizer" and not is_scheduled and "learning_rate" in optimizer.state:
         state["learning_rate"] = optimizer.state["learning_rate"]
-    if hyperparameters == "file":
-        optimizer._take_description({k: saved[k] for k in differing if k in saved})
-    fit_recorded(state, optimizer._options)
+    taken = {k: saved[k] for k in differing if k in saved} if hyperparameters == "file" else {}
     for name in (saved.keys() | own.keys()) & state.keys() - optimizer.state.keys():
         del state[name]  # the value of a schedule that this optimizer does not have
-    # The same dict, which a compiled step may have captured; the setter lets the next use convert the state.
-    tree = optimizer.state
-    optimizer.state = tree
-    tree.clear()
-    tree.update(state)
-    # A file of an optimizer that had seen no parameters fits any.
-    is_new = not _has_parameters(state) and int(state["step"]) == 0
-    optimizer._loaded = None if is_new else (str(path), tree)
+
+    def load() -> None:
+        if is_fused:
+            optimizer._take_description(taken)
+            fit_recorded(state, optimizer._options)
+        else:
+            vars(optimizer).update({k: x for k, x in taken.items() if k in vars(optimizer)})
+        # The same dict, which a compiled step may have captured; the setter lets the next use convert the state.
+        tree = optimizer.state
+        optimizer.state = tree
+        tree.clear()
+        tree.update(state)
+        # A file of an optimizer that had seen no parameters fits any.
+        is_new = not _has_parameters(state) and int(state["step"]) == 0
+        optimizer._loaded = None if is_new else (str(path), tree)
+
+    return [load]
+
+
+def _loads_of_parts(
+    path: Path, saved: dict[str, Any] | None, read: Any, optimizer: Any, hyperparameters: str
+) -> list[Callable[[], None]]:
+    own = _description(optimizer)
+    count = len(own["parts"])
+    if saved is None:
+        saved = own | {"parts": [None] * count}
+    differing = _differing(path, _without_parts(saved), _without_parts(own), hyperparameters)
+    descriptions: Any = saved.get("parts")
+    states: Any = read.get("states") if isinstance(read, dict) else None
+    for found in (descriptions, states):
+        if not isinstance(found, (list, tuple)) or len(found) != count:
+            got = f"that of {len(found)}" if isinstance(found, (list, tuple)) else "none"
+            _reject(path, f"the state of {count} parts", got)
+    loads = []
+    for i, part in enumerate(optimizer.optimizers):
+        try:
+            loads += _loads(path, descriptions[i], states[i], part, hyperparameters)
+        except ValueError as error:
+            raise ValueError(f"{error} (part {i}, {type(part).__name__})") from None
+
+    def load() -> None:
+        if hyperparameters == "file":
+            optimizer._change_options(optimizer._options.replaced({k: saved[k] for k in differing if k in saved}))
+        optimizer.state = read | {"states": optimizer.state["states"]}
+
+    return [*loads, load] if isinstance(optimizer, MultiOptimizer) else loads
 
 
 def _check_kind(op: str, optimizer: Any) -> None:
-    if not isinstance(optimizer, (Adam, AdamW)):
-        raise TypeError(f"[{op}] optimizer must be an Adam or AdamW of mlx_fused_adam but got {optimizer!r}")
+    if not isinstance(optimizer, (Adam, AdamW, MultiOptimizer)):
+        raise TypeError(
+            f"[{op}] optimizer must be an Adam, AdamW or MultiOptimizer of mlx_fused_adam but got {optimizer!r}"
+        )
 
 
-def _description(optimizer: Adam | AdamW) -> dict[str, Any]:
-    """Class, hyper-parameters and options in JSON's types."""
-    kind = AdamW if isinstance(optimizer, AdamW) else Adam
-    return {"class": kind.__name__, **optimizer._description()}
+def _description(optimizer: Any) -> dict[str, Any]:
+    """Class, hyper-parameters and options in JSON's types; those of the parts under ``parts``."""
+    if isinstance(optimizer, _MLXMultiOptimizer):
+        options = optimizer._options.described() if isinstance(optimizer, MultiOptimizer) else {}
+        own = {"max_grad_norm": None, "skip_nonfinite": False, "shard_group": None}
+        own |= {k: x for k, x in options.items() if k in own}
+        return {"class": "MultiOptimizer", **own, "parts": [_description(x) for x in optimizer.optimizers]}
+    if isinstance(optimizer, (Adam, AdamW)):
+        kind = AdamW if isinstance(optimizer, AdamW) else Adam
+        return {"class": kind.__name__, **optimizer._description()}
+    public = {k: x for k, x in vars(optimizer).items() if not k.startswith("_")}
+    described = {k: list(x) if isinstance(x, tuple) else x for k, x in public.items() if _is_plain(x)}
+    rate: Any = optimizer.state.get("learning_rate")
+    if rate is not None:
+        rate = "schedule" if "learning_rate" in optimizer._schedulers else _rounded(rate)
+    # Not the name of a fused one, whose state has another form.
+    return {"class": f"{type(optimizer).__name__} (not fused)", "learning_rate": rate, **described}
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether JSON can tell a hyper-parameter."""
+    if isinstance(x, (list, tuple)):
+        return all(map(_is_plain, x))
+    return x is None or isinstance(x, (bool, int, float, str))
+
+
+def _without_parts(description: dict[str, Any]) -> dict[str, Any]:
+    return {k: x for k, x in description.items() if k != "parts"}
 
 
 # ---- Write ----
@@ -240,7 +336,7 @@ def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return saved
 
 
-def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> dict[str, Any]:
+def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> Any:
     """The state in the containers that it was saved from; the first release's files do not describe them."""
     state: Any
     if "tree" in metadata:
@@ -250,12 +346,7 @@ def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
             _reject(path, "the containers of its state", f"metadata that cannot be read ({error!r})")
     else:
         state = _guessed(arrays)
-    for name in ("step", "learning_rate"):
-        if not isinstance(state, dict) or name not in state:
-            _reject(path, name, "none")
-        if isinstance(state[name], mx.array) and state[name].shape != ():
-            _reject(path, f"a scalar {name}", f"one of shape {state[name].shape}")
-    return dict(state)
+    return state
 
 
 def _guessed(arrays: dict[str, mx.array]) -> Any:
@@ -273,8 +364,29 @@ def _guessed(arrays: dict[str, mx.array]) -> Any:
         return state
 
 
-def _state_of_mlx(path: Path, arrays: dict[str, mx.array]) -> dict[str, Any]:
-    """The state of mlx.optimizers' Adam or AdamW, in the containers that mlx.utils guesses."""
+def _check_values(path: Path, state: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not isinstance(state, dict) or name not in state:
+            _reject(path, name, "none")
+        if isinstance(state[name], mx.array) and state[name].shape != ():
+            _reject(path, f"a scalar {name}", f"one of shape {state[name].shape}")
+
+
+def _state_of_mlx(path: Path, arrays: dict[str, mx.array], optimizer: Any) -> Any:
+    """The state of the optimizer's counterpart in mlx.optimizers, in the containers that mlx.utils guesses."""
+    if isinstance(optimizer, _MLXMultiOptimizer):
+        states: dict[str, dict[str, mx.array]] = {}
+        for name, x in arrays.items():
+            kind, number, inner = (*name.split(".", 2), "", "")[:3]
+            if kind != "states" or not inner:
+                _reject(path, _WAY, f"{name}, which is of no MultiOptimizer's part")
+            states.setdefault(number, {})[inner] = x
+        parts = [(part, states.pop(str(i), {})) for i, part in enumerate(optimizer.optimizers)]
+        if states:
+            _reject(path, f"the state of {len(parts)} parts", f"that of part {min(states)}")
+        return {"states": [_state_of_mlx(path, some, part) for part, some in parts]}
+    if not isinstance(optimizer, (Adam, AdamW)):
+        return tree_unflatten(list(arrays.items()))
     found: dict[str, set[str]] = {}
     for name in arrays:
         parameter, _, last = name.rpartition(".")
@@ -298,16 +410,15 @@ def _differing(path: Path, saved: dict[str, Any], own: dict[str, Any], hyperpara
     Raises:
         ValueError: If ``hyperparameters`` does not allow them to.
     """
-    if saved.get("shard_group") != own["shard_group"]:
+    if saved.get("shard_group") != own.get("shard_group"):
         named = [x.get("shard_group") or "unsharded parameters" for x in (own, saved)]
         _reject(path, f"the state of {named[0]}", f"that of {named[1]}")
     differing = [k for k in sorted(own | saved) if own.get(k) != saved.get(k)]
-    if "class" in differing and hyperparameters != "optimizer":
-        _reject(
-            path,
-            f"the state of {own['class']}",
-            f"that of {saved['class']} (pass hyperparameters='optimizer' to go on as {own['class']})",
-        )
+    if "class" in differing:
+        are_alike = {own["class"], saved["class"]} <= {"Adam", "AdamW"}
+        way = f" (pass hyperparameters='optimizer' to go on as {own['class']})" if are_alike else ""
+        if not are_alike or hyperparameters != "optimizer":
+            _reject(path, f"the state of {own['class']}", f"that of {saved['class']}{way}")
     rates = [x.get("learning_rate") for x in (saved, own)]
     compared = [k for k in differing if k != "learning_rate" or "schedule" in rates]
     if compared and hyperparameters == "error":
@@ -328,7 +439,7 @@ def _differing(path: Path, saved: dict[str, Any], own: dict[str, Any], hyperpara
     return differing
 
 
-def _fitting_state(path: Path, read: dict[str, Any], optimizer: Adam | AdamW) -> dict[str, Any]:
+def _fitting_state(path: Path, read: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     """The file's state, in the containers of the optimizer's own if it has one; else its next use compares it."""
     own_values, own = _parted(optimizer.state)
     values, saved = _parted(read)
@@ -356,6 +467,23 @@ def _fitting_state(path: Path, read: dict[str, Any], optimizer: Adam | AdamW) ->
         if fitting[name].shape != x.shape:
             _reject(path, f"{name} of shape {x.shape}", f"shape {fitting[name].shape}")
     return values | fit.state
+
+
+def _same_state(path: Path, read: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The file's state of an optimizer that is not fused, in the containers of its own if it has one."""
+    loaded = getattr(optimizer, "_loaded", None)
+    if (loaded and loaded[1] is optimizer.state) or not _has_parameters(optimizer.state):
+        return {k: x for k, x in optimizer.state.items() if not isinstance(x, (dict, list, tuple))} | read
+    own, found = dict(flattened(optimizer.state)), dict(flattened(read))
+    for names, got in ((own.keys() - found.keys(), "none"), (found.keys() - own.keys(), "one that it lacks")):
+        if names:
+            _reject(path, f"the optimizer's state of {min(names)}", got)
+    for name, x in sorted(own.items()):
+        shapes = [getattr(array, "shape", ()) for array in (x, found[name])]
+        if shapes[0] != shapes[1]:
+            _reject(path, f"{name} of shape {shapes[0]}", f"shape {shapes[1]}")
+    state: dict[str, Any] = tree_map_with_path(lambda name, _: found[name], optimizer.state)
+    return state
 
 
 def _parted(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,7 @@ applied by MLX's operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -122,15 +122,22 @@ class MultiOptimizer(_MLXMultiOptimizer):
     @property
     def step(self) -> mx.array:
         """The number of steps of the first part; all parts take them together."""
-        step: mx.array = self.optimizers[0].step
+        first = next(part for part in with_inner(self.optimizers) if not isinstance(part, _MLXMultiOptimizer))
+        step: mx.array = first.step
         return step
 
     def init(self, parameters: Any) -> None:
-        """Initialize each part with its parameters; an exception leaves every part as it was."""
+        """Initialize each part with its parameters; an exception leaves every part as it was.
+
+        Raises:
+            ValueError: If a part clips or skips by itself, or a file that was loaded has no state of a parameter, or
+                one that no parameter takes; and whatever a part raises.
+        """
         self._claim_norm(self._options)
-        undos = [_undo_of(part) for part in _with_inner(self.optimizers)]
+        undos = [undo_of(part) for part in with_inner(self.optimizers)]
         try:
-            super().init(parameters)
+            for part, some in zip(self.optimizers, self._split_dictionary(parameters), strict=True):
+                _initialize(part, some, some)
         except BaseException:
             for undo in undos:
                 undo()
@@ -172,7 +179,7 @@ class MultiOptimizer(_MLXMultiOptimizer):
         if not options.needs_norm:
             return
         claimed = []
-        for part in _with_inner(self.optimizers):
+        for part in with_inner(self.optimizers):
             own: Options | None = getattr(part, "_options", None)
             if own is None or not own.needs_norm:
                 continue
@@ -249,15 +256,13 @@ def _applied_part(part: Any, gradients: Any, parameters: Any, clipping: Clipping
 
 def _applied_whole(part: Any, gradients: Any, parameters: Any, clipping: Clipping | None) -> Update:
     """Update by an optimizer's own apply_gradients: scale gradients before it, keep or drop its results after it."""
-    undo_part = _undo_of(part)
+    undo_part = undo_of(part)
     try:
-        if clipping is None:
-            return part.apply_gradients(gradients, parameters), undo_part
-        scaled = tree_map(clipping.scaled, gradients)
-        if clipping.is_applied is None:
-            return part.apply_gradients(scaled, parameters), undo_part
+        scaled = tree_map(clipping.scaled, gradients) if clipping else gradients
         if not getattr(part, "_initialized", True):
-            part.init(_those_with(scaled, parameters) if isinstance(part, _Fused) else scaled)
+            _initialize(part, _those_with(scaled, parameters) if isinstance(part, _Fused) else scaled, parameters)
+        if clipping is None or clipping.is_applied is None:
+            return part.apply_gradients(scaled, parameters), undo_part
         before = tree_map(lambda x: x, part.state)
         new = part.apply_gradients(scaled, parameters)
         _write(part.state, _kept_state(part, before, clipping))
@@ -265,6 +270,43 @@ def _applied_whole(part: Any, gradients: Any, parameters: Any, clipping: Clippin
     except BaseException:
         undo_part()
         raise
+
+
+def _initialize(part: Any, trained: Any, parameters: Any) -> None:
+    """Initialize a part, of any kind, with the parameters that it trains now.
+
+    Raises:
+        ValueError: If a file was loaded that has no state of one of them, or one that none of ``parameters`` takes.
+    """
+    if getattr(part.init, "__func__", None) is _MLXMultiOptimizer.init:
+        for inner, some in zip(part.optimizers, part._split_dictionary(trained), strict=True):
+            _initialize(inner, some, parameters)
+        return
+    if isinstance(part, _Fused):
+        part._fit_loaded(trained, parameters)
+    loaded = None if isinstance(part, (_Fused, _MLXMultiOptimizer)) else vars(part).pop("_loaded", None)
+    if loaded is None or loaded[1] is not part.state:
+        part.init(trained)
+        return
+
+    def reject(got: str, path: str) -> NoReturn:
+        raise ValueError(
+            f"[{type(part).__name__}] parameters must be those of {loaded[0]} but got {got} {path}; call init with the "
+            "file's parameters first, and then with others"
+        )
+
+    before = [path for path, _ in flattened(part.state)]
+    owned = tuple(f"{path}." for path, _ in flattened(parameters))
+    # Beside the parameters' states an optimizer may keep what it likes.
+    names = {path.rpartition(".")[2] for path in before if path.startswith(owned)}
+    if unused := [x for x in before if "." in x and not x.startswith(owned) and x.rpartition(".")[2] in names]:
+        reject("nothing that takes the state there of", min(unused))
+    if all(any(x.startswith(f"{path}.") for x in before) for path, _ in flattened(trained)):
+        part._initialized = True  # and MLX's init would not take a part of a list
+        return
+    part.init(trained)
+    if lacking := [path for path, _ in flattened(part.state) if path not in before]:
+        reject("no state there for", min(lacking))
 
 
 def _kept_state(part: Any, before: Any, clipping: Clipping) -> Any:
@@ -288,7 +330,7 @@ def _kept(new: Any, old: Any, clipping: Clipping) -> Any:
     return clipping.kept(new, old if old.dtype == new.dtype else old.astype(new.dtype))
 
 
-def _undo_of(part: Any) -> Callable[[], None]:
+def undo_of(part: Any) -> Callable[[], None]:
     """What returns an optimizer's attributes and state to those of now."""
     state, attributes = part.state, dict(vars(part))
     before = tree_map(lambda x: x, state)
@@ -314,12 +356,12 @@ def _write(tree: Any, values: Any) -> Any:
     return values
 
 
-def _with_inner(optimizers: Iterable[Any]) -> Iterator[Any]:
+def with_inner(optimizers: Iterable[Any]) -> Iterator[Any]:
     """Optimizers, each MultiOptimizer followed by its parts."""
     for optimizer in optimizers:
         yield optimizer
         if isinstance(optimizer, _MLXMultiOptimizer):
-            yield from _with_inner(optimizer.optimizers)
+            yield from with_inner(optimizer.optimizers)
 
 
 def _any(*_: Any, **__: Any) -> bool:

@@ -86,7 +86,7 @@ class _Fused(_MLXOptimizer):
             warnings.warn(
                 f"[{options.op}] {' and '.join(names)} has no effect: no parameter is bfloat16",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,  # the caller of apply_gradients
             )
 
     def _change_options(self, options: Options) -> None:

@@ -239,9 +239,9 @@ def test_a_file_of_another_class_is_rejected(tmp_path):
     saved(tmp_path / "o")
     rejected(tmp_path / "o", "must hold the state of Adam but got that of AdamW", fused.Adam(1e-2))
     for wrong in (optim.AdamW(1e-2), None):
-        with pytest.raises(TypeError, match=r"\[load_optimizer\] optimizer must be an Adam or AdamW"):
+        with pytest.raises(TypeError, match=r"\[load_optimizer\] optimizer must be an Adam, AdamW or Multi"):
             fused.load_optimizer(tmp_path / "o", wrong)
-        with pytest.raises(TypeError, match=r"\[save_optimizer\] optimizer must be an Adam or AdamW"):
+        with pytest.raises(TypeError, match=r"\[save_optimizer\] optimizer must be an Adam, AdamW or Multi"):
             fused.save_optimizer(tmp_path / "o", wrong)
 
 

@@ -12,7 +12,7 @@ from support.checkpoints import SETTINGS, rejected, saved, train, tree
 pytestmark = pytest.mark.usefixtures("device")
 
 ONE = mx.ones(4)
-WAY = r"must hold a file of save_optimizer, or the state of mlx.optimizers' Adam or AdamW as mx.save_safetensors"
+WAY = r"must hold a file of save_optimizer, or the state of mlx.optimizers' Adam, AdamW or MultiOptimizer as mx.save_"
 
 
 def by_mlx(path, optimizer, metadata=None):

@@ -8,7 +8,7 @@ Each rank takes its part of every batch, and nn.average_gradients joins the grad
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +28,19 @@ STEPS, BAD_STEP = 4, 1
 LEARNING_RATE = 1e-2
 
 
+def parts(learning_rate: float, **options: Any) -> fused.MultiOptimizer:
+    """Fused ones and one of MLX's."""
+    return fused.MultiOptimizer(
+        [fused.AdamW(learning_rate), optim.Lion(learning_rate / 10), fused.Adam(learning_rate)],
+        [lambda path, _: path == "first.weight", lambda path, _: path.startswith("first")],
+        **options,
+    )
+
+
 class Setup(NamedTuple):
     """The optimizers that train the replicas, by the name that its results have in the file."""
 
-    kind: type[optim.Adam]
+    kind: Callable[..., optim.Optimizer]
     options: dict[str, Any] = {}
     dtype: mx.Dtype = mx.float32
     has_bad_gradient: bool = False  # NaN, on the last rank alone
@@ -46,6 +55,7 @@ SETUPS = {
     "int8 state": Setup(fused.AdamW, {"state_dtype": "int8"}),
     "max_grad_norm": Setup(fused.AdamW, {"max_grad_norm": 0.5}),
     "skip_nonfinite": Setup(fused.AdamW, {"skip_nonfinite": True}, has_bad_gradient=True),
+    "MultiOptimizer": Setup(parts, {"max_grad_norm": 0.5, "skip_nonfinite": True}, has_bad_gradient=True),
     "bfloat16": Setup(fused.AdamW, dtype=mx.bfloat16),
     "stochastic_rounding": Setup(fused.AdamW, {"stochastic_rounding": True, "seed": 3}, dtype=mx.bfloat16),
     "master_weights": Setup(fused.AdamW, {"master_weights": True}, dtype=mx.bfloat16),

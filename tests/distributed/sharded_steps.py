@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +21,9 @@ from support.launched import join_ring  # noqa: E402
 
 SHAPES = {"w": (66, 96), "b": (30,)}
 STEPS, BAD_STEP = 5, 1
-OPTIONS = dict(weight_decay=0.1, bias_correction=True, max_grad_norm=2.0, skip_nonfinite=True)
+CLIPPING = dict(max_grad_norm=2.0, skip_nonfinite=True)
+CLIPPING_RECORDS = ("grad_norm", "skipped")
+OPTIONS: dict[str, Any] = dict(weight_decay=0.1, bias_correction=True, **CLIPPING)
 
 
 def tree(rng: np.random.Generator) -> dict[str, mx.array]:
@@ -59,6 +62,19 @@ def train(
     return parameters, optimizer, norms
 
 
+def parts_end_alike(
+    parameters: dict[str, mx.array], steps: list[dict[str, mx.array]], group: mx.distributed.Group, expected: Any
+) -> bool:
+    """Whether two parts under one norm end with the bits of one optimizer of all."""
+    parts = [fused.AdamW(1e-2, **{k: x for k, x in OPTIONS.items() if k not in CLIPPING}) for _ in SHAPES]
+    optimizer = fused.MultiOptimizer(parts, [lambda path, _: path == "w"], **CLIPPING, shard_group=group)
+    for gradients in steps:
+        parameters = optimizer.apply_gradients(gradients, parameters)
+    pairs = [(parameters[name], expected[0][name]) for name in SHAPES]
+    pairs += [(optimizer.state[name], expected[1].state[name]) for name in CLIPPING_RECORDS]
+    return optimizer.step.item() == len(steps) - 1 and all(mx.array_equal(*pair).item() for pair in pairs)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     group = join_ring(folder)
@@ -85,6 +101,7 @@ def main() -> None:
         "norms": norms,
         "skipped": optimizer.state["skipped"].item(),
         "step": optimizer.step.item(),
+        "parts_end_alike": parts_end_alike(shard(whole, rank, size), shards, group, (parameters, optimizer)),
         "resumed": resumed.state["skipped"].item(),
         "rejected": rejected,
     }

@@ -55,6 +55,7 @@ def test_shards_end_as_the_whole(size, tmp_path):
         assert not math.isfinite(record["norms"][BAD_STEP])
         assert record["skipped"] == record["resumed"] == 1
         assert record["step"] == len(steps) - 1
+        assert record["parts_end_alike"]
         assert f"rank {rank} of {size}" in record["rejected"], record["rejected"]
     shards = [mx.load(str(tmp_path / f"shard{rank}.safetensors")) for rank in range(size)]
     for name in SHAPES:

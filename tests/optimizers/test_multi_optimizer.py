@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _multi_optimizer
-from support.arrays import all_bits, assert_same_bits, random
+from support.arrays import address, all_bits, assert_same_bits, random
 from support.training import copied, train
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -598,3 +598,21 @@ def test_the_group_s_shards_are_summed_once(monkeypatch):
     optimizer.apply_gradients(parameters, parameters)
     assert len(seen) == 1 and seen[0] is group is optimizer.shard_group
     assert optimizer.state["grad_norm"].item() == 8
+
+
+def test_fused_parts_are_updated_in_place():
+    rng = np.random.default_rng(14)
+    parameters = {"embed": random(rng, (200, 300)), "head": random(rng, (300, 100))}
+    gradients = copied(parameters)
+    optimizer = fused.MultiOptimizer([fused.AdamW(1e-2), fused.Adam(1e-2)], [in_embed], **BOTH)
+    parameters = train(optimizer, parameters, [gradients])
+
+    def addresses() -> list[int]:
+        return [address(state[name][k]) for state in optimizer.state["states"] for name in state if name in gradients
+                for k in "mv"] + [address(x) for _, x in sorted(parameters.items())]  # fmt: skip
+
+    before = addresses()
+    for some in (gradients, spoilt(gradients, "head")):
+        parameters = optimizer.apply_gradients(some, parameters)
+        mx.eval(parameters, optimizer.state)
+        assert addresses() == before
