@@ -345,8 +345,23 @@ def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             _reject(path, "the containers of its state", f"metadata that cannot be read ({error!r})")
     else:
-        state = tree_unflatten(list(arrays.items()))
+        state = _guessed(arrays)
     return state
+
+
+def _guessed(arrays: dict[str, mx.array]) -> Any:
+    """A tree guessed from paths; the first use of the state puts it in its parameters' containers."""
+    try:
+        return tree_unflatten(list(arrays.items()))
+    except (AttributeError, IndexError, TypeError, ValueError):  # older releases, of {"0": …, "a": …}, say
+        state: dict[str, Any] = {}
+        for name, x in arrays.items():
+            *path, last = name.split(".")
+            inner = state
+            for key in path:
+                inner = inner.setdefault(key, {})
+            inner[last] = x
+        return state
 
 
 def _check_values(path: Path, state: Any, names: tuple[str, ...]) -> None:
@@ -354,7 +369,7 @@ def _check_values(path: Path, state: Any, names: tuple[str, ...]) -> None:
         if not isinstance(state, dict) or name not in state:
             _reject(path, name, "none")
         if isinstance(state[name], mx.array) and state[name].shape != ():
-            _reject(path, f"a {name} of shape ()", f"shape {state[name].shape}")
+            _reject(path, f"a scalar {name}", f"one of shape {state[name].shape}")
 
 
 def _state_of_mlx(path: Path, arrays: dict[str, mx.array], optimizer: Any) -> Any:

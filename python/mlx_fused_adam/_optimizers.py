@@ -175,8 +175,7 @@ class _Fused(_MLXOptimizer):
             ValueError: If a gradient's shape or dtype does not fit or its parameter is missing, naming the path.
             TypeError: If a gradient or parameter is no array, naming the path.
         """
-        result, _ = self._applied(gradients, parameters)
-        return result
+        return self._applied(gradients, parameters)[0]  # one line: after it, an interrupt would find a whole step
 
     def _applied(
         self, gradients: Any, parameters: Any, clipping: Clipping | None = None

@@ -374,6 +374,39 @@ def test_a_filter_that_a_file_cannot_hold_is_not_taken_from_it(tmp_path):
         assert other.decayed({"a": mx.ones(1)}) == ["a"]
 
 
+def test_a_schedule_that_a_file_cannot_hold_is_not_taken_from_it(tmp_path):
+    saved(tmp_path / "o", weight_decay=lambda step: 0.1)
+    message = "must hold a weight_decay that can be read but got a schedule: give it to the optimizer"
+    rejected(tmp_path / "o", message, hyperparameters="file")
+
+
+def test_the_value_of_a_schedule_is_there_where_the_optimizer_has_one(tmp_path):
+    def schedule(step):
+        return 0.5
+
+    for file, own, how, is_there in (
+        (schedule, 0.1, "optimizer", False),
+        (0.1, schedule, "optimizer", True),
+        (0.1, schedule, "file", False),
+        (schedule, schedule, "file", True),
+    ):
+        saved(tmp_path / "o", weight_decay=file)
+        other = fused.AdamW(**SETTINGS | {"weight_decay": own})
+        fused.load_optimizer(tmp_path / "o", other, hyperparameters=how)
+        assert ("weight_decay" in other.state) is is_there
+        assert float(other.weight_decay) == pytest.approx(0.5 if is_there else 0.1)
+        train(other, tree(), [3])
+
+
+def test_a_count_of_before_is_not_kept(tmp_path):
+    saved(tmp_path / "o")
+    other = fused.AdamW(**SETTINGS, skip_nonfinite=True, max_grad_norm=1.0)
+    other.init(tree())
+    other.state["skipped"], other.state["grad_norm"] = mx.array(5, mx.uint64), mx.array(2.0)
+    fused.load_optimizer(tmp_path / "o", other, hyperparameters="optimizer")
+    assert other.state["skipped"].item() == 0 and other.state["grad_norm"].item() == 0
+
+
 def test_the_group_of_processes_stays(tmp_path):
     group = mx.distributed.init()
     saved(tmp_path / "o", max_grad_norm=1.0, shard_group=group)

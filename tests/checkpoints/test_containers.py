@@ -247,6 +247,28 @@ def test_a_file_of_other_shapes_is_an_error_at_the_first_use(tmp_path):
     )
 
 
+def test_a_first_use_that_fails_is_none(tmp_path):
+    written(tmp_path / "o", {"a.w": W})
+    as_version_1(tmp_path / "o")
+    optimizer = fused.Adam(1e-1)
+    fused.load_optimizer(tmp_path / "o", optimizer)
+    no_change(optimizer, lambda: optimizer.init({"a.w": mx.ones(5)}), r"m of a.w must have the parameter's shape")
+    no_change(optimizer, lambda: step(optimizer, {"a.w": W, "b": W}), "got b, which has no state there")
+    optimizer.init({"a.w": W})
+
+
+def test_another_file_may_be_loaded_after_one_that_does_not_fit(tmp_path):
+    written(tmp_path / "wrong", layers(3))
+    first, parameters = written(tmp_path / "o", layers(2))
+    second = fused.Adam(1e-1)
+    fused.load_optimizer(tmp_path / "wrong", second)
+    with pytest.raises(ValueError, match="got nothing at layers.2.b"):
+        second.init(parameters)
+    fused.load_optimizer(tmp_path / "o", second)
+    assert_same_bits(step(second, parameters), step(first, parameters))
+    assert_same_bits(second.state, first.state)
+
+
 def test_parameters_may_be_unfrozen_after_the_first_use(tmp_path):
     _, parameters = written(tmp_path / "o", layers(1))
     optimizer = fused.Adam(1e-1)

@@ -123,5 +123,5 @@ def test_step_and_learning_rate_must_be_scalars(name, shape, tmp_path):
     mx.save_safetensors(str(tmp_path / "o.safetensors"), arrays)
     rejected(
         tmp_path / "o.safetensors",
-        rf"must hold a {name} of shape \(\) but got shape \({shape[0]},\)",
+        rf"must hold a scalar {name} but got one of shape \({shape[0]},\)",
     )

@@ -328,3 +328,15 @@ fused.install()
 print(type(optim.Adam(0.1)).__module__)
 """
     assert output_of_python("-c", program).strip() == "mlx_fused_adam._optimizers"
+
+
+def test_parts_of_a_multi_optimizer_are_clipped_once_by_the_norm_of_all():
+    parameters = {"a": mx.zeros(1), "b": mx.zeros(1)}
+    gradients = {"a": mx.array([3.0]), "b": mx.array([4.0])}
+    with fused.install(max_grad_norm=1.0):
+        optimizer = optim.MultiOptimizer([optim.Adam(0.1), optim.SGD(1.0)], [lambda path, _: path == "a"])
+    assert type(optimizer) is fused.MultiOptimizer and type(optimizer.optimizers[0]) is fused.Adam
+    new = optimizer.apply_gradients(gradients, parameters)
+    assert optimizer.state["grad_norm"].item() == 5
+    np.testing.assert_allclose(np.array(new["b"]), -0.8, rtol=1e-6)
+    assert type(optim.MultiOptimizer([optim.SGD(0.1)])) is optim.MultiOptimizer

@@ -34,7 +34,7 @@ def train(optimizer, parameters, seeds):
 
 
 def saved(path: Path, **options) -> fused.AdamW:
-    optimizer = fused.AdamW(**SETTINGS, **options)
+    optimizer = fused.AdamW(**SETTINGS | options)
     train(optimizer, tree(), [1, 2])
     fused.save_optimizer(path, optimizer)
     return optimizer

@@ -1,4 +1,4 @@
-"""`install`: every mlx.optimizers.Adam and AdamW becomes the fused one when it is built, for third-party code.
+"""`install`: every mlx.optimizers.Adam, AdamW and MultiOptimizer becomes the fused one when it is built.
 
 No name is replaced: an object changes its class at the start of `__init__`. So it does not matter where the class was
 imported, or whether a dict or an Enum holds it. Objects that `__init__` does not build (unpickled, copied), subclasses,
@@ -19,15 +19,19 @@ from typing import Any
 import mlx.optimizers as optim
 
 from .. import _reference
+from .._multi_optimizer import MultiOptimizer
 from .._optimizers import Adam, AdamW
 
-_FUSED: dict[type[optim.Adam], type[Adam] | type[AdamW]] = {optim.Adam: Adam, optim.AdamW: AdamW}
-_PARAMETERS = {fused: inspect.signature(fused).parameters for fused in _FUSED.values()}
+Fused = type[Adam] | type[AdamW] | type[MultiOptimizer]
+
+_CLASSES: tuple[Fused, ...] = (Adam, AdamW, MultiOptimizer)
+_FUSED: dict[type, Fused] = {getattr(optim, fused.__name__): fused for fused in _CLASSES}
+_PARAMETERS = {fused: inspect.signature(fused).parameters for fused in _CLASSES}
 # The methods that the fused classes override. If a program patches one in MLX's class, its patch is kept.
 _OVERRIDDEN = ("init", "init_single", "apply_gradients", "apply_single")
-_ORIGINAL_METHODS = {kind: [getattr(kind, name) for name in _OVERRIDDEN] for kind in _FUSED}
+_ORIGINAL_METHODS = {kind: [getattr(kind, name, None) for name in _OVERRIDDEN] for kind in _FUSED}
 _active: list[Installation] = []  # options of later ones win
-_originals: dict[type[optim.Adam], Any] = {}
+_originals: dict[Any, Any] = {}
 _lock = threading.RLock()
 
 
@@ -56,10 +60,11 @@ class Installation:
     def begin(self) -> None:
         with _lock:
             # Those of now, since a program may have reloaded MLX's module.
-            for kind, fused in ((optim.Adam, Adam), (optim.AdamW, AdamW)):
+            for fused in _CLASSES:
+                kind = getattr(optim, fused.__name__)
                 if kind not in _originals:
                     _FUSED[kind] = fused
-                    _ORIGINAL_METHODS.setdefault(kind, [getattr(kind, name) for name in _OVERRIDDEN])
+                    _ORIGINAL_METHODS.setdefault(kind, [getattr(kind, name, None) for name in _OVERRIDDEN])
                     _patch(kind, fused)
             _active.append(self)
 
@@ -73,7 +78,7 @@ class Installation:
     @property
     def unused(self) -> list[str]:
         """The options that none of the classes built so far takes."""
-        taken = {name for fused in _FUSED.values() if self.built[fused.__name__] for name in _PARAMETERS[fused]}
+        taken = {name for fused in _CLASSES if self.built[fused.__name__] for name in _PARAMETERS[fused]}
         return [name for name in self.options if name not in taken] if self.built else []
 
     def __enter__(self) -> Installation:
@@ -85,7 +90,7 @@ class Installation:
         self.undo()
 
 
-def _taken(options: dict[str, Any], fused: type[Adam] | type[AdamW]) -> dict[str, Any]:
+def _taken(options: dict[str, Any], fused: Fused) -> dict[str, Any]:
     return {name: x for name, x in options.items() if name in _PARAMETERS[fused]}
 
 
@@ -120,7 +125,7 @@ def log(line: str) -> None:
 
 
 def install(**options: Any) -> Installation:
-    """Build the fused optimizer wherever code builds ``mlx.optimizers.Adam`` or ``AdamW``, from now on.
+    """Build the fused optimizer wherever code builds ``mlx.optimizers.Adam``, ``AdamW`` or ``MultiOptimizer``.
 
     It does not matter where or when a module imported the class. Existing optimizers, pickles of them, and subclasses
     of MLX's classes stay as they are. Use it for third-party training code::
@@ -130,8 +135,9 @@ def install(**options: Any) -> Installation:
 
     Args:
         **options: Arguments of :class:`Adam` and :class:`AdamW` except ``learning_rate``. They are defaults: explicit
-            arguments win. ``weight_decay`` and ``decay_filter`` apply to AdamW alone. Options of an installation that
-            is active already stay, unless they are given anew.
+            arguments win. ``weight_decay`` and ``decay_filter`` apply to AdamW alone; of MultiOptimizer,
+            ``max_grad_norm``, ``skip_nonfinite`` and ``shard_group``, which then act once over all parts. Options of
+            an installation that is active already stay, unless they are given anew.
 
     Returns:
         Installation: Its ``undo()`` ends it, and so does the end of a ``with`` block. It logs the first optimizer that
@@ -155,12 +161,12 @@ def install(**options: Any) -> Installation:
     return installation
 
 
-def _patch(kind: type[optim.Adam], fused: type[Adam] | type[AdamW]) -> None:
+def _patch(kind: Any, fused: Fused) -> None:
     original = _originals[kind] = kind.__init__
     initialize: Any = fused.__init__
 
     @functools.wraps(original)
-    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+    def build(self: Any, *args: Any, **kwargs: Any) -> Any:
         installation = _active[-1] if _active else None
         nearest = next(x for x in type(self).__mro__ if x in _FUSED)
         if installation is None or nearest is not kind or _is_own(type(self)):
@@ -173,24 +179,25 @@ def _patch(kind: type[optim.Adam], fused: type[Adam] | type[AdamW]) -> None:
         self.__class__ = fused
         initialize(self, *args, **(defaults | kwargs))
         installation.count(fused.__name__)
+        return None
 
-    kind.__init__ = build  # type: ignore[method-assign]  # the one thing that this file is for
+    kind.__init__ = build
 
 
 def _is_own(kind: type) -> bool:
     """Whether a class is this package's, or derived from one."""
-    return issubclass(kind, (Adam, AdamW)) or kind.__module__ == _reference.__name__
+    return issubclass(kind, _CLASSES) or kind.__module__ == _reference.__name__
 
 
-def _is_patched(kind: type[optim.Adam]) -> bool:
+def _is_patched(kind: type) -> bool:
     """Whether someone has patched methods of MLX's class, before or after the import of this package."""
-    found = [getattr(kind, name) for name in _OVERRIDDEN]
-    return found != _ORIGINAL_METHODS[kind] or {x.__module__ for x in found} != {kind.__module__}
+    found = [getattr(kind, name, None) for name in _OVERRIDDEN]
+    return found != _ORIGINAL_METHODS[kind] or {x.__module__ for x in found if x} != {kind.__module__}
 
 
 def _restore() -> None:
     for kind, original in _originals.items():
         # A later patch by others stays; the one below it has no effect without an installation.
         if getattr(kind.__init__, "__wrapped__", None) is original:
-            kind.__init__ = original  # type: ignore[assignment, method-assign]
+            kind.__init__ = original
     _originals.clear()
