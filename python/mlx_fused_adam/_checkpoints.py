@@ -150,8 +150,7 @@ def _loads(
     if hyperparameters == "optimizer" and not is_scheduled and "learning_rate" in optimizer.state:
         state["learning_rate"] = optimizer.state["learning_rate"]
     taken = {k: saved[k] for k in differing if k in saved} if hyperparameters == "file" else {}
-    for name in (saved.keys() | own.keys()) & state.keys() - optimizer.state.keys():
-        del state[name]  # the value of a schedule that this optimizer does not have
+    compared = saved.keys() | own.keys()
 
     def load() -> None:
         if is_fused:
@@ -159,6 +158,8 @@ def _loads(
             fit_recorded(state, optimizer._options)
         else:
             vars(optimizer).update({k: x for k, x in taken.items() if k in vars(optimizer)})
+        for name in compared & state.keys() - optimizer.state.keys():
+            del state[name]  # the value of a schedule that this optimizer does not have
         # The same dict, which a compiled step may have captured; the setter lets the next use convert the state.
         tree = optimizer.state
         optimizer.state = tree
@@ -218,12 +219,12 @@ def _description(optimizer: Any) -> dict[str, Any]:
         kind = AdamW if isinstance(optimizer, AdamW) else Adam
         return {"class": kind.__name__, **optimizer._description()}
     public = {k: x for k, x in vars(optimizer).items() if not k.startswith("_")}
-    described = {k: list(x) if isinstance(x, tuple) else x for k, x in public.items() if _is_plain(x)}
+    plain = {k: list(x) if isinstance(x, tuple) else x for k, x in public.items() if _is_plain(x)}
     rate: Any = optimizer.state.get("learning_rate")
     if rate is not None:
         rate = "schedule" if "learning_rate" in optimizer._schedulers else _rounded(rate)
     # Not the name of a fused one, whose state has another form.
-    return {"class": f"{type(optimizer).__name__} (not fused)", "learning_rate": rate, **described}
+    return {"class": f"{type(optimizer).__name__} (not fused)", "learning_rate": rate, **plain}
 
 
 def _is_plain(x: Any) -> bool:
@@ -386,7 +387,7 @@ def _state_of_mlx(path: Path, arrays: dict[str, mx.array], optimizer: Any) -> An
             _reject(path, f"the state of {len(parts)} parts", f"that of part {min(states)}")
         return {"states": [_state_of_mlx(path, some, part) for part, some in parts]}
     if not isinstance(optimizer, (Adam, AdamW)):
-        return tree_unflatten(list(arrays.items()))
+        return _guessed(arrays)
     found: dict[str, set[str]] = {}
     for name in arrays:
         parameter, _, last = name.rpartition(".")
