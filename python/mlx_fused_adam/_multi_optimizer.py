@@ -41,6 +41,7 @@ class MultiOptimizer(_MLXMultiOptimizer):
     Parts may be fused ones, with any option each, and any other :class:`mlx.optimizers.Optimizer` (Muon, Lion, SGD,
     Adafactor, …), which gets scaled gradients: on a skipped step its parameters and its whole state, step and schedules
     included, keep their bits. It must make all its state in ``init_single``. All of it is lazy and can be compiled.
+    Parts with equal seeds of stochastic rounding use equal random bits; give each its own ``seed``.
 
     ``max_grad_norm`` and ``skip_nonfinite`` belong here or to the parts, not to both. With one of them here, a part
     that has other values of its own is an error, and a part with the same loses them. With none of them here, each part

@@ -7,6 +7,7 @@ mx.where over parameters and every state.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 from collections.abc import Callable
@@ -17,7 +18,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _multi_optimizer
@@ -57,14 +60,9 @@ def tree(rng: np.random.Generator, dtype: mx.Dtype = mx.float32) -> Any:
 
 def spoilt(gradients: Any, path: str, value: float = math.nan) -> Any:
     """The gradients with one bad element at the end of one of them."""
-    new = copied(gradients)
-    *keys, last = [int(k) if k.isdigit() else k for k in path.split(".")]
-    inner = new
-    for key in keys:
-        inner = inner[key]
-    x = inner[last]
-    inner[last] = mx.where(mx.arange(x.size).reshape(x.shape) == x.size - 1, value, x)
-    return new
+    x = dict(tree_flatten(gradients))[path]
+    bad = mx.where(mx.arange(x.size).reshape(x.shape) == x.size - 1, value, x)
+    return tree_map_with_path(lambda name, old: bad if name == path else old, gradients)
 
 
 def four_steps(rng: np.random.Generator, bad: str = "head", dtype: mx.Dtype = mx.float32) -> list[Any]:
@@ -159,6 +157,103 @@ def test_compiled_equals_the_plain_composition_compiled(parts):
     # Written at each call: not those of the trace.
     assert optimizer.state["grad_norm"].item() == norm_of(steps[-1], parameters).item()
     assert optimizer.state["skipped"].item() == 1
+
+
+def small_tree(rng: np.random.Generator) -> Any:
+    return {
+        "embed": random(rng, (3, 4)),
+        "layers": [{"weight": random(rng, (2, 3)), "bias": random(rng, (3,))}, (random(rng, (2,)),)],
+        "head": random(rng, (5,)),
+    }
+
+
+KINDS = {
+    "Adam": lambda m, rate: m.Adam(rate),
+    "AdamW": lambda m, rate: m.AdamW(rate, bias_correction=True),
+    "Muon": lambda m, rate: optim.Muon(rate),
+    "Lion": lambda m, rate: optim.Lion(rate),
+    "SGD": lambda m, rate: optim.SGD(rate, momentum=0.9),
+    "RMSprop": lambda m, rate: optim.RMSprop(rate),
+    "Adamax": lambda m, rate: optim.Adamax(rate),
+    "Adafactor": lambda m, rate: optim.Adafactor(rate, relative_step=False),
+}
+PATHS = ["embed", "layers.0.weight", "layers.0.bias", "layers.1.0", "head"]
+DEEDS = ["good", "small", *PATHS, "max_grad_norm", "skip_nonfinite", "learning_rate", "init", "pickle", "file", "state"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Among:
+    """A filter that can be pickled."""
+
+    paths: frozenset[str]
+
+    def __call__(self, path: str, _: mx.array) -> bool:
+        return path in self.paths
+
+
+@pytest.mark.cpu_only
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=4),
+    rates=st.lists(st.sampled_from([decaying, 1e-2]), min_size=4, max_size=4),
+    choices=st.lists(st.integers(0, 3), min_size=5, max_size=5),
+    options=st.sampled_from([{}, {"max_grad_norm": 2.0}, {"skip_nonfinite": True}, BOTH]),
+    deeds=st.lists(st.sampled_from(DEEDS), min_size=1, max_size=8),
+)
+def test_any_program_equals_the_plain_composition(tmp_path, kinds, rates, choices, options, deeds):
+    """Parts, filters, steps, changes of options, copies, files and states at random."""
+    filters = [
+        Among(frozenset(p for p, c in zip(PATHS, choices, strict=True) if c == i)) for i in range(len(kinds) - 1)
+    ]
+
+    def parts(m: Any) -> list[optim.Optimizer]:
+        return [KINDS[kind](m, rate) for kind, rate in zip(kinds, rates, strict=False)]
+
+    rng = np.random.default_rng(0)
+    start = small_tree(rng)
+    optimizer = fused.MultiOptimizer(parts(fused), filters, **options)
+    reference = Plain(optim.MultiOptimizer(parts(optim), filters), **options)
+    found = expected = start
+    for o in (optimizer, reference):
+        o.init(start)
+    skipped = 0
+    for deed in deeds:
+        if deed == "learning_rate":
+            for o in (optimizer, reference.optimizer):
+                o.learning_rate = 3e-3
+        elif deed in ("max_grad_norm", "skip_nonfinite"):
+            value = None if deed == "max_grad_norm" and reference.max_grad_norm else 1.5
+            value = not reference.skip_nonfinite if deed == "skip_nonfinite" else value
+            skipped = 0 if deed == "skip_nonfinite" else skipped
+            for o in (optimizer, reference):
+                setattr(o, deed, value)
+        elif deed == "init":
+            optimizer.init(start)
+        elif deed == "pickle":
+            optimizer = pickle.loads(pickle.dumps(optimizer))
+        elif deed == "state":
+            optimizer.state = copied(optimizer.state)
+        elif deed == "file":
+            fused.save_optimizer(tmp_path / "o", optimizer)
+            options = dict(max_grad_norm=optimizer.max_grad_norm, skip_nonfinite=optimizer.skip_nonfinite)
+            optimizer = fused.MultiOptimizer(parts(fused), filters, **options)
+            fused.load_optimizer(tmp_path / "o", optimizer)
+        else:
+            gradients = small_tree(rng)
+            if deed == "small":
+                gradients = tree_map(lambda x: x * 1e-3, gradients)
+            elif deed in PATHS:
+                if not reference.skip_nonfinite:
+                    continue
+                gradients = spoilt(gradients, deed)
+                skipped += 1
+            found, expected = (o.apply_gradients(gradients, p) for o, p in ((optimizer, found), (reference, expected)))
+            if reference.max_grad_norm:
+                assert_same_bits(optimizer.state["grad_norm"], norm_of(gradients, start))
+        assert_same_bits(found, expected)
+        assert_same_bits(all_bits(optimizer.state, RECORDS), reference.state)
+        if reference.skip_nonfinite:
+            assert optimizer.state["skipped"].item() == skipped
 
 
 OPTIONS = {
