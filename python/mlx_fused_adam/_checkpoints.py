@@ -150,13 +150,14 @@ def _loads(
     if hyperparameters == "optimizer" and not is_scheduled and "learning_rate" in optimizer.state:
         state["learning_rate"] = optimizer.state["learning_rate"]
     taken = {k: saved[k] for k in differing if k in saved} if hyperparameters == "file" else {}
-    for name in (saved.keys() | own.keys()) & state.keys() - optimizer.state.keys():
-        del state[name]  # the value of a schedule that this optimizer does not have
+    described = saved.keys() | own.keys()
 
     def load() -> None:
         if is_fused:
             optimizer._take_description(taken)
             fit_recorded(state, optimizer._options)
+            for name in described & state.keys() - optimizer.state.keys():
+                del state[name]  # the value of a schedule that this optimizer does not have
         else:
             vars(optimizer).update({k: x for k, x in taken.items() if k in vars(optimizer)})
         # The same dict, which a compiled step may have captured; the setter lets the next use convert the state.
