@@ -261,6 +261,8 @@ def test_state_is_that_of_mlx():
     assert new.state["grad_norm"].item() == new.state["skipped"].item() == 0
     new.state = copied(ours.state) | {"skipped": mx.array(3, mx.uint64)}
     assert new.state["skipped"].item() == 3 and new.state["grad_norm"].item() > 2
+    new.state = copied(theirs.state)
+    assert new.state["skipped"].item() == new.state["grad_norm"].item() == 0
     theirs.state = copied(ours.state)
     for optimizer, state in ((ours, {}), (theirs, {}), (ours, {"states": [{}]}), (theirs, {"states": [{}]})):
         with pytest.raises(ValueError, match="Invalid state provided"):
@@ -373,16 +375,16 @@ class Signed(fused.Adam):
 
 
 class Averaged(optim.SGD):
-    """Wraps apply_gradients, and keeps a list, a tuple, a number and nothing in its state."""
+    """Wraps apply_gradients, and keeps a list, a tuple, a number and nothing in its state; narrows one array."""
 
     def init(self, parameters: Any) -> None:
         super().init(parameters)
-        self.state.setdefault("more", [mx.zeros(()), (mx.zeros(2), 1), None, "text"])
+        self.state.setdefault("more", [mx.zeros(()), (mx.zeros(2), 1), None, "text", mx.ones(2)])
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         new = super().apply_gradients(gradients, parameters)
-        a, (b, c), none, text = self.state["more"]
-        self.state["more"] = [a + 1, (b + gradients["head"][0, 0], c + 1), none, text]
+        a, (b, c), none, text, wide = self.state["more"]
+        self.state["more"] = [a + 1, (b + gradients["head"][0, 0], c + 1), none, text, wide.astype(mx.float16)]
         return new
 
 
@@ -401,6 +403,7 @@ def test_rules_of_users_clip_and_skip_too():
     assert_same_bits(found, expected)
     more, wanted = (o.optimizers[2].state["more"] for o in (optimizer, reference))
     assert_same_bits([more[0], *map(mx.array, more[1])], [wanted[0], *map(mx.array, wanted[1])])
+    assert more[4].dtype == wanted[4].dtype == mx.float16
     assert more[0].item() == 2 and int(more[1][1]) == 3 and more[2] is None and more[3] == "text"
     # Scaled: sums of clipped gradients.
     scales = [2 / norm_of(gradients, parameters).item() for gradients in (large, other)]
