@@ -158,7 +158,7 @@ def _loads(
             fit_recorded(state, optimizer._options)
         else:
             vars(optimizer).update({k: x for k, x in taken.items() if k in vars(optimizer)})
-        for name in compared & state.keys() - optimizer.state.keys():
+        for name in compared & _parted(state)[0].keys() - optimizer.state.keys():
             del state[name]  # the value of a schedule that this optimizer does not have
         # The same dict, which a compiled step may have captured; the setter lets the next use convert the state.
         tree = optimizer.state

@@ -223,3 +223,18 @@ def test_a_state_that_mlx_saved(tmp_path):
     rejected(tmp_path / "o.safetensors", r"without step and learning_rate \(part 3, Adam\)|something else", four)
     mx.save_safetensors(str(tmp_path / "one.safetensors"), dict(tree_flatten(theirs.state["states"][0])))
     rejected(tmp_path / "one.safetensors", "got step, which is of no MultiOptimizer's part", ours)
+
+
+def test_parameters_may_be_named_like_hyperparameters(tmp_path):
+    parameters = {"eps": mx.ones(3), "momentum": {"weight_decay": mx.ones(2)}, "seed": mx.ones(2)}
+
+    def make() -> fused.MultiOptimizer:
+        return fused.MultiOptimizer(
+            [fused.AdamW(1e-2), optim.SGD(1e-2, momentum=0.9)], [lambda path, _: path != "seed"]
+        )
+
+    optimizer, new = make(), make()
+    optimizer.apply_gradients(parameters, parameters)
+    fused.save_optimizer(tmp_path / "o", optimizer)
+    fused.load_optimizer(tmp_path / "o", new)
+    assert_same_bits(new.state, optimizer.state)
