@@ -19,14 +19,15 @@ if sys.platform != "linux":
 
 from emulator import hostile
 from mlx_fused_adam import _ext
-from support import stored_tensors
+from support import stored_tensors, tools
 from support.arrays import bits
 
 SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
 NOT_SCALARS = sorted(hostile.DEFAULT - {"scalars"})
 
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
+# clang contracts as Metal's compiler may
+pytestmark = [pytest.mark.usefixtures("on_the_cpu_stream"), tools.module_needs("ziglang")]
 
 
 KERNELS = """
