@@ -255,10 +255,11 @@ class _Fused(_MLXOptimizer):
         weight_decay = getattr(self, "weight_decay", 0.0)
         if not isinstance(weight_decay, mx.array):
             weight_decay = float(weight_decay)
+        beta1, beta2 = map(float, self.betas)
         fused_step = _ext.AdamStep(
             as_scalar("learning_rate", self.learning_rate),
             as_scalar("step", self.step),
-            betas=tuple(map(float, self.betas)),
+            betas=(beta1, beta2),
             eps=float(self.eps),
             weight_decay=weight_decay,
             bias_correction=bool(self.bias_correction),
