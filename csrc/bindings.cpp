@@ -86,9 +86,9 @@ static Array decay_of(const std::variant<double, mx::array>& weight_decay) {
 static fused_adam::StochasticRounding rounding_of(const std::string& request) {
   using fused_adam::StochasticRounding;
   if (request == "nearest") return StochasticRounding::nearest;
-  if (request == "v") return StochasticRounding::v;
+  if (request == "parameter_and_v") return StochasticRounding::parameter_and_v;
   if (request == "all") return StochasticRounding::all;
-  throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'v' or 'all' but got '" + request + "'");
+  throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'parameter_and_v' or 'all' but got '" + request + "'");
 }
 
 // Asks Python about a combination: uses_kernel(parameter, gradient, m, remainder or None) -> bool.
@@ -123,7 +123,7 @@ NB_MODULE(_ext, m) {
   nb::class_<AdamStep>(m, "AdamStep",
                        R"(One step of an optimizer: all that its tensors share.
 
-``learning_rate`` and ``step`` are scalar arrays and may be lazy, and so may ``weight_decay``, a number or an array; ``step`` counts from 1 and is needed with bias correction and stochastic rounding. ``rounding`` says which results are rounded stochastically where they have 8 or 16 bits: ``"nearest"`` (none), ``"v"`` or ``"all"``; the bits depend on ``seed``, ``step``, a tensor's number and the element. ``gradient_scale`` multiplies gradients; where ``is_applied`` is false, results are the old values, bit for bit; both are scalar arrays. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need.)")
+``learning_rate`` and ``step`` are scalar arrays and may be lazy, and so may ``weight_decay``, a number or an array; ``step`` counts from 1 and is needed with bias correction and stochastic rounding. ``rounding`` says which results are rounded stochastically where they have 8 or 16 bits: ``"nearest"`` (none), ``"parameter_and_v"`` or ``"all"``; the bits depend on ``seed``, ``step``, a tensor's number and the element. ``gradient_scale`` multiplies gradients; where ``is_applied`` is false, results are the old values, bit for bit; both are scalar arrays. ``wide_indices=True`` makes kernels index in 64 bits, as huge tensors need.)")
       .def(
           "__init__",
           [](AdamStep* self, const mx::array& learning_rate, const Array& step, std::pair<double, double> betas,

@@ -190,10 +190,10 @@ std::vector<Group> group(const std::vector<AdamTensor>& tensors, size_t tensors_
 // The part of the request that concerns results of these formats. Quantized m goes with v: rounded to nearest it would
 // stick at a low level.
 RoundingRequest rounding_of(const AdamStep& step, const TensorFormats& formats) {
-  bool all = step.rounding == StochasticRounding::all;
-  bool v = step.rounding != StochasticRounding::nearest && formats.v != Format::float32;
+  bool any = step.rounding != StochasticRounding::nearest, all = step.rounding == StochasticRounding::all;
+  bool parameter = any && formats.parameter != Format::float32 && !formats.has_correction();
+  bool v = any && formats.v != Format::float32;
   bool m = formats.is_quantized() ? v : all && formats.m != Format::float32;
-  bool parameter = all && formats.parameter != Format::float32 && !formats.has_correction();
   return {unsigned(parameter * kRoundParameter + m * kRoundM + v * kRoundV), unsigned(step.seed),
           unsigned(step.seed >> 32)};
 }

@@ -17,7 +17,7 @@
 namespace fused_adam {
 
 // Which results are rounded stochastically where they are stored in 8 or 16 bits; the others to nearest.
-enum class StochasticRounding { nearest, v, all };
+enum class StochasticRounding { nearest, parameter_and_v, all };
 
 // One step of an optimizer: all that its tensors share. Arrays are scalars and may be lazy.
 struct AdamStep {

@@ -139,10 +139,10 @@ class Options:
 
     @property
     def rounding_request(self) -> str:
-        """The results that are rounded stochastically: "nearest" for none, "v" or "all"; quantized ``m`` goes with
-        ``v``.
+        """The results that are rounded stochastically: "nearest" for none, "parameter_and_v" or "all"; quantized
+        ``m`` goes with ``v``.
         """
-        return {None: "v", True: "all", False: "nearest"}[self.stochastic_rounding]
+        return {None: "parameter_and_v", True: "all", False: "nearest"}[self.stochastic_rounding]
 
 
 def as_seed(op: str, seed: Any) -> int:
