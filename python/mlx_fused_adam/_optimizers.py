@@ -352,9 +352,9 @@ class Adam(_Fused, _MLXAdam):
             than 4096 elements, or a last axis shorter than 32, use bfloat16 in place of int8. Default: float32 for
             float32 parameters, bfloat16 for 16-bit ones.
         stochastic_rounding (bool, optional): The 16-bit results that are rounded stochastically, which is right on
-            average: ``None``: ``v`` alone, whose small steps rounding to nearest would lose; ``True``: parameters and
-            ``m`` as well; ``False``: none, an error with ``"int8"``, which is always rounded stochastically. Default:
-            ``None``.
+            average: ``None``: parameters and ``v``, whose small steps rounding to nearest would lose; ``True``: ``m``
+            as well; ``False``: none, as in mlx.optimizers; an error with ``"int8"``, which is always rounded
+            stochastically. Default: ``None``.
         seed (int): Seed of that rounding. Equal seeds give equal results, on any device and after a resume. Default:
             ``0``.
         master_weights (bool): Whether the state holds the low 16 bits of each bfloat16 parameter's float32 value

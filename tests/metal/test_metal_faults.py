@@ -142,9 +142,9 @@ PLANTED_IN_ROUNDING = {
     "one draw for all steps": ("linear", ALL, "step[0], number", "0u, number"),
     "half the seed": ("linear", ALL, "mixed(seed_low) ^ seed_high", "mixed(seed_low)"),
     "the bits of v for m": ("linear", ALL, "random_half(of_state, 16u,", "random_half(of_state, 0u,"),
-    "m with v": ("linear", "v", "results & kRoundM) != 0u, r", "results & kRoundV) != 0u, r"),
-    "v with m": ("linear", "v", "results & kRoundV) != 0u, r", "results & kRoundM) != 0u, r"),
-    "parameter with v": ("linear", "v", "results & kRoundParameter) != 0u, of", "results & kRoundV) != 0u, of"),
+    "m with v": ("linear", "parameter_and_v", "results & kRoundM) != 0u, r", "results & kRoundV) != 0u, r"),
+    "v with m": ("linear", "parameter_and_v", "results & kRoundV) != 0u, r", "results & kRoundM) != 0u, r"),
+    "parameter with m": ("linear", "parameter_and_v", "results & kRoundParameter) != 0u, of", "results & kRoundM) != 0u, of"),
 }  # fmt: skip
 
 
@@ -463,7 +463,7 @@ def test_rounding_of_tensors_of_more_than_2_32_elements(emulator, update, plant,
     start = np.uint32((math.prod(shape) - TAIL) % 2**32)
     bits = rounding_reference.random_bits(first + start, second, TAIL) & 0xFFFF
     expected = rounding_reference.rounded(unrounded, bits, mx.float16)
-    how = {"rounding": "v", "seed": SEED, "numbers": [0]}
+    how = {"rounding": "parameter_and_v", "seed": SEED, "numbers": [0]}
     found = last_elements(emulator, update, layout, **how)[2]
     np.testing.assert_array_equal(found.astype(np.float64), expected)
     if layout in COUNTED_ANEW:

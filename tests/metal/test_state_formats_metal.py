@@ -105,7 +105,7 @@ def test_arrays_between_vectors(extensions, formats):
 
 
 @pytest.mark.parametrize("formats", WITH_EXTRAS, ids=named)
-@pytest.mark.parametrize("rounding", ["v", "nearest"])
+@pytest.mark.parametrize("rounding", ["parameter_and_v", "nearest"])
 def test_roundings(extensions, formats, rounding):
     check(extensions, [(33, 45)], formats, "linear", rounding=rounding)
 

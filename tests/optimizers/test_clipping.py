@@ -401,7 +401,8 @@ def test_without_a_kernel_mlx_operations_do_the_same():
     """MLX_FUSED_ADAM_BACKEND=stock: norm, clipping and skipping by MLX's operations."""
     program = """
 import math, mlx.core as mx, mlx_fused_adam as fused
-optimizer = fused.AdamW(1e-2, max_grad_norm=1.0, skip_nonfinite=True, bias_correction=True)
+options = {"max_grad_norm": 1.0, "skip_nonfinite": True, "stochastic_rounding": False}
+optimizer = fused.AdamW(1e-2, bias_correction=True, **options)
 parameters = {"w": mx.ones((3, 4)), "h": mx.ones(5, mx.bfloat16)}
 gradients = {"w": mx.full((3, 4), 2.0), "h": mx.full((5,), 3.0, mx.bfloat16)}
 parameters = optimizer.apply_gradients(gradients, parameters)

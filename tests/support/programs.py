@@ -259,9 +259,8 @@ class Model:
             for name, x in (("m", m), ("v", v)):
                 state[name], state[f"{name}_scale"] = encode(name, x, draws[name])
         else:
-            of_all = options.stochastic_rounding is True
             for name, x, is_random in (
-                ("m", m, of_all),
+                ("m", m, options.stochastic_rounding is True),
                 ("v", v, options.stochastic_rounding is not False),
             ):
                 assert tensor.state_dtype is not None
@@ -277,7 +276,7 @@ class Model:
             state["remainder"] = np.where(is_special, 0, clean.view(np.uint32) & 0xFFFF).astype(
                 np.uint16
             ).view(np.int16)  # fmt: skip
-        elif options.stochastic_rounding is True:
+        elif options.stochastic_rounding is not False:
             value = at_random(w, bits["parameter"], tensor.dtype)
         else:
             value = to_dtype(w, tensor.dtype)
