@@ -97,7 +97,9 @@ using UsesDtypes = std::function<bool(mx::Dtype, mx::Dtype, mx::Dtype, std::opti
 static fused_adam::UsesKernel by_formats(const UsesDtypes& uses_kernel) {
   return [&uses_kernel](const fused_adam::TensorFormats& formats) {
     std::optional<mx::Dtype> correction;
-    if (formats.has_correction()) correction = mx::int16;
+    if (formats.has_correction()) {
+      correction = fused_adam::correction_bytes(formats.parameter) == 1 ? mx::int8 : mx::int16;
+    }
     return uses_kernel(fused_adam::dtype_of(formats.parameter), fused_adam::dtype_of(formats.gradient),
                        fused_adam::dtype_of(formats.m), correction);
   };
@@ -176,7 +178,7 @@ NB_MODULE(_ext, m) {
       "is_decayed"_a = std::vector<bool>(), "uses_kernel"_a, "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, states).
 
-A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16, of a bfloat16 parameter), ``m_scale`` and ``v_scale`` (bfloat16, of int8 m and uint8 v); other keys are ignored. ``numbers`` are the tensors' in the random bits (default: their places in the lists), ``is_decayed`` says to which weight decay applies (default: all). ``uses_kernel(parameter, gradient, m, remainder)`` is asked once for each combination of dtypes, before the graph is built; where it says False, the update is the fallback of MLX's operations, or the CPU's kernel for states that MLX cannot store. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16, or int8 for a master weight of 24 bits, of a bfloat16 parameter), ``m_scale`` and ``v_scale`` (bfloat16, of int8 m and uint8 v); other keys are ignored. ``numbers`` are the tensors' in the random bits (default: their places in the lists), ``is_decayed`` says to which weight decay applies (default: all). ``uses_kernel(parameter, gradient, m, remainder)`` is asked once for each combination of dtypes, before the graph is built; where it says False, the update is the fallback of MLX's operations, or the CPU's kernel for states that MLX cannot store. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(), "uses_kernel"_a,
         "stream"_a = nb::none(),

@@ -16,20 +16,23 @@ using namespace metal;
 using namespace fused_adam;
 
 // Formats of more than one array; those of one are named by its type. encodings.h describes them.
+template <typename Correction>
 struct BfloatCorrection {};  // P
 struct QuantizedState {};    // S
 
-// The arrays of values in memory. T without a name is bfloat, which not every GPU has.
+// The arrays in memory. T without a name is bfloat, which not every GPU has.
 template <typename T>
 struct Format {
   typedef T parameter;
+  typedef short correction;  // where there is none
   typedef T m;
   typedef T v;
   enum { has_correction = 0, is_quantized = 0 };
 };
-template <>
-struct Format<BfloatCorrection> {
+template <typename Correction>
+struct Format<BfloatCorrection<Correction>> {
   typedef ushort parameter;
+  typedef Correction correction;
   enum { has_correction = 1 };
 };
 template <>
@@ -45,11 +48,12 @@ struct RunLength {
 };
 
 // The arrays beside the values; read and written only where the formats have them.
+template <typename Correction>
 struct AuxiliaryPointers {
-  const device short* correction;
+  const device Correction* correction;
   const device ushort* m_scale;
   const device ushort* v_scale;
-  device short* new_correction;
+  device Correction* new_correction;
   device ushort* new_m_scale;
   device ushort* new_v_scale;
 };
@@ -63,7 +67,7 @@ struct TensorPointers {
   device typename Format<P>::parameter* new_parameter;
   device typename Format<S>::m* new_m;
   device typename Format<S>::v* new_v;
-  AuxiliaryPointers auxiliary;
+  AuxiliaryPointers<typename Format<P>::correction> auxiliary;
 };
 
 // Moves the pointers of row-major arrays to an element, and those of scales to its block.
@@ -130,7 +134,7 @@ inline Run run_at(uint column, uint columns, bool vectors, uint element) {
 template <typename P, typename S, uint N>
 struct StoredRun {
   typename Format<P>::parameter parameter[N];
-  short correction[N];
+  typename Format<P>::correction correction[N];
   typename Format<S>::m m[N];
   typename Format<S>::v v[N];
   uint scales;  // of m, and in the upper half of v; 0 in threads that do not load them
@@ -212,8 +216,12 @@ inline float decode_parameter(const thread StoredRun<P, S, N>& run, uint k) {
   return float(run.parameter[k]);
 }
 template <typename S, uint N>
-inline float decode_parameter(const thread StoredRun<BfloatCorrection, S, N>& run, uint k) {
+inline float decode_parameter(const thread StoredRun<BfloatCorrection<short>, S, N>& run, uint k) {
   return join(run.parameter[k], run.correction[k]);
+}
+template <typename S, uint N>
+inline float decode_parameter(const thread StoredRun<BfloatCorrection<int8_t>, S, N>& run, uint k) {
+  return join_24(run.parameter[k], run.correction[k]);
 }
 
 template <typename P, typename S, uint N>
@@ -222,10 +230,17 @@ inline void encode_parameter(float x, Rounding rounding, thread StoredRun<P, S, 
 }
 template <typename S, uint N>
 inline void encode_parameter(
-    float x, Rounding rounding, thread StoredRun<BfloatCorrection, S, N>& run, uint k) {
+    float x, Rounding rounding, thread StoredRun<BfloatCorrection<short>, S, N>& run, uint k) {
   SplitFloat parts = split(x);
   run.parameter[k] = ushort(parts.bfloat16);
   run.correction[k] = as_type<short>(ushort(parts.correction));
+}
+template <typename S, uint N>
+inline void encode_parameter(
+    float x, Rounding rounding, thread StoredRun<BfloatCorrection<int8_t>, S, N>& run, uint k) {
+  SplitFloat parts = split_24(x, rounding);
+  run.parameter[k] = ushort(parts.bfloat16);
+  run.correction[k] = as_type<int8_t>(uint8_t(parts.correction));
 }
 
 template <typename P, typename S, uint N>
@@ -345,15 +360,15 @@ template <typename P, typename G, typename S>
     device typename Format<P>::parameter* new_parameter [[buffer(kNewParameter)]],
     device typename Format<S>::m* new_m [[buffer(kNewM)]],
     device typename Format<S>::v* new_v [[buffer(kNewV)]],
-    const device short* correction [[buffer(kCorrection)]],
+    const device typename Format<P>::correction* correction [[buffer(kCorrection)]],
     const device ushort* m_scale [[buffer(kMScale)]],
     const device ushort* v_scale [[buffer(kVScale)]],
-    device short* new_correction [[buffer(kNewCorrection)]],
+    device typename Format<P>::correction* new_correction [[buffer(kNewCorrection)]],
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
     uint thread_in_grid [[thread_position_in_grid]]) {
-  AuxiliaryPointers auxiliary = {
+  AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
@@ -402,7 +417,7 @@ template <typename P, typename G, typename S>
     device S* new_v_3 [[buffer(29)]],
     const device uint* step [[buffer(kStep)]],
     uint thread_in_grid [[thread_position_in_grid]]) {
-  AuxiliaryPointers none = {};
+  AuxiliaryPointers<short> none = {};
   TensorPointers<P, G, S> tensor = {
       parameter_0, gradient_0, m_0, v_0, new_parameter_0, new_m_0, new_v_0, none};
   uint which = 0;
@@ -442,10 +457,10 @@ template <typename P, typename G, typename S>
     constant const int64_t* shape [[buffer(kShape)]],
     constant const int64_t* parameter_strides [[buffer(kParameterStrides)]],
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
-    const device short* correction [[buffer(kCorrection)]],
+    const device typename Format<P>::correction* correction [[buffer(kCorrection)]],
     const device ushort* m_scale [[buffer(kMScale)]],
     const device ushort* v_scale [[buffer(kVScale)]],
-    device short* new_correction [[buffer(kNewCorrection)]],
+    device typename Format<P>::correction* new_correction [[buffer(kNewCorrection)]],
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
@@ -498,7 +513,7 @@ template <typename P, typename G, typename S>
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  AuxiliaryPointers auxiliary = {
+  AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
@@ -535,10 +550,10 @@ template <typename P, typename G, typename S, typename Index>
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
     constant const int64_t* m_strides [[buffer(kMStrides)]],
     constant const int64_t* v_strides [[buffer(kVStrides)]],
-    const device short* correction [[buffer(kCorrection)]],
+    const device typename Format<P>::correction* correction [[buffer(kCorrection)]],
     const device ushort* m_scale [[buffer(kMScale)]],
     const device ushort* v_scale [[buffer(kVScale)]],
-    device short* new_correction [[buffer(kNewCorrection)]],
+    device typename Format<P>::correction* new_correction [[buffer(kNewCorrection)]],
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
@@ -568,7 +583,7 @@ template <typename P, typename G, typename S, typename Index>
   Index row = Index(thread_in_grid.z) * Index(grid.y) + Index(thread_in_grid.y);
   Index element = row * Index(columns) + Index(column);
   Index row_blocks = Index((columns + kBlockElements - 1) / kBlockElements);
-  AuxiliaryPointers auxiliary = {
+  AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};

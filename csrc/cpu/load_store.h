@@ -42,6 +42,15 @@ FUSED_ADAM_INLINE Value* as(char* bytes) {
   return reinterpret_cast<Value*>(bytes);
 }
 
+// Loads bfloat16 values with corrections by `join_one(value, correction)`.
+template <std::size_t count, typename Correction, typename JoinOne>
+FUSED_ADAM_INLINE void load_joined(Source from, std::size_t at, float* buffer, JoinOne join_one) {
+  auto values = as<std::uint16_t>(from.values) + at;
+  auto corrections = as<Correction>(from.auxiliary) + at;
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < count; ++i) buffer[i] = join_one(values[i], corrections[i]);
+}
+
 // Loads quantized values by `load_one(q, scale)`, block by block.
 template <std::size_t count, typename Quantized, typename LoadOne>
 FUSED_ADAM_INLINE void load_quantized(Source from, std::size_t at, float* buffer, LoadOne load_one) {
@@ -68,13 +77,12 @@ FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_
     case Format::float16:
       half::to_float(as<std::uint16_t>(from.values) + at, count, buffer);
       return buffer;
-    case Format::bfloat16_correction: {
-      auto values = as<std::uint16_t>(from.values) + at;
-      auto corrections = as<std::int16_t>(from.auxiliary) + at;
-      FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < count; ++i) buffer[i] = join(values[i], corrections[i]);
+    case Format::bfloat16_correction_16:
+      load_joined<count, std::int16_t>(from, at, buffer, [](int upper, int lower) { return join(upper, lower); });
       return buffer;
-    }
+    case Format::bfloat16_correction_8:
+      load_joined<count, std::int8_t>(from, at, buffer, [](int upper, int lower) { return join_24(upper, lower); });
+      return buffer;
     case Format::int8:
       load_quantized<count, std::int8_t>(from, at, buffer, [](int q, float scale) { return load_int8(q, scale); });
       return buffer;
@@ -94,6 +102,24 @@ FUSED_ADAM_INLINE void store_each(Value* to, StoreOne store_one) {
   for (std::size_t i = 0; i < count; ++i) wide[i] = store_one(i);
   FUSED_ADAM_VECTORIZE
   for (std::size_t i = 0; i < count; ++i) to[i] = Value(wide[i]);
+}
+
+// Stores bfloat16 values and their corrections, narrowed likewise.
+template <std::size_t count, typename Correction, typename SplitOne>
+FUSED_ADAM_INLINE void store_split(Target to, std::size_t at, SplitOne split_one) {
+  auto values = as<std::uint16_t>(to.values) + at;
+  auto corrections = as<Correction>(to.auxiliary) + at;
+  alignas(64) std::uint32_t uppers[count], lowers[count];
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < count; ++i) {
+    SplitFloat parts = split_one(i);
+    uppers[i] = parts.bfloat16;
+    lowers[i] = parts.correction;
+  }
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < count; ++i) values[i] = std::uint16_t(uppers[i]);
+  FUSED_ADAM_VECTORIZE
+  for (std::size_t i = 0; i < count; ++i) corrections[i] = Correction(lowers[i]);
 }
 
 // Where a chunk's float32 results go, before store_chunk.
@@ -165,22 +191,16 @@ FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std
       }
       return;
     }
-    case Format::bfloat16_correction: {
-      auto values = as<std::uint16_t>(to.values) + at;
-      auto corrections = as<std::uint16_t>(to.auxiliary) + at;
-      alignas(64) std::uint32_t uppers[count], lowers[count];
-      FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < count; ++i) {
-        SplitFloat parts = split(x[i]);
-        uppers[i] = parts.bfloat16;
-        lowers[i] = parts.correction;
-      }
-      FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < count; ++i) values[i] = std::uint16_t(uppers[i]);
-      FUSED_ADAM_VECTORIZE
-      for (std::size_t i = 0; i < count; ++i) corrections[i] = std::uint16_t(lowers[i]);
+    case Format::bfloat16_correction_16:
+      store_split<count, std::uint16_t>(to, at, [=](std::size_t i) { return split(x[i]); });
       return;
-    }
+    case Format::bfloat16_correction_8:
+      if (rounding.random) {
+        store_split<count, std::uint8_t>(to, at, [=](std::size_t i) { return split_24(x[i], rounding[i]); });
+      } else {
+        store_split<count, std::uint8_t>(to, at, [=](std::size_t i) { return split_24(x[i], nearest); });
+      }
+      return;
     case Format::int8: {
       store_quantized<count, std::int8_t>(
           x, to, at, [](std::uint32_t largest) { return scale_of_m(largest); },
@@ -202,19 +222,15 @@ FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std
 
 // ---- A run's last chunk ----
 
-constexpr std::size_t value_bytes(Format format) {
-  return format == Format::float32 ? 4 : format == Format::int8 || format == Format::uint8 ? 1 : 2;
-}
-
 // A short chunk is copied to a whole one, whose missing elements are zeros. Scales are read and written in place.
 struct PaddedChunk {
   alignas(64) char values[kChunk * sizeof(float)] = {};
   alignas(64) char corrections[kChunk * sizeof(std::int16_t)] = {};
 
   Source load(Source from, Format format, std::size_t at, std::size_t count) {
-    __builtin_memcpy(values, from.values + at * value_bytes(format), count * value_bytes(format));
-    if (format == Format::bfloat16_correction) {
-      __builtin_memcpy(corrections, from.auxiliary + at * sizeof(std::int16_t), count * sizeof(std::int16_t));
+    __builtin_memcpy(values, from.values + bytes_of(format, at), bytes_of(format, count));
+    if (std::size_t bytes = correction_bytes(format)) {
+      __builtin_memcpy(corrections, from.auxiliary + at * bytes, count * bytes);
       return {values, corrections};
     }
     if (from.auxiliary) from.auxiliary += at / kChunk * sizeof(std::uint16_t);
@@ -222,15 +238,15 @@ struct PaddedChunk {
   }
 
   Target target(Target to, Format format, std::size_t at) {
-    if (format == Format::bfloat16_correction) return {values, corrections};
+    if (correction_bytes(format)) return {values, corrections};
     if (to.auxiliary) to.auxiliary += at / kChunk * sizeof(std::uint16_t);
     return {values, to.auxiliary};
   }
 
   void store(Target to, Format format, std::size_t at, std::size_t count) const {
-    __builtin_memcpy(to.values + at * value_bytes(format), values, count * value_bytes(format));
-    if (format == Format::bfloat16_correction) {
-      __builtin_memcpy(to.auxiliary + at * sizeof(std::int16_t), corrections, count * sizeof(std::int16_t));
+    __builtin_memcpy(to.values + bytes_of(format, at), values, bytes_of(format, count));
+    if (std::size_t bytes = correction_bytes(format)) {
+      __builtin_memcpy(to.auxiliary + at * bytes, corrections, count * bytes);
     }
   }
 };

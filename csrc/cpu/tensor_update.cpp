@@ -169,7 +169,7 @@ RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) cons
   };
   int64_t parameter = state_offset * int64_t(parameter_bytes_);
   int64_t state = state_offset * int64_t(state_bytes_);
-  int64_t correction = state_offset * int64_t(sizeof(int16_t)), scale = 0;
+  int64_t correction = state_offset * correction_bytes(formats_.parameter), scale = 0;
   if (formats_.is_quantized()) scale = scale_index(state_offset, row_) * sizeof(uint16_t);
   move(run.parameter, parameter, correction);
   run.gradient.values += gradient_offset * int64_t(gradient_bytes_);

@@ -3,7 +3,8 @@
 //
 //   float32               as it is
 //   bfloat16, float16     rounded to nearest even, or stochastically
-//   bfloat16, correction  a bfloat16 and, in an int16 beside it, its rounding error: together the float32, exactly
+//   bfloat16, correction  a bfloat16 and beside it its rounding error: in an int16, together the float32, exactly;
+//                         in an int8, its upper 24 bits, rounded to nearest even, or stochastically
 //   int8, uint8           quantized m and v, with a scale for each block of neighbours in a row (docs/state-codes.md)
 #pragma once
 
@@ -57,7 +58,7 @@ ADAM_FUNCTION unsigned store_float16(float x, Rounding rounding) {
 
 struct SplitFloat {
   unsigned bfloat16;
-  unsigned correction;  // the lower 16 bits count
+  unsigned correction;  // as many of its lower bits count as are stored
 };
 
 // To nearest; ties go away from zero, since a correction has 2^16 values and ties to even would need one more. So it is
@@ -79,6 +80,18 @@ ADAM_FUNCTION float join(unsigned bfloat16, int correction) {
   bool is_whole = magnitude > 0x7F800000 || (magnitude == 0x7F800000 && correction > 0);
   return float_of(sign | unsigned(is_whole ? magnitude : sum));
 }
+
+// The same for the upper 24 bits of x, so off by less than 2^-15 of it, or by half of that to nearest. What is finite
+// stays so.
+ADAM_FUNCTION SplitFloat split_24(float x, Rounding rounding) {
+  unsigned u = bits_of(x);
+  unsigned addend = rounding.is_stochastic ? rounding.random >> 8 : 0x7Fu + ((u >> 8) & 1u);
+  bool is_largest_or_special = (u & 0x7FFFFFFFu) > 0x7F7FFF00u;
+  SplitFloat parts = split(float_of(is_largest_or_special ? u : u + addend));
+  return {parts.bfloat16, parts.correction >> 8};
+}
+
+ADAM_FUNCTION float join_24(unsigned bfloat16, int correction) { return join(bfloat16, correction * 256); }
 
 // ---- Quantized state ----
 

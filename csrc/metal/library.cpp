@@ -15,8 +15,10 @@ const char* metal_type(Format format) {
       return "bfloat";
     case Format::float16:
       return "half";
-    case Format::bfloat16_correction:
-      return "BfloatCorrection";
+    case Format::bfloat16_correction_16:
+      return "BfloatCorrection<short>";
+    case Format::bfloat16_correction_8:
+      return "BfloatCorrection<int8_t>";
     case Format::int8:
     case Format::uint8:
       return "QuantizedState";

@@ -53,7 +53,8 @@ void check(const AdamTensor& t, size_t i, const TensorName& name) {
     if (t.parameter.dtype() != mx::bfloat16) {
       reject("parameter of ", name(i), " must be bfloat16, since it has a remainder, but got ", t.parameter.dtype());
     }
-    check_auxiliary("remainder", t.correction, mx::int16, shape, name(i));
+    bool has_24_bits = t.correction->dtype() == mx::int8;
+    check_auxiliary("remainder", t.correction, has_24_bits ? mx::int8 : mx::int16, shape, name(i));
   }
   if (is_quantized) {
     if (t.parameter.ndim() == 0) reject("m of ", name(i), " must have an axis to be int8");
@@ -147,7 +148,10 @@ UnpackedScalars unpack(const mx::array& scalars) {
 // ---- Nodes ----
 
 TensorFormats formats_of(const AdamTensor& t) {
-  auto parameter = t.correction ? Format::bfloat16_correction : format_of(t.parameter.dtype());
+  auto parameter = format_of(t.parameter.dtype());
+  if (t.correction) {
+    parameter = t.correction->dtype() == mx::int8 ? Format::bfloat16_correction_8 : Format::bfloat16_correction_16;
+  }
   return {parameter, format_of(t.gradient.dtype()), format_of(t.m.dtype()), format_of(t.v.dtype())};
 }
 
@@ -191,7 +195,7 @@ std::vector<Group> group(const std::vector<AdamTensor>& tensors, size_t tensors_
 // stick at a low level.
 RoundingRequest rounding_of(const AdamStep& step, const TensorFormats& formats) {
   bool any = step.rounding != StochasticRounding::nearest, all = step.rounding == StochasticRounding::all;
-  bool parameter = any && formats.parameter != Format::float32 && !formats.has_correction();
+  bool parameter = any && formats.parameter != Format::float32 && formats.parameter != Format::bfloat16_correction_16;
   bool v = any && formats.v != Format::float32;
   bool m = formats.is_quantized() ? v : all && formats.m != Format::float32;
   return {unsigned(parameter * kRoundParameter + m * kRoundM + v * kRoundV), unsigned(step.seed),

@@ -33,7 +33,8 @@ mx::Dtype dtype_of(Format format) {
     case Format::float32:
       return mx::float32;
     case Format::bfloat16:
-    case Format::bfloat16_correction:
+    case Format::bfloat16_correction_16:
+    case Format::bfloat16_correction_8:
       return mx::bfloat16;
     case Format::float16:
       return mx::float16;

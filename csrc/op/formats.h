@@ -8,7 +8,18 @@ struct Dtype;
 
 namespace fused_adam {
 
-enum class Format { float32, bfloat16, float16, bfloat16_correction, int8, uint8 };
+// The number behind a correction's name is that of its bits.
+enum class Format { float32, bfloat16, float16, bfloat16_correction_16, bfloat16_correction_8, int8, uint8 };
+
+// Of one element: bits of the value, and bytes of the correction beside it.
+constexpr unsigned value_bits(Format format) {
+  return format == Format::float32 ? 32 : format == Format::int8 || format == Format::uint8 ? 8 : 16;
+}
+constexpr unsigned correction_bytes(Format format) {
+  return format == Format::bfloat16_correction_16 ? 2 : format == Format::bfloat16_correction_8 ? 1 : 0;
+}
+// Bytes of n values that begin with a byte.
+constexpr unsigned long long bytes_of(Format format, unsigned long long n) { return (n * value_bits(format) + 7) / 8; }
 
 struct TensorFormats {
   Format parameter;
@@ -16,7 +27,7 @@ struct TensorFormats {
   Format m;
   Format v;
 
-  constexpr bool has_correction() const { return parameter == Format::bfloat16_correction; }
+  constexpr bool has_correction() const { return correction_bytes(parameter) > 0; }
   constexpr bool is_quantized() const { return m == Format::int8; }
   // Whether there are arrays beside the values, which MLX's operations cannot store.
   constexpr bool has_auxiliaries() const { return has_correction() || is_quantized(); }

@@ -334,7 +334,16 @@ def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         saved["class"]
     except (ValueError, KeyError, TypeError) as error:
         _reject(path, "the optimizer's hyper-parameters", f"metadata that cannot be read ({error})")
-    return saved
+    return _with_defaults(saved)
+
+
+def _with_defaults(description: dict[str, Any]) -> dict[str, Any]:
+    """A description that may lack the options that came after it was written."""
+    if "master_weights" in description:
+        description = {"master_weight_bits": 32} | description
+    if isinstance(description.get("parts"), list):
+        description["parts"] = [_with_defaults(part) for part in description["parts"]]
+    return description
 
 
 def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> Any:

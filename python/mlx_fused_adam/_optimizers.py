@@ -55,6 +55,7 @@ class _Fused(_MLXOptimizer):
     stochastic_rounding = _Option()
     seed = _Option()
     master_weights = _Option()
+    master_weight_bits = _Option()
     max_grad_norm = _Option()
     skip_nonfinite = _Option()
     shard_group = _Option()
@@ -66,6 +67,8 @@ class _Fused(_MLXOptimizer):
 
     def _set_options(self, options: Options) -> None:
         check_ranges(options.op, self.betas, self.eps)
+        if options.master_weight_bits != 32 and not options.master_weights:
+            raise ValueError(f"[{options.op}] master_weights must be True with master_weight_bits=24 but got False")
         self._options = options
         self._parameter_dtypes = {}
         fit_recorded(self._state, options)
@@ -361,6 +364,8 @@ class Adam(_Fused, _MLXAdam):
             (``remainder``, int16), so that training equals that of float32 parameters. The parameter is that value
             rounded to nearest, ties away from zero. Has no effect on float32 parameters; float16 ones are an error.
             Default: ``False``.
+        master_weight_bits (int): 32, or 24 for a correction of one byte (``remainder``, int8): each step rounds the
+            24-bit value stochastically, or with ``stochastic_rounding=False`` to nearest. Default: ``32``.
         max_grad_norm (float, optional): The largest global norm of the gradients, greater than 0. Larger gradients are
             scaled down inside the update, as by ``mlx.optimizers.clip_grad_norm``, with the norm summed in float32. The
             norm before clipping is ``state["grad_norm"]``, a float32 array. Default: no clipping.
@@ -388,6 +393,7 @@ class Adam(_Fused, _MLXAdam):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         master_weights: bool = False,
+        master_weight_bits: int = 32,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         shard_group: mx.distributed.Group | None = None,
@@ -395,8 +401,8 @@ class Adam(_Fused, _MLXAdam):
         super().__init__(*_checked("Adam", learning_rate, betas, eps, bias_correction), bias_correction)
         self._set_options(
             Options(
-                "Adam", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
-                shard_group,
+                "Adam", state_dtype, stochastic_rounding, seed, master_weights, master_weight_bits, max_grad_norm,
+                skip_nonfinite, shard_group,
             )
         )  # fmt: skip
 
@@ -424,6 +430,7 @@ class AdamW(_Fused, _MLXAdamW):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         master_weights: bool = False,
+        master_weight_bits: int = 32,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         shard_group: mx.distributed.Group | None = None,
@@ -435,8 +442,8 @@ class AdamW(_Fused, _MLXAdamW):
         super().__init__(*checked, weight_decay, bias_correction)  # type: ignore[arg-type]
         self._set_options(
             Options(
-                "AdamW", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
-                shard_group,
+                "AdamW", state_dtype, stochastic_rounding, seed, master_weights, master_weight_bits, max_grad_norm,
+                skip_nonfinite, shard_group,
             )
         )  # fmt: skip
         self.decay_filter = decay_filter

@@ -54,6 +54,7 @@ class Options:
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         master_weights: bool = False,
+        master_weight_bits: int = 32,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         shard_group: mx.distributed.Group | ShardGroup | None = None,
@@ -65,6 +66,7 @@ class Options:
         self.stochastic_rounding = stochastic_rounding
         self.seed = as_seed(op, seed)
         self.master_weights = _check_bool(op, "master_weights", master_weights)
+        self.master_weight_bits = _as_master_weight_bits(op, master_weight_bits)
         self.max_grad_norm = _as_norm(op, max_grad_norm)
         self.skip_nonfinite = _check_bool(op, "skip_nonfinite", skip_nonfinite)
         self.shard_group = _as_group(op, shard_group)
@@ -120,8 +122,13 @@ class Options:
         return dtype
 
     def has_correction(self, parameter: mx.array) -> bool:
-        """Whether the state holds the low 16 bits of this parameter's master weight (``remainder``)."""
+        """Whether the state holds the low bits of this parameter's master weight (``remainder``)."""
         return self.master_weights and parameter.dtype == mx.bfloat16
+
+    @property
+    def correction_dtype(self) -> mx.Dtype:
+        """The dtype of ``remainder``."""
+        return mx.int8 if self.master_weight_bits == 24 else mx.int16
 
     @property
     def has_auxiliary(self) -> bool:
@@ -157,6 +164,14 @@ def as_seed(op: str, seed: Any) -> int:
 def _check_bool(op: str, name: str, x: Any, choices: str = "True or False") -> bool:
     if not isinstance(x, bool):
         raise TypeError(f"[{op}] {name} must be {choices} but got {x!r}")
+    return x
+
+
+def _as_master_weight_bits(op: str, x: Any) -> int:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"[{op}] master_weight_bits must be 32 or 24 but got {x!r}")
+    if x not in (32, 24):
+        raise ValueError(f"[{op}] master_weight_bits must be 32 or 24 but got {x}")
     return x
 
 

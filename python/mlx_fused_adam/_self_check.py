@@ -18,8 +18,8 @@ import mlx.core as mx
 
 from ._reference import AdamW
 
-# The dtypes of a parameter, its gradient, its m (with int8, v is uint8), and its remainder if there is one; or of the
-# gradient alone, for the sum of its squares.
+# The dtypes of a parameter, its gradient, its m (with int8, v is uint8), and its remainder if there is one (int16, or
+# int8 for 24 bits); or of the gradient alone, for the sum of its squares.
 Dtypes = tuple[mx.Dtype, ...]
 
 # Allowed error, relative to each element: a few roundings in float32, one in the 16-bit dtypes, one level of quantized
@@ -31,6 +31,9 @@ TOLERANCE = {
     mx.int8: 0.1,
     mx.uint8: 0.04,
 }
+
+# A master weight's: as float32, or one rounding to 24 bits.
+_MASTER_TOLERANCE = {mx.int16: TOLERANCE[mx.float32], mx.int8: 2**-16 + TOLERANCE[mx.float32]}
 
 # The same for a sum of squares, all of one sign.
 _NORM_TOLERANCE = 1e-5
@@ -53,8 +56,9 @@ class Tensor(NamedTuple):
     def values(self, extension: ModuleType) -> list[mx.array]:
         """Parameter, m and v in float32."""
         parameter = self.parameter.astype(mx.float32)
-        if "remainder" in self.state:
-            parameter = (parameter.view(mx.int32) + self.state["remainder"]).view(mx.float32)
+        if (remainder := self.state.get("remainder")) is not None:
+            unit = 256 if remainder.dtype == mx.int8 else 1
+            parameter = (parameter.view(mx.int32) + remainder.astype(mx.int32) * unit).view(mx.float32)
         moments = []
         for name in ("m", "v"):
             moment = self.state[name]
@@ -69,9 +73,9 @@ class Tensor(NamedTuple):
 
     def tolerances(self) -> list[float]:
         """The allowed errors of those values."""
-        parameter = mx.float32 if "remainder" in self.state else self.parameter.dtype
-        dtypes = (parameter, self.state["m"].dtype, self.state["v"].dtype)
-        return [TOLERANCE[dtype] for dtype in dtypes]
+        remainder = self.state.get("remainder")
+        parameter = TOLERANCE[self.parameter.dtype] if remainder is None else _MASTER_TOLERANCE[remainder.dtype]
+        return [parameter, *(TOLERANCE[self.state[name].dtype] for name in ("m", "v"))]
 
 
 class Case(NamedTuple):
@@ -97,7 +101,7 @@ def names(dtypes: Dtypes) -> str:
     parameter, gradient, state, *rest = (str(dtype).rpartition(".")[2] for dtype in dtypes)
     if parameter == gradient == state and not rest:
         return parameter
-    with_remainder = " and remainder" if rest else ""
+    with_remainder = " and remainder" if rest == ["int16"] else " and 8-bit remainder" if rest else ""
     return f"{parameter}{with_remainder} with {gradient} gradients and {state} moments"
 
 
@@ -124,7 +128,7 @@ def errors(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> Iterat
             yield "norm", _error_of_norm(extension, dtypes[0])
         return
     cases = [_alone, _group, _column_major, _strided, _strided_wide]
-    if dtypes[2] != mx.float32 or (dtypes[0] != mx.float32 and len(dtypes) == 3):
+    if dtypes[2] != mx.float32 or (dtypes[0] != mx.float32 and dtypes[3:] != (mx.int16,)):
         cases.append(_stochastic)
     for make in cases:
         with mx.stream(_streams[kind]):
@@ -249,7 +253,8 @@ def _tensor(extension: ModuleType, dtypes: Dtypes, gradient: mx.array) -> Tensor
         else:
             state[name] = moment.astype(dtypes[2])
     if len(dtypes) > 3:
-        state["remainder"] = (_sample(mx.float32, *gradient.shape) * 30000).astype(dtypes[3])
+        largest = 30000 if dtypes[3] == mx.int16 else 120
+        state["remainder"] = (_sample(mx.float32, *gradient.shape) * largest).astype(dtypes[3])
     tensor = Tensor(parameter, gradient, state)
     mx.eval(tensor)
     return tensor

@@ -37,7 +37,7 @@ def fresh(parameter: mx.array, options: Options) -> dict[str, mx.array]:
         if is_quantized:
             state[f"{name}_scale"] = mx.zeros(_scale_shape(parameter.shape), mx.bfloat16)
     if options.has_correction(parameter):
-        state["remainder"] = mx.zeros(parameter.shape, mx.int16)
+        state["remainder"] = mx.zeros(parameter.shape, options.correction_dtype)
     return state
 
 
@@ -73,12 +73,23 @@ def converted(path: str, parameter: mx.array, state: dict, options: Options) -> 
         if "remainder" in state:
             correction = as_array("remainder", state["remainder"], path)
             _check_shape("remainder", path, correction, parameter)
-            if correction.dtype != mx.int16:
-                raise ValueError(f"[adam_update] remainder of {path} must be int16 but got {correction.dtype}")
+            new["remainder"] = _converted_correction(path, correction, options.correction_dtype)
         else:
-            correction = mx.zeros(parameter.shape, mx.int16)
-        new["remainder"] = correction
+            new["remainder"] = mx.zeros(parameter.shape, options.correction_dtype)
     return new
+
+
+def _converted_correction(path: str, correction: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A correction of 16 or 8 bits in the other number of bits, to nearest; the parameter stays as it is."""
+    if correction.dtype not in (mx.int16, mx.int8):
+        raise ValueError(
+            f"[adam_update] remainder of {path} must be int16, or int8 for 24 bits, but got {correction.dtype}"
+        )
+    if correction.dtype == dtype:
+        return correction
+    if dtype == mx.int16:
+        return correction.astype(mx.int16) * 256
+    return mx.clip(mx.round(correction.astype(mx.float32) / 256), -128, 127).astype(mx.int8)
 
 
 def is_quantized(state: dict) -> bool:

@@ -26,7 +26,7 @@ from support.training import train
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
 MIXED = [("float32", "bfloat16", "int8"), ("master", "float32", "float32")]
-MIXED += [("master", "float32", "int8"), ("float16", "float32", "int8")]
+MIXED += [("master", "float32", "int8"), ("float16", "float32", "int8"), ("master24", "float16", "int8")]
 # Whole vectors and not, whole blocks and not, rows that share no block, a block's last code alone.
 ROW_MAJOR = [(64, 96), (64, 100), (130, 70), (5, 33, 45), (4097,), (2, 4096), (3, 1), (31, 33)]
 TILED = [(64, 96), (64, 104), (130, 70), (129, 257), (3, 40, 45), (2, 3, 32, 64)]
@@ -65,7 +65,7 @@ def test_strided_gradients(extensions, formats):
 
 
 WITH_EXTRAS = [("bfloat16", "bfloat16", "int8"), ("master", "bfloat16", "bfloat16")]
-WITH_EXTRAS += [("master", "bfloat16", "int8")]
+WITH_EXTRAS += [("master", "bfloat16", "int8"), ("master24", "bfloat16", "int8")]
 
 
 @pytest.mark.parametrize("formats", WITH_EXTRAS, ids=named)
@@ -144,8 +144,8 @@ def test_special_values(extensions, formats):
 def test_the_self_check_passes(extensions, formats):
     parameter, gradient, state = formats
     dtypes = (DTYPES.get(parameter, mx.bfloat16), DTYPES[gradient], DTYPES.get(state, mx.int8))
-    if parameter == "master":
-        dtypes = (*dtypes, mx.int16)
+    if parameter.startswith("master"):
+        dtypes = (*dtypes, mx.int8 if parameter == "master24" else mx.int16)
     assert _self_check.run(extensions[1], mx.cpu, dtypes) is None
 
 

@@ -231,6 +231,7 @@ FORMATS = [
     (mx.float32, {}), (mx.float32, {"state_dtype": "int8"}), (mx.float32, {"state_dtype": "bfloat16"}),
     (mx.bfloat16, {}), (mx.bfloat16, {"stochastic_rounding": True}), (mx.bfloat16, {"master_weights": True}),
     (mx.bfloat16, {"state_dtype": "int8", "master_weights": True}), (mx.float16, {}),
+    (mx.bfloat16, {"master_weights": True, "master_weight_bits": 24}),
     (mx.float16, {"state_dtype": "int8", "stochastic_rounding": True}),
 ]  # fmt: skip
 

@@ -63,6 +63,7 @@ def test_subclass_with_the_same_signature(name):
         "stochastic_rounding": None,
         "seed": 0,
         "master_weights": False,
+        "master_weight_bits": 32,
         "max_grad_norm": None,
         "skip_nonfinite": False,
         "shard_group": None,

@@ -219,7 +219,7 @@ class Programs(RuleBasedStateMachine):
         state_dtype=st.sampled_from([None, None, "float32", "bfloat16", "int8"]),
         stochastic_rounding=st.sampled_from([None, True, False]),
         seed=st.sampled_from([0, 3, 2**40 + 5]),
-        master_weights=st.booleans(),
+        master_weight_bits=st.sampled_from([None, None, 32, 24]),
         max_grad_norm=st.sampled_from([None, None, 1.0, 1e4]),
         skip_nonfinite=st.booleans(),
         decay_filter=st.sampled_from(sorted(FILTERS)),
@@ -232,6 +232,8 @@ class Programs(RuleBasedStateMachine):
         self, *, dtypes: str, has_schedule: bool, shapes: list[tuple[int, ...]], large: tuple[int, ...],
         begins_with_init: bool, decay_filter: str, containers: str, **drawn: Any,
     ) -> None:  # fmt: skip
+        drawn["master_weights"] = drawn["master_weight_bits"] is not None
+        drawn["master_weight_bits"] = drawn["master_weight_bits"] or 32
         if drawn["state_dtype"] == "int8" and drawn["stochastic_rounding"] is False:
             drawn["stochastic_rounding"] = None
         if not self.has_exact_scalars:

@@ -280,6 +280,7 @@ OPTIONS = {
     "int8": dict(state_dtype="int8"),
     "master": dict(master_weights=True),
     "master int8": dict(master_weights=True, state_dtype="int8"),
+    "24-bit master": dict(master_weights=True, master_weight_bits=24),
 }
 BYTES = {
     "float32": 2 + 8,
@@ -287,6 +288,7 @@ BYTES = {
     "int8": 2 + 2 + 4 / 32,
     "master": 2 + 4 + 2,
     "master int8": 2 + 2 + 4 / 32 + 2,
+    "24-bit master": 2 + 4 + 1,
 }
 
 
@@ -429,7 +431,7 @@ WRONG = [
     ("v_scale", mx.ones((64, 3), mx.bfloat16), r"v_scale of a.w must be bfloat16 of shape \(64, 2\)"),
     ("m_scale", mx.ones((64, 2)), "m_scale of a.w must be bfloat16 of shape .* but got mlx.core.float32"),
     ("m_scale", "1", "m_scale of a.w must be an array but got '1'"),
-    ("remainder", mx.ones((64, 64)), "remainder of a.w must be int16 but got mlx.core.float32"),
+    ("remainder", mx.ones((64, 64)), "remainder of a.w must be int16, or int8 for 24 bits, but got mlx.core.float32"),
     ("remainder", mx.ones(3, mx.int16), r"remainder of a.w must have the parameter's shape \(64, 64\)"),
     ("m", mx.ones((64, 65)), "m of a.w must have the parameter's shape"),
     ("v", mx.ones((64, 65), mx.uint8), "v of a.w must have the parameter's shape"),
@@ -456,7 +458,8 @@ def test_a_state_that_does_not_fit_is_rejected_by_its_path(key, value, message):
     ("m_scale", mx.ones((64, 3), mx.bfloat16), "m_scale of a.w must be .*bfloat16 of shape"),
     ("m_scale", None, "m_scale of a.w must be an array of .*bfloat16 but got nothing"),
     ("remainder", None, "state of a.w must hold a remainder for master_weights but got none"),
-    ("remainder", mx.ones((64, 64), mx.int8), "remainder of a.w must be .*int16 of shape"),
+    ("remainder", mx.ones((64, 64), mx.int8), "remainder of a.w must be .*int16 for master_weight_bits=32 but got"),
+    ("remainder", mx.ones((64, 3), mx.int16), "remainder of a.w must be .*int16 of shape"),
     ("m", mx.ones((64, 64)), "v of a.w must be float32, bfloat16 or float16 but got uint8"),
 ])  # fmt: skip
 def test_a_state_spoilt_between_updates_is_rejected_too(key, value, message):

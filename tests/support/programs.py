@@ -17,7 +17,7 @@ import numpy as np
 
 from support import oracle
 from support.rounding_reference import bits_of_step, rounded
-from support.storage_reference import decode, draws_of_step, encode, joined, upper_half
+from support.storage_reference import decode, draws_of_step, encode, joined, rounded_to_24, upper_half
 from support.stored_tensors import lay_out
 
 MOMENTS = ("m", "v")
@@ -41,6 +41,11 @@ def to_dtype(x: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
 def halves(x: np.ndarray) -> np.ndarray:
     """The bits of bfloat16 values."""
     return np.asarray(x.astype(ml_dtypes.bfloat16)).view(np.uint16)
+
+
+def unit_of(remainder: np.ndarray) -> int:
+    """What one of a correction counts for in the lower bits of a float32."""
+    return 256 if remainder.dtype == np.int8 else 1
 
 
 def at_random(x: np.ndarray, draws: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
@@ -77,7 +82,8 @@ class Tensor:
     def weight(self) -> np.ndarray:
         """The float32 value that is updated."""
         if self.state is not None and "remainder" in self.state:
-            return np.asarray(joined(halves(self.value), self.state["remainder"].astype(np.int64)))
+            remainder = self.state["remainder"]
+            return np.asarray(joined(halves(self.value), remainder.astype(np.int64) * unit_of(remainder)))
         return self.value
 
 
@@ -96,6 +102,7 @@ class Options:
     stochastic_rounding: bool | None = None
     seed: int = 0
     master_weights: bool = False
+    master_weight_bits: int = 32
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     decay_filter: Any = None
@@ -188,8 +195,11 @@ class Model:
             else:
                 state[name] = to_dtype(tensor.moment(name), wanted)
         if self.options.master_weights and tensor.dtype == mx.bfloat16:
-            zeros = np.zeros(shape, np.int16)
-            state["remainder"] = (tensor.state or {}).get("remainder", zeros)
+            kind = np.int8 if self.options.master_weight_bits == 24 else np.int16
+            old = (tensor.state or {}).get("remainder", np.zeros(shape, kind))
+            wide = old.astype(np.float64) * unit_of(old)
+            state["remainder"] = np.clip(np.round(wide / 256), -128, 127) if kind == np.int8 else wide
+            state["remainder"] = np.asarray(state["remainder"].astype(kind))
         return dataclasses.replace(tensor, state=state, state_dtype=wanted)
 
     def forget_guard(self) -> None:
@@ -271,11 +281,13 @@ class Model:
         if "remainder" in tensor.state:
             is_special = ~np.isfinite(w)
             clean = np.where(is_special, np.float32(0), w)
+            if options.master_weight_bits == 24:
+                draws = bits["parameter"].reshape(shape)
+                clean = rounded_to_24(clean, None if options.stochastic_rounding is False else draws)
             halves_of_w = upper_half(clean).astype(np.uint32) << 16
             value = np.where(is_special, w, np.asarray(halves_of_w).view(np.float32))
-            state["remainder"] = np.where(is_special, 0, clean.view(np.uint32) & 0xFFFF).astype(
-                np.uint16
-            ).view(np.int16)  # fmt: skip
+            lower = np.where(is_special, 0, clean.view(np.uint32) & 0xFFFF).astype(np.uint16).view(np.int16)
+            state["remainder"] = lower if options.master_weight_bits == 32 else (lower >> 8).astype(np.int8)
         elif options.stochastic_rounding is not False:
             value = at_random(w, bits["parameter"], tensor.dtype)
         else:
@@ -357,9 +369,10 @@ def state_dtypes(tensor: Tensor) -> dict[str, mx.Dtype]:
         "v": mx.uint8 if is_coded else tensor.state_dtype,
         "m_scale": mx.bfloat16,
         "v_scale": mx.bfloat16,
-        "remainder": mx.int16,
     }
     assert tensor.state is not None
+    if (remainder := tensor.state.get("remainder")) is not None:
+        dtypes["remainder"] = mx.int8 if remainder.dtype == np.int8 else mx.int16
     return {name: dtype for name, dtype in dtypes.items() if name in tensor.state}
 
 

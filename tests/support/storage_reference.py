@@ -83,6 +83,24 @@ def joined(upper: np.ndarray, remainder: np.ndarray) -> np.ndarray:
     return (total | (sign.astype(np.int64) << 16)).astype(np.uint32).view(np.float32)
 
 
+def rounded_to_24(x: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+    """The float32 values of 24 bits that values are stored as: by `draws`, 16 bits for each, or to nearest even.
+
+    What is not finite stays; what is finite never becomes infinite.
+    """
+    x = np.asarray(x, np.float32)
+    size = np.abs(np.where(np.isfinite(x), x, 0).astype(np.float64))
+    exponent = np.maximum(np.frexp(size)[1] - 1, -126)
+    units = size / np.exp2(exponent - 15.0)
+    down = np.floor(units)
+    if draws is None:
+        found = np.round(units)
+    else:
+        found = down + (np.floor((units - down) * 256) + (draws.astype(np.int64) >> 8) >= 256)
+    found = np.minimum(found * np.exp2(exponent - 15.0), (2 - 2.0**-15) * 2.0**127)
+    return np.where(np.isfinite(x), np.copysign(found, x), x).astype(np.float32)
+
+
 def upper_half(x: np.ndarray) -> np.ndarray:
     """The bfloat16 bits nearest to float32 values that are not NaN, ties away from zero."""
     return ((x.view(np.uint32).astype(np.int64) + 0x8000) >> 16).astype(np.uint16)

@@ -33,6 +33,7 @@ _CHECKED: list[_self_check.Dtypes] = [
     (mx.float32, mx.float32, mx.int8),
     (mx.bfloat16, mx.bfloat16, mx.int8),
     (mx.bfloat16, mx.bfloat16, mx.bfloat16, mx.int16),
+    (mx.bfloat16, mx.bfloat16, mx.int8, mx.int8),
     # The norm of gradients:
     (mx.float32,),
     (mx.bfloat16,),
