@@ -88,7 +88,8 @@ static fused_adam::StochasticRounding rounding_of(const std::string& request) {
   if (request == "nearest") return StochasticRounding::nearest;
   if (request == "parameter_and_v") return StochasticRounding::parameter_and_v;
   if (request == "all") return StochasticRounding::all;
-  throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'parameter_and_v' or 'all' but got '" + request + "'");
+  throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'parameter_and_v' or 'all' but got '" + request +
+                              "'");
 }
 
 // Asks Python about a combination: uses_kernel(parameter, gradient, m, remainder or None) -> bool.

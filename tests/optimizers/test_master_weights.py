@@ -78,9 +78,7 @@ def one_decay(extension, x: np.ndarray, decay: np.float32, rounding: str = "para
         mx.array(1.0), mx.array(3), weight_decay=float(1 - np.float64(decay)), rounding=rounding, seed=seed
     )
     state = {"m": zeros, "v": zeros, "remainder": remainder}
-    (new,), (state,) = extension.adam_update(
-        [parameter], [zeros], [state], step, uses_kernel=lambda *_: True, name=str
-    )
+    (new,), (state,) = extension.adam_update([parameter], [zeros], [state], step, uses_kernel=lambda *_: True, name=str)
     return new, state["remainder"]
 
 
@@ -142,7 +140,7 @@ def test_the_rounding_is_unbiased(extension):
 
 @pytest.mark.cpu_only
 def test_small_steps_arrive_on_average_where_nearest_loses_them():
-    """Each is a quarter of a unit. The error of 2000 grows as a random walk's: half a unit times their root, at most."""
+    """Each is a quarter of a unit. The error of 2000 is a random walk's: half a unit times their root, at most."""
     ones = mx.ones((64, 64), BF16)
     found = {}
     for rounding in (None, False):
@@ -282,7 +280,7 @@ def test_a_file_from_before_there_was_a_choice_has_32_bits(in_parts, tmp_path):
 
 
 def test_24_bits_of_no_master_weights_are_an_error():
-    with pytest.raises(ValueError, match=r"\[AdamW\] master_weights must be True with master_weight_bits=24 but got Fal"):
+    with pytest.raises(ValueError, match=r"\[AdamW\] master_weights must be True with master_weight_bits=24 but"):
         fused.AdamW(1e-3, master_weight_bits=24)
     for bad in ("24", 16, True, None, 24.0):
         with pytest.raises((ValueError, TypeError), match=r"\[Adam\] master_weight_bits must be 32 or 24 but got"):

@@ -15,13 +15,9 @@ KernelSet kernels();
 
 namespace {
 
-const Format kFormats[] = {Format::float32,
-                           Format::bfloat16,
-                           Format::float16,
-                           Format::bfloat16_correction_16,
-                           Format::bfloat16_correction_8,
-                           Format::int8,
-                           Format::uint8};
+const Format kFormats[] = {
+    Format::float32, Format::bfloat16, Format::float16, Format::bfloat16_correction_16, Format::bfloat16_correction_8,
+    Format::int8,    Format::uint8};
 
 size_t auxiliary_bytes(Format format, size_t n) {
   size_t corrections = n * correction_bytes(format);
