@@ -166,6 +166,7 @@ def test_a_fault_planted_in_the_rounding_is_seen(emulated_extension, plant, name
 
 CODES = ("bfloat16", "bfloat16", "int8")
 MASTER = ("master", "bfloat16", "bfloat16")
+MASTER24 = ("master24", "bfloat16", "bfloat16")
 # Formats, shape, which array has which layout; the text replaced, the replacement, and what must be seen of it.
 PLANTED_IN_FORMATS = {
     "a shuffle left out": (CODES, (64, 96), ("gradient", "linear"), "x = max(x, simd_shuffle_xor(x, 1));", "",
@@ -235,6 +236,12 @@ PLANTED_IN_FORMATS = {
         "tensor.parameter = parameter + parameter_at;",
         "tensor.parameter = parameter + parameter_at;\n  tensor.auxiliary.correction = correction + parameter_at;",
         "ends at|differs"),
+    "correction of 8 bits read as 16": (MASTER24, (64, 96), ("gradient", "linear"),
+        "join_24(run.parameter[k], run.correction[k])", "join(run.parameter[k], run.correction[k])", "differs"),
+    "24 bits to nearest": (MASTER24, (64, 70), ("gradient", "column-major"),
+        "split_24(x, rounding)", "split_24(x, Rounding{false, 0u})", "differs"),
+    "24 bits by other random bits": (MASTER24, (13, 70), ("gradient", "strided"),
+        "rounding.random >> 8 :", "(rounding.random & 0xFFu) :", "differs"),
 }  # fmt: skip
 
 
