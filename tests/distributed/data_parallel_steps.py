@@ -59,6 +59,7 @@ SETUPS = {
     "bfloat16": Setup(fused.AdamW, dtype=mx.bfloat16),
     "stochastic_rounding": Setup(fused.AdamW, {"stochastic_rounding": True, "seed": 3}, dtype=mx.bfloat16),
     "master_weights": Setup(fused.AdamW, {"master_weights": True}, dtype=mx.bfloat16),
+    "24 bits": Setup(fused.AdamW, {"master_weights": True, "master_weight_bits": 24}, dtype=mx.bfloat16),
     "all": Setup(
         fused.AdamW,
         {
