@@ -51,11 +51,43 @@ FUSED_ADAM_INLINE void load_joined(Source from, std::size_t at, float* buffer, J
   for (std::size_t i = 0; i < count; ++i) buffer[i] = join_one(values[i], corrections[i]);
 }
 
+// A block's values of 4 bits, two to a byte, and as a byte each. Spelled out, since compilers do not vectorise it; by
+// whole vectors, since what is read at once had better been written so.
+typedef std::uint8_t Packed __attribute__((vector_size(kChunk / 2)));
+typedef std::uint8_t Bytes __attribute__((vector_size(kChunk)));
+
+FUSED_ADAM_INLINE void unpack(const char* values, std::uint8_t* to) {
+  Packed both;
+  __builtin_memcpy(&both, values, sizeof both);
+  Packed first = both & 0xF, second = both >> 4;
+  Bytes bytes = __builtin_shufflevector(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,  //
+                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+
+FUSED_ADAM_INLINE void pack(const std::uint8_t* from, char* values) {
+  Bytes bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+  Packed first = __builtin_shufflevector(bytes, bytes, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  Packed second = __builtin_shufflevector(bytes, bytes, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  first |= second << 4;
+  __builtin_memcpy(values, &first, sizeof first);
+}
+
+// Where a block's quantized values are, a byte each: in place, or those of 4 bits in the buffer.
+template <unsigned bits>
+FUSED_ADAM_INLINE const char* block_bytes(const char* values, std::uint8_t* buffer) {
+  if constexpr (bits == 8) return values;
+  unpack(values, buffer);
+  return reinterpret_cast<const char*>(buffer);
+}
+
 // Loads quantized values by `load_one(q, scale)`, block by block.
-template <std::size_t count, typename Quantized, typename LoadOne>
+template <std::size_t count, unsigned bits, typename Quantized, typename LoadOne>
 FUSED_ADAM_INLINE void load_quantized(Source from, std::size_t at, float* buffer, LoadOne load_one) {
   for (std::size_t block = 0; block < count; block += kChunk) {
-    auto quantized = as<Quantized>(from.values) + at + block;
+    alignas(64) std::uint8_t bytes[kChunk];
+    auto quantized = as<Quantized>(block_bytes<bits>(from.values + (at + block) * bits / 8, bytes));
     float scale = load_bfloat16(as<std::uint16_t>(from.auxiliary)[(at + block) / kChunk]);
     FUSED_ADAM_VECTORIZE
     for (std::size_t i = 0; i < kChunk; ++i) buffer[block + i] = load_one(quantized[i], scale);
@@ -84,10 +116,16 @@ FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_
       load_joined<count, std::int8_t>(from, at, buffer, [](int upper, int lower) { return join_24(upper, lower); });
       return buffer;
     case Format::int8:
-      load_quantized<count, std::int8_t>(from, at, buffer, [](int q, float scale) { return load_int8(q, scale); });
+      load_quantized<count, 8, std::int8_t>(from, at, buffer, [](int q, float scale) { return load_int8(q, scale); });
       return buffer;
     case Format::uint8:
-      load_quantized<count, std::uint8_t>(from, at, buffer, [](int q, float scale) { return load_uint8(q, scale); });
+      load_quantized<count, 8, std::uint8_t>(from, at, buffer, [](int q, float scale) { return load_uint8(q, scale); });
+      return buffer;
+    case Format::int4:
+      load_quantized<count, 4, std::uint8_t>(from, at, buffer, [](int q, float scale) { return load_int4(q, scale); });
+      return buffer;
+    case Format::uint4:
+      load_quantized<count, 4, std::uint8_t>(from, at, buffer, [](int q, float scale) { return load_uint4(q, scale); });
       return buffer;
   }
   return buffer;
@@ -122,6 +160,18 @@ FUSED_ADAM_INLINE void store_split(Target to, std::size_t at, SplitOne split_one
   for (std::size_t i = 0; i < count; ++i) corrections[i] = Correction(lowers[i]);
 }
 
+// Stores a block's quantized values, of which those of 4 bits must be no larger.
+template <unsigned bits, typename StoreOne>
+FUSED_ADAM_INLINE void store_block(char* to, StoreOne store_one) {
+  if constexpr (bits == 8) {
+    store_each<kChunk>(as<std::uint8_t>(to), store_one);
+  } else {
+    alignas(64) std::uint8_t bytes[kChunk];
+    store_each<kChunk>(bytes, store_one);
+    pack(bytes, to);
+  }
+}
+
 // Where a chunk's float32 results go, before store_chunk.
 FUSED_ADAM_INLINE float* chunk_target(Target to, Format format, std::size_t at, float* buffer) {
   return format == Format::float32 ? as<float>(to.values) + at : buffer;
@@ -142,7 +192,7 @@ FUSED_ADAM_INLINE std::uint32_t largest_magnitude(const float* x) {
 
 // Stores the scales of all blocks first, by `scale_of(largest magnitude)`; then values by `store_one(i, inverse
 // scale)`.
-template <std::size_t count, typename Quantized, typename ScaleOf, typename StoreOne>
+template <std::size_t count, unsigned bits, typename ScaleOf, typename StoreOne>
 FUSED_ADAM_INLINE void store_quantized(const float* x, Target to, std::size_t at, ScaleOf scale_of,
                                        StoreOne store_one) {
   float inverses[count / kChunk];
@@ -153,8 +203,8 @@ FUSED_ADAM_INLINE void store_quantized(const float* x, Target to, std::size_t at
   }
   for (std::size_t block = 0; block < count / kChunk; ++block) {
     float inverse = inverses[block];
-    store_each<kChunk>(as<Quantized>(to.values) + at + block * kChunk,
-                       [=](std::size_t i) { return store_one(block * kChunk + i, inverse); });
+    store_block<bits>(to.values + (at + block * kChunk) * bits / 8,
+                      [=](std::size_t i) { return store_one(block * kChunk + i, inverse); });
   }
 }
 
@@ -202,7 +252,7 @@ FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std
       }
       return;
     case Format::int8: {
-      store_quantized<count, std::int8_t>(
+      store_quantized<count, 8>(
           x, to, at, [](std::uint32_t largest) { return scale_of_m(largest); },
           [=](std::size_t i, float inverse) {
             return store_int8(x[i], inverse, rounding.random ? rounding[i] : nearest);
@@ -210,10 +260,26 @@ FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std
       return;
     }
     case Format::uint8: {
-      store_quantized<count, std::uint8_t>(
+      store_quantized<count, 8>(
           x, to, at, [](std::uint32_t largest) { return scale_of_v(largest); },
           [=](std::size_t i, float inverse) {
             return store_uint8(x[i], inverse, rounding.random ? rounding[i] : nearest);
+          });
+      return;
+    }
+    case Format::int4: {
+      store_quantized<count, 4>(
+          x, to, at, [](std::uint32_t largest) { return scale_of_m4(largest); },
+          [=](std::size_t i, float inverse) {
+            return store_int4(x[i], inverse, rounding.random ? rounding[i] : nearest);
+          });
+      return;
+    }
+    case Format::uint4: {
+      store_quantized<count, 4>(
+          x, to, at, [](std::uint32_t largest) { return scale_of_v4(largest); },
+          [=](std::size_t i, float inverse) {
+            return store_uint4(x[i], inverse, rounding.random ? rounding[i] : nearest);
           });
       return;
     }
@@ -245,6 +311,8 @@ struct PaddedChunk {
 
   void store(Target to, Format format, std::size_t at, std::size_t count) const {
     __builtin_memcpy(to.values + bytes_of(format, at), values, bytes_of(format, count));
+    // The other half of a row's last byte is no element's.
+    if (value_bits(format) == 4 && count % 2 == 1) to.values[bytes_of(format, at + count) - 1] &= 0xF;
     if (std::size_t bytes = correction_bytes(format)) {
       __builtin_memcpy(to.auxiliary + at * bytes, corrections, count * bytes);
     }

@@ -6,6 +6,7 @@
 //   bfloat16, correction  a bfloat16 and beside it its rounding error: in an int16, together the float32, exactly;
 //                         in an int8, its upper 24 bits, rounded to nearest even, or stochastically
 //   int8, uint8           quantized m and v, with a scale for each block of neighbours in a row (docs/state-codes.md)
+//   int4, uint4           the same in 4 bits, two neighbours to a byte, the first in its lower half
 #pragma once
 
 #include "math/device_math.h"
@@ -164,5 +165,70 @@ ADAM_FUNCTION float load_uint8(int q, float scale) {
   float level = piecewise_power(float(q + 7));
   return (q == 0 ? 0.0f : level) * scale;
 }
+
+// ---- Quantized state in 4 bits ----
+
+// So few levels that a scale has to reach the block's largest magnitude exactly: the least bfloat16 that is not below x,
+// nor 2^-126.
+ADAM_FUNCTION BlockScale exact_scale_above(float x) {
+  unsigned stored = (bits_of(x) + 0xFFFFu) >> 16;
+  stored = stored < 0x80u ? 0x80u : stored;
+  return {stored, 1.0f / float_of(stored << 16)};
+}
+
+ADAM_FUNCTION BlockScale exact_scale_for(unsigned largest, unsigned cap, float largest_level) {
+  return exact_scale_above(float_of(largest < cap ? largest : cap) * (1.0f / largest_level));
+}
+ADAM_FUNCTION BlockScale scale_of_m4(unsigned largest) { return exact_scale_for(largest, 0x5F000000u, 48.0f); }
+ADAM_FUNCTION BlockScale scale_of_v4(unsigned largest) { return exact_scale_for(largest, 0x7F000000u, 49152.0f); }
+
+// The square of x, made piecewise linear as the fourth power above.
+ADAM_FUNCTION float piecewise_square(float x) { return float_of(2u * bits_of(x) - 0x3F800000u); }
+ADAM_FUNCTION float piecewise_square_root(float y) { return float_of((bits_of(y) >> 1) + 0x1FC00000u); }
+
+// From 0 to 48, which the bits of 0 are less than; and from 0 to 49152.
+ADAM_FUNCTION float level_of_m4(int q) {
+  float level = piecewise_square(float(q));
+  return level > 0.0f ? level : 0.0f;
+}
+ADAM_FUNCTION float level_of_v4(int q) { return q == 0 ? 0.0f : piecewise_power(float(q)); }
+
+// 1 if y, between two levels, goes to the upper one: with the probability that makes the mean right. By a sign's bit,
+// since compilers do not vectorise a choice.
+ADAM_FUNCTION int goes_up(float y, float lower, float upper, Rounding rounding) {
+  unsigned random = rounding.is_stochastic ? rounding.random : 0x8000u;
+  float threshold = float(int(random)) * (1.0f / 65536.0f) * (upper - lower);
+  return int(bits_of(threshold - (y - lower)) >> 31);
+}
+
+// The magnitude, brought between two by their bits: NaN to the larger.
+ADAM_FUNCTION float clamped(float x, unsigned least, unsigned largest) {
+  unsigned u = bits_of(x) & 0x7FFFFFFFu;
+  u = u < largest ? u : largest;
+  return float_of(u > least ? u : least);
+}
+
+// m = level * scale with the sign of bit 3, which 0 does not have.
+ADAM_FUNCTION int store_int4(float x, float inverse, Rounding rounding) {
+  float y = clamped(x * inverse, 0u, 0x42400000u);
+  int q = int(piecewise_square_root(y));
+  q += goes_up(y, level_of_m4(q), piecewise_square(float(q + 1)), rounding);
+  return q + 8 * int(x < 0.0f && q > 0);
+}
+
+ADAM_FUNCTION float load_int4(int q, float scale) {
+  unsigned sign = unsigned(q & 8) << 28;
+  return float_of(bits_of(level_of_m4(q & 7)) | sign) * scale;
+}
+
+// v = level * scale, and q = 0 is what only 0 becomes.
+ADAM_FUNCTION int store_uint4(float x, float inverse, Rounding rounding) {
+  float y = clamped(x * inverse, 0x3F800000u, 0x47400000u);
+  int q = int(piecewise_root(y));
+  q += goes_up(y, piecewise_power(float(q)), piecewise_power(float(q + 1)), rounding);
+  return q * int(x != 0.0f);
+}
+
+ADAM_FUNCTION float load_uint4(int q, float scale) { return level_of_v4(q) * scale; }
 
 }  // namespace fused_adam

@@ -21,7 +21,10 @@ const char* metal_type(Format format) {
       return "BfloatCorrection<int8_t>";
     case Format::int8:
     case Format::uint8:
-      return "QuantizedState";
+      return "QuantizedState<8>";
+    case Format::int4:
+    case Format::uint4:
+      return "QuantizedState<4>";
   }
   throw std::logic_error("format has no name in the shaders");
 }

@@ -41,6 +41,8 @@ mx::Dtype dtype_of(Format format) {
     case Format::int8:
       return mx::int8;
     case Format::uint8:
+    case Format::int4:
+    case Format::uint4:
       return mx::uint8;
   }
   throw std::logic_error("[AdamUpdate] format has no dtype");

@@ -15,9 +15,15 @@ KernelSet kernels();
 
 namespace {
 
-const Format kFormats[] = {
-    Format::float32, Format::bfloat16, Format::float16, Format::bfloat16_correction_16, Format::bfloat16_correction_8,
-    Format::int8,    Format::uint8};
+const Format kFormats[] = {Format::float32,
+                           Format::bfloat16,
+                           Format::float16,
+                           Format::bfloat16_correction_16,
+                           Format::bfloat16_correction_8,
+                           Format::int8,
+                           Format::uint8,
+                           Format::int4,
+                           Format::uint4};
 
 size_t auxiliary_bytes(Format format, size_t n) {
   size_t corrections = n * correction_bytes(format);
@@ -69,10 +75,10 @@ int main(int argument_count, char**) {
   for (size_t n = 1; n < 6 * kBlockElements; n += n % kBlockElements < 2 ? 1 : 10) {
     if (argument_count > 1 && n % kBlockElements > 0) continue;
     for (auto parameter : kFormats) {
-      if (parameter == Format::int8 || parameter == Format::uint8) continue;
+      if (value_bits(parameter) < 16) continue;
       auto gradient = correction_bytes(parameter) ? Format::bfloat16 : parameter;
-      for (auto state : {Format::float32, Format::bfloat16, Format::float16, Format::int8}) {
-        auto v = state == Format::int8 ? Format::uint8 : state;
+      for (auto state : {Format::float32, Format::bfloat16, Format::float16, Format::int8, Format::int4}) {
+        auto v = state == Format::int8 ? Format::uint8 : state == Format::int4 ? Format::uint4 : state;
         for (unsigned results : {0, int(kRoundV), kRoundParameter | kRoundM | kRoundV}) {
           update(set, {parameter, gradient, state, v}, n, results);
         }
