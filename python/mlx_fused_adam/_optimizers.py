@@ -23,7 +23,7 @@ from ._backends import backend_of, known_backend
 from ._clipping import Clipping, check_names, clipping_of, fit_recorded
 from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
-from ._state import converted, dtypes_by_path, fresh
+from ._state import Seen, converted, fresh, seen_by_path
 from ._step import Leaves, Step
 from ._structure import fit_loaded
 from ._tree import Walk, flattened
@@ -60,7 +60,7 @@ class _Fused(_MLXOptimizer):
     skip_nonfinite = _Option()
     shard_group = _Option()
     _options: Options
-    _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
+    _seen_parameters: dict[str, Seen]  # those that init has seen, by path
     _decay_filter: DecayFilter | None = None
     _loaded: tuple[str, dict] | None = None  # a file and its state, which has not met its parameters yet
     _is_hinted = False
@@ -70,7 +70,7 @@ class _Fused(_MLXOptimizer):
         if options.master_weight_bits != 32 and not options.master_weights:
             raise ValueError(f"[{options.op}] master_weights must be True with master_weight_bits=24 but got False")
         self._options = options
-        self._parameter_dtypes = {}
+        self._seen_parameters = {}
         fit_recorded(self._state, options)
         self._make_arrays()
         # A schedule's value is lazy, and another thread could not evaluate it.
@@ -142,11 +142,11 @@ class _Fused(_MLXOptimizer):
             new = converted(path or "the parameter", parameter, state, self._options)
             states.append((state, new))
 
-        dtypes = self._parameter_dtypes | dtypes_by_path(parameters)
+        seen = self._seen_parameters | seen_by_path(parameters)
         try:
             check_names(parameters, self._options)
             if self._decay_filter:
-                self._decay_filter.check(dtypes)
+                self._decay_filter.check(seen)
             fit_recorded(self._state, self._options)
             self._make_arrays()
             self._fit_loaded(parameters, parameters)
@@ -161,7 +161,7 @@ class _Fused(_MLXOptimizer):
         for state, new in states:
             state.clear()
             state.update(new)
-        self._parameter_dtypes = dtypes
+        self._seen_parameters = seen
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Give one parameter's state zeros: ``m``, ``v``, and the auxiliary arrays of the options."""
@@ -350,14 +350,15 @@ class Adam(_Fused, _MLXAdam):
         eps (float): Added to the denominator. Default: ``1e-8``.
         bias_correction (bool): Whether to correct ``m`` and ``v`` for their start from zero (Kingma & Ba 2015, section
             3). Default: ``False``.
-        state_dtype (str or Dtype, optional): The dtype of ``m`` and ``v``: ``"float32"``, ``"bfloat16"``, or
-            ``"int8"``: quantized to 8 bits, with one scale for 32 neighbours along the last axis. Parameters with fewer
-            than 4096 elements, or a last axis shorter than 32, use bfloat16 in place of int8. Default: float32 for
-            float32 parameters, bfloat16 for 16-bit ones.
+        state_dtype (str or Dtype, optional): The dtype of ``m`` and ``v``: ``"float32"``, ``"bfloat16"``, ``"int8"`` or
+            ``"int4"``. The last two are quantized to 8 or 4 bits, with one scale for 32 neighbours along the last axis;
+            in 4 bits, two values share a byte of a uint8 array. Parameters with fewer than 4096 elements, or a last
+            axis shorter than 32, use bfloat16 instead. Default: float32 for float32 parameters, bfloat16 for 16-bit
+            ones.
         stochastic_rounding (bool, optional): The 16-bit results that are rounded stochastically, which is right on
             average: ``None``: parameters and ``v``, whose small steps rounding to nearest would lose; ``True``: ``m``
-            as well; ``False``: none, as in mlx.optimizers; an error with ``"int8"``, which is always rounded
-            stochastically. Default: ``None``.
+            as well; ``False``: none, as in mlx.optimizers; an error with ``"int8"`` and ``"int4"``, which are
+            always rounded stochastically. Default: ``None``.
         seed (int): Seed of that rounding. Equal seeds give equal results, on any device and after a resume. Default:
             ``0``.
         master_weights (bool): Whether the state holds the low 16 bits of each bfloat16 parameter's float32 value

@@ -16,21 +16,21 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ._options import QUANTIZED_BITS
 from ._reference import AdamW
 
-# The dtypes of a parameter, its gradient, its m (with int8, v is uint8), and its remainder if there is one (int16, or
-# int8 for 24 bits); or of the gradient alone, for the sum of its squares.
+# The dtypes of a parameter, its gradient, its m (with int8, v is uint8; uint8 is of 4 bits), and its remainder if there
+# is one (int16, or int8 for 24 bits); or of the gradient alone, for the sum of its squares.
 Dtypes = tuple[mx.Dtype, ...]
 
-# Allowed error, relative to each element: a few roundings in float32, one in the 16-bit dtypes, one level of quantized
-# state.
+# Allowed error, relative to each element: a few roundings in float32, one in the 16-bit dtypes; of m and v in quantized
+# state, by the dtype of m, half the distance of two levels.
 TOLERANCE = {
     mx.float32: 1e-5,
     mx.bfloat16: 2**-8,
     mx.float16: 2**-10,
-    mx.int8: 0.1,
-    mx.uint8: 0.04,
 }
+_QUANTIZED_TOLERANCE = {mx.int8: (0.1, 0.04), mx.uint8: (0.6, 0.25)}
 
 # A master weight's: as float32, or one rounding to 24 bits.
 _MASTER_TOLERANCE = {mx.int16: TOLERANCE[mx.float32], mx.int8: 2**-16 + TOLERANCE[mx.float32]}
@@ -60,10 +60,11 @@ class Tensor(NamedTuple):
             unit = 256 if remainder.dtype == mx.int8 else 1
             parameter = (parameter.view(mx.int32) + remainder.astype(mx.int32) * unit).view(mx.float32)
         moments = []
+        columns = parameter.shape[-1] if self.state["m"].dtype == mx.uint8 else None
         for name in ("m", "v"):
             moment = self.state[name]
             if (scale := self.state.get(f"{name}_scale")) is not None:
-                moment = extension.dequantize_moment(moment, scale)
+                moment = extension.dequantize_moment(moment, scale, name == "v", columns)
             moments.append(moment.astype(mx.float32))
         return [parameter, *moments]
 
@@ -75,7 +76,8 @@ class Tensor(NamedTuple):
         """The allowed errors of those values."""
         remainder = self.state.get("remainder")
         parameter = TOLERANCE[self.parameter.dtype] if remainder is None else _MASTER_TOLERANCE[remainder.dtype]
-        return [parameter, *(TOLERANCE[self.state[name].dtype] for name in ("m", "v"))]
+        state = self.state["m"].dtype
+        return [parameter, *(_QUANTIZED_TOLERANCE.get(state) or (TOLERANCE[state],) * 2)]
 
 
 class Case(NamedTuple):
@@ -99,6 +101,7 @@ def names(dtypes: Dtypes) -> str:
     if not is_update(dtypes):
         return f"norms of {str(dtypes[0]).rpartition('.')[2]} gradients"
     parameter, gradient, state, *rest = (str(dtype).rpartition(".")[2] for dtype in dtypes)
+    state = "int4" if state == "uint8" else state
     if parameter == gradient == state and not rest:
         return parameter
     with_remainder = " and remainder" if rest == ["int16"] else " and 8-bit remainder" if rest else ""
@@ -247,8 +250,8 @@ def _tensor(extension: ModuleType, dtypes: Dtypes, gradient: mx.array) -> Tensor
     moments = {"m": gradient * v, "v": v}
     state: dict[str, mx.array] = {}
     for name, moment in moments.items():
-        if dtypes[2] == mx.int8:
-            quantized = extension.quantize_moment(moment, name == "v")
+        if bits := QUANTIZED_BITS.get(dtypes[2]):
+            quantized = extension.quantize_moment(moment, name == "v", bits)
             state[name], state[f"{name}_scale"] = quantized
         else:
             state[name] = moment.astype(dtypes[2])
@@ -279,7 +282,10 @@ def _group(extension: ModuleType, dtypes: Dtypes) -> Case:
 def _from_second_block(tensor: Tensor) -> Tensor:
     """Drop the first element, or with quantized state the elements that share a scale with it."""
     first = 32 if "m_scale" in tensor.state else 1
-    state = {name: x[1 if name.endswith("_scale") else first :] for name, x in tensor.state.items()}
+    starts = dict.fromkeys(("m_scale", "v_scale"), 1)
+    if tensor.state["m"].dtype == mx.uint8:
+        starts |= dict.fromkeys(("m", "v"), first // 2)
+    state = {name: x[starts.get(name, first) :] for name, x in tensor.state.items()}
     tensor = Tensor(tensor.parameter[first:], tensor.gradient[first:], state)
     mx.eval(tensor)
     return tensor

@@ -17,8 +17,9 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 FORMATS = [
     (parameter, "bfloat16" if parameter.startswith("master") else parameter, state)
     for parameter in ("float32", "bfloat16", "float16", "master", "master24")
-    for state in ("bfloat16", "float32", "int8")
+    for state in ("bfloat16", "float32", "int8", "int4")
 ]
+BITS = {"int8": 8, "int4": 4}
 
 Tensor = dict[str, mx.array]
 PARTS = ("parameter", "gradient", "m", "v", "remainder", "m_scale", "v_scale")
@@ -50,8 +51,8 @@ def make(extension: ModuleType, shape: tuple[int, ...], formats: tuple[str, str,
         # Beside 0 it would be a subnormal float32.
         tensor["remainder"] = mx.where(tensor["parameter"] == 0, 0, remainder).astype(kind)
     for name, x in (("m", values(1.5, 0.1)), ("v", mx.square(values(1.5, 0.1)))):
-        if state == "int8":
-            tensor[name], tensor[f"{name}_scale"] = extension.quantize_moment(x, name == "v")
+        if bits := BITS.get(state):
+            tensor[name], tensor[f"{name}_scale"] = extension.quantize_moment(x, name == "v", bits)
         else:
             tensor[name] = x.astype(DTYPES[state])
     mx.eval(tensor)
