@@ -21,6 +21,8 @@ from support.storage_reference import decode, draws_of_step, encode, joined, rou
 from support.stored_tensors import lay_out
 
 MOMENTS = ("m", "v")
+CODED = {"int8": mx.int8, "int4": mx.uint8}  # the dtypes of m
+BITS_OF_CODES = {mx.int8: 8, mx.uint8: 4}
 NEAREST = 0x8000  # the draw with which codes are rounded to nearest
 SMALLEST_CODED, SHORTEST_CODED_ROW = 4096, 32
 
@@ -69,13 +71,13 @@ class Tensor:
     dtype: mx.Dtype
     value: np.ndarray
     state: Mapping[str, np.ndarray] | None = None
-    state_dtype: mx.Dtype | None = None  # int8 stands for codes
+    state_dtype: mx.Dtype | None = None  # int8 stands for codes of 8 bits, uint8 for those of 4
 
     def moment(self, name: str) -> np.ndarray:
         """The float32 values that are stored."""
         assert self.state is not None
-        if self.state_dtype == mx.int8:
-            return decode(name, self.state[name], self.state[f"{name}_scale"])
+        if bits := BITS_OF_CODES.get(self.state_dtype):
+            return decode(name, self.state[name], self.state[f"{name}_scale"], bits, self.value.shape[-1])
         return self.state[name]
 
     @property
@@ -119,10 +121,10 @@ class Options:
 
     def wanted(self, tensor: Tensor) -> mx.Dtype:
         """The dtype in which a tensor's moments are to be stored."""
-        if self.state_dtype == "int8":
+        if self.state_dtype in CODED:
             shape = tensor.value.shape
             is_large = tensor.value.size >= SMALLEST_CODED and shape[-1] >= SHORTEST_CODED_ROW
-            return mx.int8 if is_large else mx.bfloat16
+            return CODED[self.state_dtype] if is_large else mx.bfloat16
         if self.state_dtype is not None:
             return getattr(mx, self.state_dtype)
         return mx.float32 if tensor.dtype == mx.float32 else mx.bfloat16
@@ -179,18 +181,18 @@ class Model:
     def _adopted(self, tensor: Tensor) -> Tensor:
         wanted = self.options.wanted(tensor)
         shape = tensor.value.shape
+        wanted_bits = BITS_OF_CODES.get(wanted)
         state: dict[str, np.ndarray] = {}
         for name in MOMENTS:
-            if tensor.state is None and wanted == mx.int8:
-                blocks = (*shape[:-1], -(-shape[-1] // 32))
-                state[name] = np.zeros(shape, np.int8 if name == "m" else np.uint8)
-                state[f"{name}_scale"] = np.zeros(blocks, np.float32)
+            if tensor.state is None and wanted_bits:
+                state[name] = encode(name, np.zeros(shape, np.float32), np.full(shape, NEAREST), wanted_bits)[0]
+                state[f"{name}_scale"] = np.zeros((*shape[:-1], -(-shape[-1] // 32)), np.float32)
             elif tensor.state is None:
                 state[name] = np.zeros(shape, np.float32)
-            elif wanted == mx.int8 and tensor.state_dtype == mx.int8:
+            elif wanted_bits and tensor.state_dtype == wanted:
                 state |= {k: tensor.state[k] for k in (name, f"{name}_scale")}
-            elif wanted == mx.int8:
-                codes = encode(name, tensor.state[name], np.full(shape, NEAREST))
+            elif wanted_bits:
+                codes = encode(name, tensor.moment(name), np.full(shape, NEAREST), wanted_bits)
                 state[name], state[f"{name}_scale"] = codes
             else:
                 state[name] = to_dtype(tensor.moment(name), wanted)
@@ -264,10 +266,10 @@ class Model:
         options, shape = self.options, tensor.value.shape
         bits = bits_of_step(options.seed, self.step, number, w.size)
         state: dict[str, np.ndarray] = {}
-        if tensor.state_dtype == mx.int8:
+        if bits_of_codes := BITS_OF_CODES.get(tensor.state_dtype):
             draws = draws_of_step(options.seed, self.step, number, shape)
             for name, x in (("m", m), ("v", v)):
-                state[name], state[f"{name}_scale"] = encode(name, x, draws[name])
+                state[name], state[f"{name}_scale"] = encode(name, x, draws[name], bits_of_codes)
         else:
             for name, x, is_random in (
                 ("m", m, options.stochastic_rounding is True),
@@ -363,7 +365,7 @@ def assert_array(actual: mx.array, expected: np.ndarray, dtype: mx.Dtype, what: 
 
 def state_dtypes(tensor: Tensor) -> dict[str, mx.Dtype]:
     """The dtypes of all that a state holds."""
-    is_coded = tensor.state_dtype == mx.int8
+    is_coded = tensor.state_dtype in BITS_OF_CODES
     dtypes = {
         "m": tensor.state_dtype,
         "v": mx.uint8 if is_coded else tensor.state_dtype,

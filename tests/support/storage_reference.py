@@ -1,4 +1,4 @@
-"""8-bit codes and remainders in NumPy, written anew from docs/state-codes.md and docs/numerics.md, knowing no
+"""Codes of 8 and 4 bits and remainders in NumPy, written anew from docs/state-codes.md and docs/numerics.md, knowing no
 kernel.
 """
 
@@ -31,8 +31,14 @@ def unblocked(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(rows[:, : shape[-1]]).reshape(shape)
 
 
-def decode(name: str, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Codes (int8 of m, uint8 of v) and scales (float32) to float32."""
+def decode(
+    name: str, codes: np.ndarray, scales: np.ndarray, bits: int = 8, columns: int | None = None
+) -> np.ndarray:
+    """Codes (int8 of m, uint8 of v; of 4 bits two to a byte, by default of an even row) and scales (float32) to
+    float32.
+    """
+    if bits == 4:
+        return _decode_4(name, codes, scales, columns or 2 * codes.shape[-1])
     k = blocks(codes).astype(np.int64)
     if name == "m":
         values = np.sign(k) * (power(np.abs(k) + 8) - np.float32(4096))
@@ -42,8 +48,10 @@ def decode(name: str, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return unblocked(scaled.astype(np.float32), codes.shape)
 
 
-def encode(name: str, x: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def encode(name: str, x: np.ndarray, draws: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """float32 to codes and scales; `draws` are 16 bits for each element."""
+    if bits == 4:
+        return _encode_4(name, x, draws)
     values, draws = blocks(x), blocks(draws).astype(np.int64)
     base = np.float32(4096 if name == "m" else 0)
     top = power(TOP[name]) - base
@@ -63,6 +71,44 @@ def encode(name: str, x: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.
     else:
         codes = np.where(values == 0, 0, n - 7).astype(np.uint8)
     return unblocked(codes, x.shape), unblocked_scales(scale, x.shape)
+
+
+# The levels of 4 bits, in units of the scale.
+LEVELS = {
+    "m": np.array([0, 1, 4, 8, 16, 24, 32, 48], np.float32),
+    "v": np.array(
+        [0, 1, 16, 64, 256, 512, 1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152], np.float32
+    ),
+}
+
+
+def _decode_4(name: str, packed: np.ndarray, scales: np.ndarray, columns: int) -> np.ndarray:
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :columns]
+    k = blocks(nibbles).astype(np.int64)
+    levels = LEVELS["m"][k & 7] * np.where(k & 8, -1, 1) if name == "m" else LEVELS["v"][k]
+    return unblocked((levels * scales.reshape(-1, 1)).astype(np.float32), (*packed.shape[:-1], columns))
+
+
+def _encode_4(name: str, x: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, draws = blocks(x), blocks(draws).astype(np.int64)
+    levels = LEVELS[name]
+    cap = np.float32(2.0 ** (63 if name == "m" else 127))
+    counted = np.minimum(np.nan_to_num(np.abs(values), nan=0.0), cap)
+    least = counted.max(axis=1, keepdims=True).astype(np.float32) * (np.float32(1) / levels[-1])
+    bits = (least.view(np.uint32).astype(np.int64) + 0xFFFF) >> 16
+    scale = (np.maximum(bits, 0x80) << 16).astype(np.uint32).view(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        y = np.abs(values) * (np.float32(1) / scale)
+        y = np.where(y < levels[-1], y, levels[-1])  # NaN too
+    y = np.maximum(y, np.float32(0 if name == "m" else 1)).astype(np.float32)
+    lower = np.searchsorted(levels, y, side="right") - 1
+    below, above = levels[lower], np.append(levels, 2 * levels[-1])[lower + 1]
+    threshold = (draws / 65536).astype(np.float32) * (above - below)
+    k = lower + (y - below > threshold)
+    k = np.where((values < 0) & (k > 0), k + 8, k) if name == "m" else np.where(values == 0, 0, k)
+    nibbles = unblocked(k.astype(np.uint8), x.shape)
+    nibbles = np.pad(nibbles, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4, unblocked_scales(scale, x.shape)
 
 
 def unblocked_scales(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
