@@ -53,6 +53,7 @@ SETUPS = {
     "decay_filter": Setup(fused.AdamW, {"weight_decay": 0.5, "decay_filter": ["weight$"]}),
     "bfloat16 state": Setup(fused.AdamW, {"state_dtype": "bfloat16"}),
     "int8 state": Setup(fused.AdamW, {"state_dtype": "int8"}),
+    "int4 state": Setup(fused.AdamW, {"state_dtype": "int4"}),
     "max_grad_norm": Setup(fused.AdamW, {"max_grad_norm": 0.5}),
     "skip_nonfinite": Setup(fused.AdamW, {"skip_nonfinite": True}, has_bad_gradient=True),
     "MultiOptimizer": Setup(parts, {"max_grad_norm": 0.5, "skip_nonfinite": True}, has_bad_gradient=True),

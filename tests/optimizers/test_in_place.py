@@ -59,6 +59,7 @@ OPTIONS = [
     (mx.float32, {}),
     (mx.bfloat16, {}),
     (mx.float32, {"state_dtype": "int8"}),
+    (mx.float32, {"state_dtype": "int4"}),
     (mx.float32, {"state_dtype": "bfloat16"}),
     (mx.bfloat16, {"stochastic_rounding": True}),
     (mx.bfloat16, {"master_weights": True}),
