@@ -300,14 +300,14 @@ inline uint largest_in_block(uint x) {
 // Values of quantized state, by the number of their bits; in 4 bits, value k is in the half k % 2 of byte k / 2.
 typedef QuantizedState<8> In8Bits;
 typedef QuantizedState<4> In4Bits;
-inline float load_m(In8Bits, const thread int8_t* m, uint k, float scale) { return load_int8(m[k], scale); }
-inline float load_v(In8Bits, const thread uint8_t* v, uint k, float scale) { return load_uint8(v[k], scale); }
-inline BlockScale m_scale_of(In8Bits, uint largest) { return scale_of_m(largest); }
-inline BlockScale v_scale_of(In8Bits, uint largest) { return scale_of_v(largest); }
-inline void store_m(In8Bits, float x, float inverse, Rounding rounding, thread int8_t* m, uint k) {
+inline float load_m_of(In8Bits, const thread int8_t* m, uint k, float scale) { return load_int8(m[k], scale); }
+inline float load_v_of(In8Bits, const thread uint8_t* v, uint k, float scale) { return load_uint8(v[k], scale); }
+inline BlockScale m_scale_of(In8Bits, uint largest) { return scale_of_m8(largest); }
+inline BlockScale v_scale_of(In8Bits, uint largest) { return scale_of_v8(largest); }
+inline void store_m_of(In8Bits, float x, float inverse, Rounding rounding, thread int8_t* m, uint k) {
   m[k] = int8_t(store_int8(x, inverse, rounding));
 }
-inline void store_v(In8Bits, float x, float inverse, Rounding rounding, thread uint8_t* v, uint k) {
+inline void store_v_of(In8Bits, float x, float inverse, Rounding rounding, thread uint8_t* v, uint k) {
   v[k] = uint8_t(store_uint8(x, inverse, rounding));
 }
 
@@ -316,14 +316,14 @@ inline void set_half(thread uint8_t* packed, uint k, int q) {
   uint before = k % 2 == 0 ? 0u : uint(packed[k / 2]);
   packed[k / 2] = uint8_t(before | uint(q) << (4 * (k % 2)));
 }
-inline float load_m(In4Bits, const thread uint8_t* m, uint k, float scale) { return load_int4(half_of(m, k), scale); }
-inline float load_v(In4Bits, const thread uint8_t* v, uint k, float scale) { return load_uint4(half_of(v, k), scale); }
+inline float load_m_of(In4Bits, const thread uint8_t* m, uint k, float scale) { return load_int4(half_of(m, k), scale); }
+inline float load_v_of(In4Bits, const thread uint8_t* v, uint k, float scale) { return load_uint4(half_of(v, k), scale); }
 inline BlockScale m_scale_of(In4Bits, uint largest) { return scale_of_m4(largest); }
 inline BlockScale v_scale_of(In4Bits, uint largest) { return scale_of_v4(largest); }
-inline void store_m(In4Bits, float x, float inverse, Rounding rounding, thread uint8_t* m, uint k) {
+inline void store_m_of(In4Bits, float x, float inverse, Rounding rounding, thread uint8_t* m, uint k) {
   set_half(m, k, store_int4(x, inverse, rounding));
 }
-inline void store_v(In4Bits, float x, float inverse, Rounding rounding, thread uint8_t* v, uint k) {
+inline void store_v_of(In4Bits, float x, float inverse, Rounding rounding, thread uint8_t* v, uint k) {
   set_half(v, k, store_uint4(x, inverse, rounding));
 }
 
@@ -343,8 +343,8 @@ inline void update_stored(
   for (uint k = 0; k < N; ++k) {
     AdamState<float> old = {
         decode_parameter(run, k),
-        load_m(format, run.m, k, old_m_scale),
-        load_v(format, run.v, k, old_v_scale)};
+        load_m_of(format, run.m, k, old_m_scale),
+        load_v_of(format, run.v, k, old_v_scale)};
     AdamState<float> next = adam_rule(old, gradient[k], step.scalars, step.constants);
     encode_parameter(
         next.parameter, element_rounding(step.rounding, at.element + k).parameter, run, k);
@@ -358,8 +358,8 @@ inline void update_stored(
   BlockScale v_scale = v_scale_of(format, largest_in_block(largest_v));
   for (uint k = 0; k < N; ++k) {
     ElementRounding rounding = element_rounding(step.rounding, at.element + k);
-    store_m(format, m[k], m_scale.inverse, rounding.m, run.m, k);
-    store_v(format, v[k], v_scale.inverse, rounding.v, run.v, k);
+    store_m_of(format, m[k], m_scale.inverse, rounding.m, run.m, k);
+    store_v_of(format, v[k], v_scale.inverse, rounding.v, run.v, k);
   }
   run.scales = m_scale.stored | v_scale.stored << 16;
 }

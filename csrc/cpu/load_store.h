@@ -253,7 +253,7 @@ FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std
       return;
     case Format::int8: {
       store_quantized<count, 8>(
-          x, to, at, [](std::uint32_t largest) { return scale_of_m(largest); },
+          x, to, at, [](std::uint32_t largest) { return scale_of_m8(largest); },
           [=](std::size_t i, float inverse) {
             return store_int8(x[i], inverse, rounding.random ? rounding[i] : nearest);
           });
@@ -261,7 +261,7 @@ FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std
     }
     case Format::uint8: {
       store_quantized<count, 8>(
-          x, to, at, [](std::uint32_t largest) { return scale_of_v(largest); },
+          x, to, at, [](std::uint32_t largest) { return scale_of_v8(largest); },
           [=](std::size_t i, float inverse) {
             return store_uint8(x[i], inverse, rounding.random ? rounding[i] : nearest);
           });

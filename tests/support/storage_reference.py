@@ -7,7 +7,9 @@ import numpy as np
 from support.rounding_reference import bits_of_step
 
 BLOCK = 32
-TOP = {"m": 135, "v": 262}
+# How far m and v are shifted along the power, and their largest codes, by the number of bits.
+SHIFT = {8: {"m": 8, "v": 7}, 4: {"m": 5, "v": 3}}
+MOST = {8: {"m": 127, "v": 255}, 4: {"m": 7, "v": 15}}
 
 
 def power(n: np.ndarray) -> np.ndarray:
@@ -38,77 +40,60 @@ def decode(
     float32.
     """
     if bits == 4:
-        return _decode_4(name, codes, scales, columns or 2 * codes.shape[-1])
-    k = blocks(codes).astype(np.int64)
+        codes = unpacked(codes, columns or 2 * codes.shape[-1])
+        if name == "m":
+            codes = np.where(codes & 8, codes.astype(np.int8) - 16, codes.astype(np.int8))
+    k, shift = blocks(codes).astype(np.int64), SHIFT[bits][name]
     if name == "m":
-        values = np.sign(k) * (power(np.abs(k) + 8) - np.float32(4096))
+        values = np.sign(k) * (power(np.abs(k) + shift) - power(shift))
     else:
-        values = np.where(k > 0, power(k + 7), 0)
+        values = np.where(k > 0, power(k + shift), 0)
     scaled = values.astype(np.float32) * scales.reshape(-1, 1).astype(np.float32)
     return unblocked(scaled.astype(np.float32), codes.shape)
 
 
 def encode(name: str, x: np.ndarray, draws: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """float32 to codes and scales; `draws` are 16 bits for each element."""
-    if bits == 4:
-        return _encode_4(name, x, draws)
     values, draws = blocks(x), blocks(draws).astype(np.int64)
-    base = np.float32(4096 if name == "m" else 0)
-    top = power(TOP[name]) - base
+    shift, most = SHIFT[bits][name], MOST[bits][name]
+    base = power(shift) if name == "m" else np.float32(0)
+    top = power(most + shift) - base
     cap = np.float32(2.0 ** (63 if name == "m" else 127))
     counted = np.minimum(np.nan_to_num(np.abs(values), nan=0.0), cap)
-    largest = counted.max(axis=1, keepdims=True).astype(np.float32)
-    exponent = np.ceil(np.log2(np.maximum(largest, 1e-45).astype(np.float64) / np.float64(top)))
-    scale = np.exp2(np.maximum(exponent, -126)).astype(np.float32)
+    least = counted.max(axis=1, keepdims=True).astype(np.float32) * (np.float32(1) / top)
+    if bits == 4 and name == "m":  # the next bfloat16
+        upper = (least.view(np.uint32).astype(np.int64) + 0xFFFF) >> 16
+        scale = (upper << 16).astype(np.uint32).view(np.float32)
+    else:
+        exponent = np.ceil(np.log2(np.maximum(least, 1e-45).astype(np.float64)))
+        scale = np.exp2(np.maximum(exponent, -126)).astype(np.float32)
+    scale = np.maximum(scale, np.float32(2.0**-126))
     u = ((draws >> 1) / 32768).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         y = np.abs(values) * (np.float32(1) / scale)
         t = root((y + base).astype(np.float32))
-        t = t if name == "m" else np.maximum(t, np.float32(8))
-        n = np.minimum((t + u).astype(np.float32), np.float32(TOP[name] + 0.5)).astype(np.int64)
-    if name == "m":
-        codes = np.where(values < 0, -(n - 8), n - 8).astype(np.int8)
+        t = t if name == "m" else np.maximum(t, np.float32(shift + 1))
+        n = np.minimum((t + u).astype(np.float32), np.float32(most + shift + 0.5)).astype(np.int64)
+    k = n - shift
+    if name == "v":
+        codes = np.where(values == 0, 0, k).astype(np.uint8)
+    elif bits == 8:
+        codes = np.where(values < 0, -k, k).astype(np.int8)
     else:
-        codes = np.where(values == 0, 0, n - 7).astype(np.uint8)
-    return unblocked(codes, x.shape), unblocked_scales(scale, x.shape)
+        codes = (np.where(values < 0, -k, k) & 15).astype(np.uint8)
+    codes = unblocked(codes, x.shape)
+    return codes if bits == 8 else packed(codes), unblocked_scales(scale, x.shape)
 
 
-# The levels of 4 bits, in units of the scale.
-LEVELS = {
-    "m": np.array([0, 1, 4, 8, 16, 24, 32, 48], np.float32),
-    "v": np.array(
-        [0, 1, 16, 64, 256, 512, 1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152], np.float32
-    ),
-}
+def packed(codes: np.ndarray) -> np.ndarray:
+    """Two codes of a row to a byte, the first in its lower half."""
+    even = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
+    return even[..., ::2] | even[..., 1::2] << 4
 
 
-def _decode_4(name: str, packed: np.ndarray, scales: np.ndarray, columns: int) -> np.ndarray:
-    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :columns]
-    k = blocks(nibbles).astype(np.int64)
-    levels = LEVELS["m"][k & 7] * np.where(k & 8, -1, 1) if name == "m" else LEVELS["v"][k]
-    return unblocked((levels * scales.reshape(-1, 1)).astype(np.float32), (*packed.shape[:-1], columns))
-
-
-def _encode_4(name: str, x: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    values, draws = blocks(x), blocks(draws).astype(np.int64)
-    levels = LEVELS[name]
-    cap = np.float32(2.0 ** (63 if name == "m" else 127))
-    counted = np.minimum(np.nan_to_num(np.abs(values), nan=0.0), cap)
-    least = counted.max(axis=1, keepdims=True).astype(np.float32) * (np.float32(1) / levels[-1])
-    bits = (least.view(np.uint32).astype(np.int64) + 0xFFFF) >> 16
-    scale = (np.maximum(bits, 0x80) << 16).astype(np.uint32).view(np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        y = np.abs(values) * (np.float32(1) / scale)
-        y = np.where(y < levels[-1], y, levels[-1])  # NaN too
-    y = np.maximum(y, np.float32(0 if name == "m" else 1)).astype(np.float32)
-    lower = np.searchsorted(levels, y, side="right") - 1
-    below, above = levels[lower], np.append(levels, 2 * levels[-1])[lower + 1]
-    threshold = (draws / 65536).astype(np.float32) * (above - below)
-    k = lower + (y - below > threshold)
-    k = np.where((values < 0) & (k > 0), k + 8, k) if name == "m" else np.where(values == 0, 0, k)
-    nibbles = unblocked(k.astype(np.uint8), x.shape)
-    nibbles = np.pad(nibbles, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
-    return nibbles[..., ::2] | nibbles[..., 1::2] << 4, unblocked_scales(scale, x.shape)
+def unpacked(codes: np.ndarray, columns: int) -> np.ndarray:
+    """The reverse."""
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)[..., :columns]
 
 
 def unblocked_scales(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
