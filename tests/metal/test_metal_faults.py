@@ -511,9 +511,7 @@ LARGE_ROWS = {
 @pytest.mark.usefixtures("no_memory_limit")
 @pytest.mark.parametrize("bits_of_codes", [8, 4])
 @pytest.mark.parametrize("name", LARGE_ROWS)
-def test_quantized_state_of_more_than_one_dispatch(
-    cpu_extension, emulated_extension, emulator, name, bits_of_codes
-):
+def test_quantized_state_of_more_than_one_dispatch(cpu_extension, emulated_extension, emulator, name, bits_of_codes):
     """Their last elements, from zeros: values, and the scales that the last dispatch writes at its place."""
     shape, stride, end, threadgroups = LARGE_ROWS[name]
     dtypes = {"parameter": mx.float16, "gradient": mx.float16}

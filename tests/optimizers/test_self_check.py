@@ -234,7 +234,12 @@ def test_a_kernel_that_stores_scales_or_corrections_wrongly_fails(extension, nam
     assert "kernel is off by" in _self_check.run(faulty, mx.default_device().type, dtypes)
 
 
-OPTIONS = [{"state_dtype": "int8"}, {"state_dtype": "int4"}, {"master_weights": True}, {"master_weights": True, "master_weight_bits": 24}]
+OPTIONS = [
+    {"state_dtype": "int8"},
+    {"state_dtype": "int4"},
+    {"master_weights": True},
+    {"master_weights": True, "master_weight_bits": 24},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

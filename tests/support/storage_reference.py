@@ -33,9 +33,7 @@ def unblocked(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(rows[:, : shape[-1]]).reshape(shape)
 
 
-def decode(
-    name: str, codes: np.ndarray, scales: np.ndarray, bits: int = 8, columns: int | None = None
-) -> np.ndarray:
+def decode(name: str, codes: np.ndarray, scales: np.ndarray, bits: int = 8, columns: int | None = None) -> np.ndarray:
     """Codes (int8 of m, uint8 of v; of 4 bits two to a byte, by default of an even row) and scales (float32) to
     float32.
     """
