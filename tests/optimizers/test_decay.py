@@ -56,8 +56,8 @@ def test_decay_applies_to_what_the_filter_says(name):
         assert not mx.array_equal(with_decay[path], without[path]), path
 
 
-@pytest.mark.parametrize("options", [{}, {"stochastic_rounding": True}, {"state_dtype": "int8"}, {"state_dtype": "int4"},
-                                     {"master_weights": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"stochastic_rounding": True}, {"state_dtype": "int8"},
+                                     {"state_dtype": "int4"}, {"master_weights": True}], ids=str)  # fmt: skip
 def test_a_filter_changes_no_random_bit(options):
     rng = np.random.default_rng(1)
     parameters, gradients = tree(rng, mx.bfloat16), [tree(rng, mx.bfloat16) for _ in range(2)]

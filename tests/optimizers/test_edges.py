@@ -33,8 +33,8 @@ def train(optimizer, parameters, seeds):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("state_dtype", "int8"), ("state_dtype", "int4"), ("state_dtype", "bfloat16"), ("stochastic_rounding", True), ("seed", 7),
-    ("master_weights", True), ("max_grad_norm", 0.1), ("skip_nonfinite", True), ("decay_filter", ["b"]),
+    ("state_dtype", "int8"), ("state_dtype", "int4"), ("state_dtype", "bfloat16"), ("stochastic_rounding", True),
+    ("seed", 7), ("master_weights", True), ("max_grad_norm", 0.1), ("skip_nonfinite", True), ("decay_filter", ["b"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_an_option_that_is_assigned_counts_from_the_next_update(name, value, dtype):
