@@ -22,7 +22,7 @@ from .character_model import Sizes, Text, Transformer, learning_rate_schedule, m
 
 STEPS_OF_A_MEAN = 10  # whose mean loss is kept
 BATCH_SIZE, HELD_OUT_BATCHES, HELD_OUT_BATCH_SIZE = 8, 8, 32
-SMALL = Sizes(dims=64, heads=2, layers=2, context=32)
+SMALL = Sizes(dims=64, heads=2, layers=1, context=32)
 TINY = Sizes(dims=64, heads=2, layers=1, context=8)
 SEEDS = (0, 1, 2)
 
@@ -41,10 +41,10 @@ class Regime:
     is_trained_before: bool = False
 
 
-FROM_SCRATCH = Regime("from scratch", "prose", 3e-3, 300, falls=True)
-FINE_TUNING = Regime("fine-tuning", "code", 1e-4, 240, falls=False, is_trained_before=True)
+FROM_SCRATCH = Regime("from scratch", "prose", 3e-3, 240, falls=True)
+FINE_TUNING = Regime("fine-tuning", "code", 1e-4, 160, falls=False, is_trained_before=True)
 REGIMES = (FROM_SCRATCH, FINE_TUNING)
-BEFORE = Regime("training before fine-tuning", "prose", 3e-3, 600, falls=True)
+BEFORE = Regime("training before fine-tuning", "prose", 3e-3, 400, falls=True)
 
 
 @dataclass(frozen=True)

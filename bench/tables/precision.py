@@ -68,6 +68,8 @@ def difference(results: Results, row: Row, regime: str, key: str = "final_loss")
     found = differences(results, row, regime, key)
     if not found:
         return percent(None)
+    if not any(found):
+        return "identical"
     shown = percent(mean(found), digits=2, sign="+")
     if len(found) > 1:
         shown += f" ± {percent(stdev(found), digits=2)}"
