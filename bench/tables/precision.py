@@ -31,9 +31,7 @@ def regimes(results: Results) -> list[str]:
 
 def runs_of(results: Results, row: Row, regime: str) -> dict[int, Run]:
     """The row's runs by seed."""
-    return {
-        x["seed"]: x for x in results["runs"] if (x["dtype"], x["implementation"]) == row and x["regime"] == regime
-    }
+    return {x["seed"]: x for x in results["runs"] if (x["dtype"], x["implementation"]) == row and x["regime"] == regime}
 
 
 def stored_bytes(run: Run) -> float:
