@@ -41,10 +41,10 @@ class Regime:
     is_trained_before: bool = False
 
 
-FROM_SCRATCH = Regime("from scratch", "prose", 3e-3, 240, falls=True)
-FINE_TUNING = Regime("fine-tuning", "code", 1e-4, 160, falls=False, is_trained_before=True)
+FROM_SCRATCH = Regime("from scratch", "prose", 3e-3, 480, falls=True)
+FINE_TUNING = Regime("fine-tuning", "code", 1e-4, 240, falls=False, is_trained_before=True)
 REGIMES = (FROM_SCRATCH, FINE_TUNING)
-BEFORE = Regime("training before fine-tuning", "prose", 3e-3, 400, falls=True)
+BEFORE = Regime("training before fine-tuning", "prose", 3e-3, 600, falls=True)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 MEMORY = 0.8  # of the running mean
-STRONG = {("float32", FUSED): "black", ("bfloat16", MLX): "tab:red"}
+STRONG = {("float32", FUSED): "black", ("bfloat16", MLX): "red"}
+COLORS = plt.get_cmap("tab20").colors
 
 
 def save(path: Path, results: Results) -> None:
@@ -34,12 +35,12 @@ def save(path: Path, results: Results) -> None:
     width = results["settings"]["steps_of_a_mean"]
     for (above, below), name in zip(axes.T, names, strict=True):
         base = _mean_losses(results, REFERENCE, name)
-        for row in rows_of(results):
+        for i, row in enumerate(rows_of(results)):
             losses = _mean_losses(results, row, name)
             if not losses:
                 continue
             steps = [width * (i + 1) for i in range(len(losses))]
-            style = {"label": _label(results, row), "linewidth": 1.2, "color": STRONG.get(row)}
+            style = {"label": _label(results, row), "linewidth": 1.2, "color": STRONG.get(row, COLORS[i])}
             above.plot(steps, losses, **style)
             below.plot(steps, _smooth([100 * (x / y - 1) for x, y in zip(losses, base, strict=True)]), **style)
         above.set(title=name, ylabel="training loss")
