@@ -1,5 +1,6 @@
 """The study of quantized state: it runs, and its simulation stores what kernels store."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_weights_without_gradients_rest_unless_m_is_rounded_to_nearest() -> None
         assert update("… m to nearest", beta1) > 0.005
 
 
-def stored_as_documented(x: np.ndarray, signed: bool, threshold: np.float32) -> np.ndarray:
+def stored_as_documented(x: np.ndarray, storage: Storage, shift: int, top: int, signed: bool) -> np.ndarray:
     """Store values that are not negative as docs/state-codes.md tells kernels to, in float32; decoded again."""
 
     def power(n: np.ndarray) -> np.ndarray:
@@ -85,30 +86,36 @@ def stored_as_documented(x: np.ndarray, signed: bool, threshold: np.float32) -> 
     def root(y: np.ndarray) -> np.ndarray:
         return ((y.view(np.uint32) >> 2) + np.uint32(0x2FA00000)).view(np.float32)
 
-    base = np.float32(4096) if signed else np.float32(0)
-    top = 135 if signed else 262
+    base = power(np.array([shift]))[0] if signed else np.float32(0)
     largest = power(np.array([top]))[0] - base
     maximum = x.max(axis=1, keepdims=True)
-    exponent = np.frexp(maximum)[1] - np.frexp(largest)[1]
-    scale = np.ldexp(np.float32(1), np.maximum(exponent, -126))
-    scale = np.where(largest * scale < maximum, scale * 2, scale)
+    if storage.scale == "bf16":
+        scale = (((maximum / largest).view(np.uint32) + 0xFFFF) & 0xFFFF0000).view(np.float32)
+    else:
+        exponent = np.frexp(maximum)[1] - np.frexp(largest)[1]
+        scale = np.ldexp(np.float32(1), np.maximum(exponent, -126))
+        scale = np.where(largest * scale < maximum, scale * 2, scale)
     y = x * (1 / scale)
-    t = root(y + base) if signed else np.maximum(root(y), np.float32(8))
-    n = np.minimum(t + (1 - threshold), np.float32(top) + np.float32(0.5)).astype(np.int32)
+    t = root(y + base) if signed else np.maximum(root(y), np.float32(shift + 1))
+    n = np.minimum(t + np.float32(0.5), np.float32(top) + np.float32(0.5)).astype(np.int32)
     return np.where(x > 0, power(n) - base, np.float32(0)) * scale
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["m", "v"])
-def test_the_documented_formulas_give_what_was_simulated(signed: bool) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_documented_formulas_give_what_was_simulated(bits: int, signed: bool) -> None:
     x = np.exp(np.random.default_rng(0).normal(-10, 4, (4000, 32))).astype(np.float32)
     x[:, 5] = 0
-    stored = Stored(Storage("bent 4th power"), signed, x.shape)
+    chosen = quantized_state.CANDIDATES[bits][quantized_state.CHOSEN[bits]][0 if signed else 1]
+    storage = dataclasses.replace(chosen, rounding="nearest")
+    stored = Stored(storage, signed, x.shape)
     stored.put(x)
-    values = stored_as_documented(x, signed, np.float32(0.5))
+    shift, top = {(8, True): (8, 135), (8, False): (7, 262), (4, True): (5, 12), (4, False): (3, 18)}[bits, signed]
+    values = stored_as_documented(x, storage, shift, top, signed)
     # A root has two bits less than a value, so a value that near the middle may go to either side.
     differ = values != stored.values
     assert differ.mean() < 1e-4
-    table = (M_TABLES if signed else V_TABLES)["bent 4th power"]
+    table = (M_TABLES if signed else V_TABLES)[storage.table]
     gaps = np.diff(table).max() * stored.scale
     assert (np.abs(values - stored.values) <= gaps).all()
 
