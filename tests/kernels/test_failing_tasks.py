@@ -12,7 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from support.mlx_release import since_mlx
+
 pytestmark = [
+    since_mlx("0.32.2", "MLX raises the error of a task wherever it queues the next one"),
     pytest.mark.cpu_only,
     pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD"),
 ]
