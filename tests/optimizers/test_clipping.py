@@ -123,6 +123,13 @@ def test_gradients_of_other_dtypes_count_by_their_size(extension):
         assert sum_of_squares(extension, [x, mx.ones(2), x]).item() == 54, dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_kernel_the_squares_are_float32_too(extension, dtype):
+    gradients = [random(np.random.default_rng(1), shape, dtype) for shape in [(70, 90), (7,), ()]]
+    total = extension.sum_of_squares(gradients, uses_kernel=lambda _: False)
+    np.testing.assert_allclose(total.item(), exact_norm(gradients) ** 2, rtol=1e-5)
+
+
 @pytest.mark.cpu_only
 def test_threads_change_no_bit(extension):
     rng = np.random.default_rng(2)

@@ -77,6 +77,22 @@ def test_parameters_that_fall_back_obey_too():
     assert mx.all(new["a"] < 1) and mx.all(new["b"] == 1)
 
 
+@pytest.mark.cpu_only
+def test_a_filter_reads_the_paths_of_a_tree_whose_leaves_part():
+    """Some fall back, some do not; each is asked for by its own path."""
+    dtypes = {"a": mx.float64, "b": mx.float32, "c": mx.bfloat16, "d": mx.float64, "e": mx.float32}
+    parameters = {k: mx.ones(3, dtype) for k, dtype in dtypes.items()}
+    for wanted in dtypes:
+        asked = {}
+        optimizer = fused.AdamW(
+            **SETTINGS, decay_filter=lambda path, x, w=wanted, a=asked: (a.update({path: x.dtype}), path == w)[1]
+        )
+        new = optimizer.apply_gradients({k: x * 0 for k, x in parameters.items()}, parameters)
+        mx.eval(new)
+        assert [k for k, x in new.items() if mx.all(x < 1)] == [wanted]
+        assert asked == dtypes
+
+
 def test_compiled_steps_obey():
     rng = np.random.default_rng(2)
     start, gradients = tree(rng), [tree(rng) for _ in range(3)]

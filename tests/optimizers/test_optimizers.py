@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import mlx_fused_adam as fused
+from mlx_fused_adam import _clipping
 from support.mlx_release import since_mlx
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -584,6 +585,25 @@ def test_a_rejected_step_of_a_subclass_is_rolled_back(fresh):
     assert_same_tree(optimizer.state, before)
     new = optimizer.apply_gradients(parameters, parameters)
     assert_same_tree(new, reference.apply_gradients(parameters, parameters))
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["first step", "later step"])
+def test_an_error_after_the_moments_were_written_takes_them_back(fresh, monkeypatch):
+    optimizer = fused.AdamW(optim.exponential_decay(0.1, 0.5), max_grad_norm=1.0, skip_nonfinite=True)
+    parameters = {"a": mx.ones(3), "b": [mx.ones(2)]}
+    if not fresh:
+        optimizer.apply_gradients(parameters, parameters)
+    before = flat(optimizer.state)
+
+    def interrupted(clipping, state):
+        assert fresh or state["a"]["m"] is not before["a.m"], "the moments are not written yet"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_clipping.Clipping, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.apply_gradients(parameters, parameters)
+    after = flat(optimizer.state)
+    assert after.keys() == before.keys() and all(after[k] is x for k, x in before.items())
 
 
 class Needy(tuple):

@@ -412,6 +412,16 @@ def test_stock_state_needs_parameters_that_were_seen():
         fused.stock_state(optim.Adam(1e-2))
 
 
+def test_stock_state_knows_all_parameters_that_init_has_seen():
+    """Also those that the last init did not have, being frozen."""
+    optimizer = fused.Adam(1e-2)
+    parameters = {"a": mx.ones(3, mx.float16), "b": mx.ones(3, mx.bfloat16)}
+    optimizer.init(parameters)
+    optimizer.init({"b": parameters["b"]})
+    tree = fused.stock_state(optimizer)
+    assert {k: tree[k]["m"].dtype for k in parameters} == {"a": mx.float16, "b": mx.bfloat16}
+
+
 def broken(key: str, value) -> dict:
     optimizer = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
     optimizer.init({"a": {"w": mx.ones((64, 64), mx.bfloat16)}})

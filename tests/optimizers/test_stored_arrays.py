@@ -95,6 +95,26 @@ def test_decoding_takes_any_layout(extension, name, is_lazy):
         assert_same_bits(extension.dequantize_moment(*some), expected)
 
 
+@pytest.mark.parametrize("name", ["m", "v"])
+def test_encoding_takes_any_layout_and_dtype(extension, name):
+    x = mx.abs(random(np.random.default_rng(5), (40, 150), mx.bfloat16))
+    expected = extension.quantize_moment(x.astype(mx.float32), name == "v")
+    assert_same_bits(extension.quantize_moment(turned(x), name == "v"), expected)
+
+
+def test_tensors_of_every_combination_of_formats_share_a_call(extension):
+    """Each is updated as it is alone, whichever node it shares."""
+    tensors = []
+    for parameter in ("float32", "bfloat16", "master"):
+        for gradient in ("float32", "bfloat16", "float16"):
+            for state in ("float32", "bfloat16", "int8"):
+                tensors.append(stored_tensors.make(extension, (3, 40), (parameter, gradient, state), len(tensors)))
+    found = stored_tensors.update(extension, tensors, rounding="nearest")
+    for i, tensor in enumerate(tensors):
+        (expected,) = stored_tensors.update(extension, [tensor], rounding="nearest")
+        assert_same_bits(found[i], expected, f"tensor {i}: ")
+
+
 def compiled_update(extension, shapeless):
     def update(*arrays):
         (new,) = stored_tensors.update(extension, [dict(zip(stored_tensors.PARTS, arrays, strict=True))])
