@@ -249,8 +249,8 @@ def test_scales_beside_plain_moments_are_an_error(key):
 
 
 def test_codes_of_a_scalar_are_an_error(extension):
-    scalar = {"parameter": mx.array(1.0), "gradient": mx.array(1.0), "m": mx.array(1, mx.int8),
-              "v": mx.array(1, mx.uint8), "m_scale": mx.array(1, mx.bfloat16), "v_scale": mx.array(1, mx.bfloat16)}  # fmt: skip
+    dtypes = {"m": mx.int8, "v": mx.uint8, "m_scale": mx.bfloat16, "v_scale": mx.bfloat16}
+    scalar = {name: mx.array(1, dtypes.get(name, mx.float32)) for name in ("parameter", "gradient", *dtypes)}
     with pytest.raises(ValueError, match="m of 0 must have an axis to be int8"):
         stored_tensors.update(extension, [scalar])
     with pytest.raises(ValueError, match="must have an axis to be int8 but got a scalar"):
