@@ -102,6 +102,7 @@ def test_encoding_takes_any_layout_and_dtype(extension, name):
     assert_same_bits(extension.quantize_moment(turned(x), name == "v"), expected)
 
 
+@pytest.mark.cpu_only  # the emulator would build kernels for a minute
 def test_tensors_of_every_combination_of_formats_share_a_call(extension):
     """Each is updated as it is alone, whichever node it shares."""
     tensors = []
@@ -194,9 +195,10 @@ def test_remainders_beside_zero_and_infinity(weight, remainder, kept, gradient):
 def test_a_master_weight_that_is_not_a_number_is_the_one_nan(bad):
     parameters = {"w": mx.ones(40, mx.bfloat16)}
     optimizer = fused.Adam(1e-2, master_weights=True)
-    new = train(optimizer, parameters, [{"w": mx.full((40,), bad, mx.uint32).view(mx.float32)}] * 2)
-    np.testing.assert_array_equal(bits(new["w"]), 0x7FC0)
-    assert not mx.any(optimizer.state["w"]["remainder"])
+    for _ in range(2):
+        parameters = train(optimizer, parameters, [{"w": mx.full((40,), bad, mx.uint32).view(mx.float32)}])
+        np.testing.assert_array_equal(bits(parameters["w"]), 0x7FC0)
+        assert not mx.any(optimizer.state["w"]["remainder"])
 
 
 def test_a_gradient_that_is_no_number_leaves_its_block_alone():
