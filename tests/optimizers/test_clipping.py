@@ -416,15 +416,15 @@ def test_parameters_that_fall_back_obey_too(name):
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32, mx.int32], ids=str)
 def test_gradients_of_parameters_that_fall_back_are_clipped_in_their_own_dtype(dtype):
-    """As clip_grad_norm does, here to a number that bfloat16 rounds."""
+    """As clip_grad_norm does, here to a number that bfloat16 rounds; integers become float32."""
     parameters, gradients = {"w": mx.array([1.0], mx.float64)}, {"w": mx.array([3.0], dtype)}
     optimizer = fused.Adam(1e-2, max_grad_norm=0.7)
     run(optimizer, parameters, [gradients])
     scaled = gradients["w"] * (mx.array(0.7) / (3 + mx.array(1e-6)))
     reference = optim.Adam(1e-2)
-    run(reference, parameters, [{"w": scaled.astype(dtype)}])
+    run(reference, parameters, [{"w": scaled if dtype == mx.int32 else scaled.astype(dtype)}])
     assert_same_bits(optimizer.state["w"], reference.state["w"])
 
 
@@ -512,7 +512,11 @@ def test_a_parameter_of_the_records_name_is_rejected(name, options):
     with pytest.raises(ValueError, match=rf"\[Adam\] parameters must not be named '{name}'"):
         optimizer.apply_gradients(parameters, parameters)
     assert optimizer.state[name].size == 1 and optimizer.step.item() == 0
-    fused.Adam(1e-2).apply_gradients(parameters, parameters)
+    # Without the option it is a parameter like any other, in later inits too.
+    plain = fused.Adam(1e-2)
+    plain.apply_gradients(parameters, parameters)
+    plain.init(parameters)
+    assert mx.all(plain.state[name]["m"] > 0)
     # Further down it stands in nobody's way.
     nested = {"inner": parameters}
     optimizer.apply_gradients(nested, nested)

@@ -312,6 +312,7 @@ def test_a_schedule_may_return_a_number():
     parameters, gradients = {"w": mx.ones(3)}, {"w": mx.ones(3)}
     optimizer = fused.Adam(lambda step: 0.1)
     new = optimizer.apply_gradients(gradients, parameters)
+    assert optimizer.learning_rate.dtype == mx.float32
     assert_same_tree(new, fused.Adam(0.1).apply_gradients(gradients, parameters))
 
 

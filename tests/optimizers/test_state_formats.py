@@ -512,8 +512,12 @@ def test_quantized_state_of_parameters_that_become_float64_is_dequantized_by_ini
     parameters = train(optimizer, parameters, [{"w": mx.full((128, 32), 1e-3)}] * 20)
     expected = value_of(optimizer.state["w"], "m")
     wide = {"w": parameters["w"].astype(mx.float64)}
-    with pytest.raises(ValueError, match="state of w must not be quantized for a parameter of .*float64"):
-        optimizer.apply_gradients(wide, wide)
+    quantized = dict(optimizer.state["w"])
+    for plain in ({}, {"m": wide["w"]}, {"v": wide["w"]}):
+        optimizer.state["w"].update(quantized | plain)
+        with pytest.raises(ValueError, match="state of w must not be quantized for a parameter of .*float64"):
+            optimizer.apply_gradients(wide, wide)
+    optimizer.state["w"].update(quantized)
     optimizer.init(wide)
     assert optimizer.state["w"]["m"].dtype == mx.float64
     np.testing.assert_array_equal(np.array(optimizer.state["w"]["m"]), expected)

@@ -237,6 +237,20 @@ def test_every_part_of_a_state_is_checked_before_an_update(key, value, message):
     assert optimizer.step.item() == 0
 
 
+@pytest.mark.parametrize("name", ["m", "v", "remainder"])
+def test_numpy_arrays_amid_a_run_are_taken(name):
+    rng = np.random.default_rng(6)
+    parameters, gradients = ({"w": random(rng, (64, 70), mx.bfloat16)} for _ in range(2))
+    results = []
+    for convert in (lambda x: x, np.array):
+        optimizer = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
+        new = train(optimizer, parameters, [gradients])
+        optimizer.state["w"][name] = convert(optimizer.state["w"][name])
+        new = train(optimizer, new, [gradients])
+        results.append([new, optimizer.state])
+    assert_same_bits(*results)
+
+
 @pytest.mark.parametrize("key", ["m_scale", "v_scale"])
 def test_scales_beside_plain_moments_are_an_error(key):
     parameters = {"w": mx.ones((64, 64))}
