@@ -308,6 +308,16 @@ def test_options_as_yaml_may_say_them(option):
     assert_same_tree(new, fused.AdamW(0.1, **plain).apply_gradients(gradients, parameters))
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64, mx.array, str])
+def test_hyperparameters_may_be_assigned_as_any_number(kind):
+    parameters, gradients = {"w": mx.ones(3)}, {"w": mx.ones(3)}
+    optimizer = fused.AdamW(0.1)
+    optimizer.weight_decay, optimizer.eps, optimizer.betas = kind(0.5), kind(1.0), [kind(0.5)] * 2
+    new = optimizer.apply_gradients(gradients, parameters)
+    expected = fused.AdamW(0.1, [0.5, 0.5], 1.0, 0.5).apply_gradients(gradients, parameters)
+    assert_same_tree(new, expected)
+
+
 def test_a_schedule_may_return_a_number():
     parameters, gradients = {"w": mx.ones(3)}, {"w": mx.ones(3)}
     optimizer = fused.Adam(lambda step: 0.1)

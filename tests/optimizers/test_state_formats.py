@@ -493,6 +493,19 @@ def test_a_rejected_init_leaves_no_state_behind():
     assert set(optimizer.state["a"]) == {"m", "v", "remainder"}
 
 
+def test_a_rejected_init_leaves_none_in_the_containers_of_before():
+    optimizer = fused.AdamW(1e-3, master_weights=True)
+    parameters = {"a": {"w": mx.ones(3, mx.bfloat16)}, "l": [{"w": mx.ones(3)}]}
+    optimizer.init(parameters)
+    before = dict(tree_flatten(optimizer.state))
+    more = {"a": parameters["a"] | {"b": mx.ones(3)}, "l": [parameters["l"][0] | {"h": mx.ones(3, mx.float16)}]}
+    for use in (optimizer.init, lambda p: optimizer.apply_gradients(p, p)):
+        with pytest.raises(ValueError, match="h"):
+            use(more)
+        after = dict(tree_flatten(optimizer.state))
+        assert after.keys() == before.keys() and all(after[k] is x for k, x in before.items())
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_optimizer_can_be_copied_and_pickled(name):
     parameters = {"a": mx.ones((64, 70), mx.bfloat16)}
