@@ -196,16 +196,16 @@ class _Fused(_MLXOptimizer):
         try:
             if loaded and not was_initialized:
                 self._fit_loaded(_those_with(gradients, parameters), parameters)
-            if self._has_own_rule:
-                if self._options.needs_norm:
-                    raise ValueError(
-                        f"[{self._options.op}] apply_single must be the package's own with max_grad_norm and "
-                        f"skip_nonfinite but got one of {type(self).__name__}, which would not obey them"
-                    )
-                return super().apply_gradients(gradients, parameters), undo
+            if self._has_own_rule and self._options.needs_norm:
+                raise ValueError(
+                    f"[{self._options.op}] apply_single must be the package's own with max_grad_norm and "
+                    f"skip_nonfinite but got one of {type(self).__name__}, which would not obey them"
+                )
             check_names(gradients, self._options)
             if not was_initialized:
                 self.init(_those_with(gradients, parameters))
+            if self._has_own_rule:
+                return super().apply_gradients(gradients, parameters), undo
             step = self.step
             for name, scheduler in self._schedulers.items():
                 value = scheduler(step)

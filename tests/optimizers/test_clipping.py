@@ -522,6 +522,15 @@ def test_a_parameter_of_the_records_name_is_rejected(name, options):
     optimizer.apply_gradients(nested, nested)
 
 
+def test_the_records_come_and_go_with_their_options():
+    """At the assignment, so that a logger may read them before the next update."""
+    optimizer = fused.Adam(1e-2)
+    optimizer.max_grad_norm, optimizer.skip_nonfinite = 1.0, True
+    assert optimizer.state["grad_norm"].item() == optimizer.state["skipped"].item() == 0
+    optimizer.max_grad_norm = None
+    assert "grad_norm" not in optimizer.state and "skipped" in optimizer.state
+
+
 def test_a_state_of_mlx_optimizers_is_adopted_and_given_back():
     rng = np.random.default_rng(13)
     start, gradients = tree(rng), tree(rng)

@@ -227,6 +227,17 @@ def test_tuples_within_tuples():
     assert_same_tree(new, expected)
 
 
+def test_stock_state_keeps_tuples_as_they_are():
+    x = mx.ones(2)
+    parameters = {"a": ((x,),), "b": Pair(Pair(x, x), [x])}
+    optimizer, reference = both("Adam", 0.1)
+    for o in (optimizer, reference):
+        o.apply_gradients(parameters, parameters)
+    kinds = lambda tree: tree_map(lambda _: 0, tree)  # noqa: E731
+    found = fused.stock_state(optimizer)
+    assert repr(kinds({k: found[k] for k in "ab"})) == repr(kinds({k: reference.state[k] for k in "ab"}))
+
+
 def test_a_rejected_step_in_a_mixed_tree_leaves_no_trace():
     """Neither half of the tree moves when the other is rejected, nor do step and schedule."""
     with mx.stream(mx.cpu):
@@ -615,6 +626,21 @@ def test_an_error_after_the_moments_were_written_takes_them_back(fresh, monkeypa
         optimizer.apply_gradients(parameters, parameters)
     after = flat(optimizer.state)
     assert after.keys() == before.keys() and all(after[k] is x for k, x in before.items())
+
+
+def test_the_state_of_a_subclass_is_that_of_its_parameters():
+    """Whatever dtype the gradients of its first step have."""
+    optimizer = Doubled(0.1)
+    optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2, mx.bfloat16)})
+    assert optimizer.state["w"]["m"].dtype == mx.bfloat16
+    assert fused.stock_state(optimizer)["w"]["m"].dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("wrong", [None, "no"])
+def test_what_is_no_array_is_named_by_its_path_to_a_subclass_too(wrong):
+    parameters = {"a": {"w": mx.ones(2)}}
+    with pytest.raises(TypeError, match="gradient of a.w must be an array but got"):
+        Doubled(0.1).apply_gradients({"a": {"w": wrong}}, parameters)
 
 
 class Needy(tuple):
