@@ -124,6 +124,15 @@ def test_an_expression_that_matches_nothing_is_told_once():
         assert len(told) == 1
 
 
+def test_what_an_earlier_init_has_seen_is_matched_too(recwarn):
+    """Parameters that are frozen by now, or trained in a later stage."""
+    parameters = tree(np.random.default_rng(5))
+    optimizer = fused.AdamW(**SETTINGS, decay_filter="embed")
+    optimizer.init(parameters)
+    optimizer.init({"large": parameters["large"]})
+    assert not [x for x in recwarn if "matches none" in str(x.message)]
+
+
 def test_adam_has_no_decay_to_filter():
     with pytest.raises(TypeError, match="decay_filter"):
         fused.Adam(1e-3, decay_filter="weight")
