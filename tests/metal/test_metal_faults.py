@@ -144,7 +144,8 @@ PLANTED_IN_ROUNDING = {
     "the bits of v for m": ("linear", ALL, "random_half(of_state, 16u,", "random_half(of_state, 0u,"),
     "m with v": ("linear", "parameter_and_v", "results & kRoundM) != 0u, r", "results & kRoundV) != 0u, r"),
     "v with m": ("linear", "parameter_and_v", "results & kRoundV) != 0u, r", "results & kRoundM) != 0u, r"),
-    "parameter with m": ("linear", "parameter_and_v", "results & kRoundParameter) != 0u, of", "results & kRoundM) != 0u, of"),
+    "parameter with m": ("linear", "parameter_and_v", "results & kRoundParameter) != 0u, of",
+        "results & kRoundM) != 0u, of"),
 }  # fmt: skip
 
 
@@ -403,14 +404,6 @@ OVERFLOWS = {
     "column-major": ("+ (first_row + k) * row_stride", "+ int((first_row + k) * row_stride)"),
     "batches": ("int64_t matrix = 0", "int matrix = 0"),
 }
-
-
-@pytest.fixture
-def no_memory_limit():
-    """Results this large pass MLX's limit, upon which it may wait for tasks that failed in another test, for ever."""
-    before = mx.set_memory_limit(1 << 50)
-    yield
-    mx.set_memory_limit(before)
 
 
 def last_elements(emulator, update, layout: str, **rounding) -> list[np.ndarray]:
