@@ -251,6 +251,8 @@ def test_a_broken_kernel_falls_back(broken):
             parameters = new
             new = optimizer.apply_gradients(gradients, parameters)
         assert optimizer.backend.startswith("stock (self-check ")
+        (reason,) = _backends.reasons()
+        assert reason.startswith(f"{mx.default_device().type.name}: self-check ")
         if broken == "does not compile":
             assert "shader does not compile" in optimizer.backend
         x = mx.ones(3)
@@ -354,6 +356,26 @@ def test_a_check_that_failed_leaves_no_error_to_the_next(extension, device, monk
     monkeypatch.setattr(_self_check, "_streams", {})
     assert verdict(Failing(extension, None), mx.float32) == "self-check failed: broken"
     assert verdict(extension, mx.float32) is None
+
+
+def test_the_description_says_what_has_no_kernel():
+    backend = _backends.Backend("cpu", None, mx.cpu)
+    backend.verdicts = {(mx.float32,) * 3: None, (mx.float32, mx.float32, mx.int8): "it is broken"}
+    what = "float32 with float32 gradients and int8 moments"
+    assert backend.description == f"cpu (but no kernel for {what}: it is broken)"
+    backend.verdicts |= {(mx.bfloat16,) * 3: "it is, too"}
+    assert backend.description == f"cpu (but stock for bfloat16 and no kernel for {what}: it is broken)"
+
+
+def test_what_is_known_of_the_back_end_is_what_has_been_checked(backend_name, monkeypatch):
+    assert _backends.known_backend() is None
+    backend = _backends.backend_of()
+    assert backend.uses_kernel(*[mx.bfloat16] * 3)
+    assert _backends.known_backend() is None and list(backend.verdicts) == [(mx.bfloat16,) * 3]
+    assert fused.Adam(0.1).backend == _backends.known_backend() == backend_name
+    stock = _backends.Backend(None, "as asked", mx.cpu)
+    monkeypatch.setattr(_backends, "_known", {mx.default_device().type: stock})
+    assert _backends.known_backend() == "stock (as asked)"
 
 
 def run_in_threads(function, count=4):
