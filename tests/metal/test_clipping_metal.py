@@ -98,11 +98,13 @@ def total(extension: ModuleType, gradients: list[mx.array]) -> float:
 
 
 def many(count: int) -> list[mx.array]:
-    """More than a dispatch takes, and more partial sums than norm_total has threads; whole numbers, so all sums are
-    exact.
+    """More than a dispatch takes, and more partial sums than norm_total has threads; one in four between vectors.
+
+    Whole numbers, so that all sums are exact.
     """
     kinds = (mx.float32, mx.bfloat16, mx.float16)
-    return [mx.full(1 + i % 5, 1 + i % 11, kinds[i % len(kinds)]) for i in range(60 * count)]
+    gradients = [mx.full(1 + i % 17, 1 + i % 11, kinds[i % len(kinds)]) for i in range(60 * count)]
+    return [lay_out(g, "between vectors" if i % 4 == 1 else "linear") for i, g in enumerate(gradients)]
 
 
 def test_the_norm_of_many_gradients(emulated_extension):
