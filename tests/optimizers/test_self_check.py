@@ -159,6 +159,24 @@ def test_stochastic_rounding_that_is_wrong_fails(extension, dtypes, which):
     assert "linear, stochastic kernel is off by" in verdict(faulty, *dtypes)
 
 
+@pytest.mark.parametrize("kernel", ["group", "column-major"])
+def test_one_kernel_that_ignores_clipping_fails(extension, kernel):
+    class Faulty:
+        def __getattr__(self, name):
+            return getattr(extension, name)
+
+        def AdamStep(self, *args, gradient_scale, **kwargs):
+            self._unclipped = extension.AdamStep(*args, **kwargs)
+            return extension.AdamStep(*args, gradient_scale=gradient_scale, **kwargs)
+
+        def adam_update(self, parameters, gradients, states, step, **kwargs):
+            met = "group" if len(parameters) > 1 else "column-major" if parameters[0].shape == (170, 150) else ""
+            step = self._unclipped if met == kernel else step
+            return extension.adam_update(parameters, gradients, states, step, **kwargs)
+
+    assert f"self-check of the {kernel} kernel is off by" in verdict(Faulty(), *[mx.float32] * 3)
+
+
 # Errors just beyond what rounding explains.
 @pytest.mark.parametrize("which", range(3), ids=RESULTS)
 @pytest.mark.parametrize(("dtype", "error"), [(mx.float32, 1.7e-5), (mx.bfloat16, 0.01), (mx.float16, 0.0025)], ids=str)
