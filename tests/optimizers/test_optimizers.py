@@ -521,6 +521,16 @@ def test_what_an_option_rejects_changes_nothing(case, device):
             assert_same_tree(optimizer.state, reference.state)
 
 
+@pytest.mark.parametrize("option", ["max_grad_norm", "skip_nonfinite"])
+def test_init_rejects_parameters_named_as_a_record(option):
+    name = {"max_grad_norm": "grad_norm", "skip_nonfinite": "skipped"}[option]
+    optimizer = fused.AdamW(0.1, **{option: True if option == "skip_nonfinite" else 1.0})
+    with pytest.raises(ValueError, match=f"parameters must not be named '{name}'"):
+        optimizer.init({name: mx.ones(3)})
+    optimizer.init({"w": mx.ones(3)})
+    fused.AdamW(0.1).init({name: mx.ones(3)})
+
+
 def test_numpy_parameters_without_a_state_are_taken(device):
     parameters = {"a": np.full(3, 0.5, np.float32), "b": mx.full((3,), 0.5)}
     gradients = {k: mx.full((3,), 0.1) for k in parameters}
