@@ -73,6 +73,25 @@ def test_an_option_that_is_taken_back_leaves_the_state():
     assert not {"grad_norm", "skipped"} & set(optimizer.state)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"state_dtype": "int8"}, {"state_dtype": "float32"}, {"master_weights": True}], ids=str
+)
+def test_an_assigned_option_is_for_parameters_without_a_gradient_too(changes):
+    """The next update converts the whole state, so that the one after it meets no form of before."""
+    optimizer, reference = fused.AdamW(**SETTINGS), fused.AdamW(**SETTINGS)
+    parameters = tree(0, mx.bfloat16)
+    for o in (optimizer, reference):
+        o.init(parameters)
+        for name, value in changes.items():
+            setattr(o, name, value)
+    reference.init(parameters)
+    for name in ("b", "w"):
+        gradients = {name: parameters[name]}
+        found, expected = (o.apply_gradients(gradients, parameters) for o in (optimizer, reference))
+        assert_same_bits(found, expected)
+        assert_same_bits(optimizer.state, reference.state)
+
+
 def test_an_optimizer_prints_what_it_is(monkeypatch, backend_name):
     monkeypatch.setattr(_backends, "_known", {})
     optimizer = fused.AdamW(1e-3, state_dtype="int8", decay_filter=["w"])
@@ -162,6 +181,37 @@ def test_a_subclass_keeps_the_state_that_it_makes():
     assert optimizer.state["w"]["m"].dtype == mx.float32 and "v" not in optimizer.state["w"]
 
 
+def test_what_a_subclass_adds_stays_when_an_option_is_assigned():
+    class Own(fused.Adam):
+        def init_single(self, parameter, state):
+            super().init_single(parameter, state)
+            state["average"] = [mx.array(parameter)]
+
+    optimizer, reference = Own(1e-2), fused.Adam(1e-2)
+    for o in (optimizer, reference):
+        parameters = train(o, tree(), [1])
+        o.state_dtype = "int8"
+        train(o, parameters, [2])
+    for name, state in tree().items():
+        assert_same_bits(optimizer.state[name].pop("average"), [state])
+    assert_same_bits(optimizer.state, reference.state)
+
+
+def test_a_subclass_of_adam_may_have_a_weight_decay_of_its_own():
+    """As L2 regularization, which mlx.optimizers' Adam leaves to it."""
+    results = []
+    for kind in (fused.Adam, optim.Adam):
+
+        class Regularized(kind):
+            weight_decay = 0.5
+
+            def apply_single(self, gradient, parameter, state):
+                return super().apply_single(gradient + self.weight_decay * parameter, parameter, state)
+
+        results.append(train(Regularized(1e-2), tree(), [1, 2]))
+    assert_same_bits(*results)
+
+
 def test_a_parameter_that_is_unfrozen_later_needs_init_and_is_told_so():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model.layers[0].freeze()
@@ -172,6 +222,9 @@ def test_a_parameter_that_is_unfrozen_later_needs_init_and_is_told_so():
     with pytest.raises(ValueError, match=r"layers.0.*call init\(model.trainable_parameters\(\)\)"):
         optimizer.update(model, gradients)
     optimizer.init(model.trainable_parameters())
+    model.about = {"name": "a module's own dicts and lists are no parameters", "sizes": [4, mx.float32]}
+    optimizer.update(model, gradients)
+    optimizer.state_dtype = "bfloat16"
     optimizer.update(model, gradients)
 
 
