@@ -26,7 +26,7 @@ from ._options import FUSED_DTYPES, Options
 from ._state import converted, dtypes_by_path, fresh, makes_ours
 from ._step import Leaves, Step
 from ._structure import fit_loaded, is_one_state
-from ._tree import Walk, flattened, with_states
+from ._tree import Walk, flattened, padded, with_states
 
 
 class _Option:
@@ -140,7 +140,7 @@ class _Fused(_MLXOptimizer):
             fit_recorded(self._state, self._options)
             self._make_arrays()
             self._fit_loaded(parameters, parameters)
-            super().init(parameters)
+            super().init(padded(parameters, self._state))
             self._hint(parameters)
             self._convert(parameters)
         except BaseException:

@@ -91,6 +91,17 @@ def with_states(parameters: Any, states: Any, path: str = "") -> Iterator[tuple[
         yield path, parameters, states
 
 
+def padded(tree: Any, states: Any) -> Any:
+    """The tree with lists as long as those of the states, which mlx.optimizers' init requires; the rest is empty."""
+    if isinstance(tree, dict):
+        return {key: padded(x, part_at(states, key)) for key, x in tree.items()}
+    if not isinstance(tree, (list, tuple)):
+        return tree
+    count = len(states) if isinstance(states, (list, tuple)) else 0
+    items = [padded(x, part_at(states, i)) for i, x in enumerate(tree)] + [{}] * (count - len(tree))
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+
+
 def part_at(tree: Any, key: Any) -> Any:
     """What a dict, list or tuple has at a key or index; None if it has nothing there."""
     if isinstance(tree, dict):

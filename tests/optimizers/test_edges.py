@@ -92,6 +92,18 @@ def test_an_assigned_option_is_for_parameters_without_a_gradient_too(changes):
         assert_same_bits(optimizer.state, reference.state)
 
 
+def test_an_assigned_option_takes_gradients_of_the_first_layers():
+    """A list that is shorter than the state's; mlx.optimizers takes it, too, unless its state was assigned."""
+    parameters = [{"w": mx.ones((2, 3))}, {"w": mx.ones(3)}]
+    optimizer, reference = fused.Adam(1e-2), optim.Adam(1e-2)
+    for o in (optimizer, reference):
+        o.init({"layers": parameters})
+    optimizer.state_dtype = "float32"
+    results = [o.apply_gradients({"layers": parameters[:1]}, {"layers": parameters}) for o in (optimizer, reference)]
+    assert_same_bits(*results)
+    assert_same_bits(optimizer.state, reference.state)
+
+
 def test_an_optimizer_prints_what_it_is(monkeypatch, backend_name):
     monkeypatch.setattr(_backends, "_known", {})
     optimizer = fused.AdamW(1e-3, state_dtype="int8", decay_filter=["w"])
