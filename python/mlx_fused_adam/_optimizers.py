@@ -105,10 +105,11 @@ class _Fused(_MLXOptimizer):
 
     def __repr__(self) -> str:
         """Class, hyper-parameters, options that differ from their defaults, and the back end if it is known."""
-        if "_options" not in vars(self):  # not constructed yet
+        try:
+            defaults = Options(self._options.op).described()
+            named = {k: x for k, x in self._description().items() if k not in defaults or x != defaults[k]}
+        except (AttributeError, TypeError, ValueError):  # not constructed yet, traced, or with a state that is no state
             return object.__repr__(self)
-        defaults = Options(self._options.op).described()
-        named = {k: x for k, x in self._description().items() if k not in defaults or x != defaults[k]}
         given = ", ".join(f"{name}={x!r}" for name, x in named.items() if name != "decay_filter" or x)
         known = known_backend()
         return f"{type(self).__name__}({given})" + (f" on {known}" if known else "")

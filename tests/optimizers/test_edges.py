@@ -116,6 +116,18 @@ def test_an_optimizer_prints_what_it_is(monkeypatch, backend_name):
     assert repr(fused.Adam(lambda step: 0.1)).startswith("Adam(learning_rate='schedule', betas=")
 
 
+def test_an_optimizer_prints_itself_in_any_state():
+    printed = []
+    optimizer = fused.Adam(1e-2)
+    step = mx.compile(lambda x: printed.append(repr(optimizer)) or x, inputs=optimizer.state)
+    step(mx.ones(1))
+    optimizer.learning_rate = mx.ones(2)
+    printed.append(repr(optimizer))
+    optimizer.state = None
+    printed += [repr(optimizer), repr(object.__new__(fused.AdamW))]
+    assert all("Adam object at" in x or "AdamW object at" in x for x in printed), printed
+
+
 @pytest.mark.parametrize("options", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
 def test_an_option_without_an_effect_is_told_once(options):
     optimizer = fused.AdamW(**SETTINGS, **options)
