@@ -57,7 +57,9 @@ def test_an_option_that_is_assigned_counts_from_the_next_update(name, value, dty
     ("shard_group", 1, "shard_group must be a group"),
 ])  # fmt: skip
 def test_a_bad_option_that_is_assigned_is_an_error_and_changes_nothing(name, value, message):
-    optimizer = fused.AdamW(**SETTINGS)
+    optimizer = fused.AdamW(
+        **SETTINGS, state_dtype="bfloat16", max_grad_norm=1.0, skip_nonfinite=True, decay_filter="w"
+    )
     before = getattr(optimizer, name)
     with pytest.raises((ValueError, TypeError), match=message):
         setattr(optimizer, name, value)
@@ -149,6 +151,7 @@ def test_numbers_in_the_state_become_arrays(tmp_path):
     for kind in (float, np.float32, mx.array):
         optimizer, reference = fused.Adam(lambda step, kind=kind: kind(0.1)), fused.Adam(0.1)
         assert_same_bits(train(optimizer, tree(), [1]), train(reference, tree(), [1]))
+        assert_same_bits(optimizer.state, reference.state)
         fused.save_optimizer(tmp_path / "o", optimizer)
     optimizer, reference = fused.Adam(**SETTINGS), fused.Adam(**SETTINGS)
     optimizer.state["step"], optimizer.state["learning_rate"] = 5, np.float64(0.02)
@@ -203,6 +206,35 @@ def test_a_subclass_keeps_the_state_that_it_makes():
     optimizer.init(parameters)
     optimizer.apply_gradients(tree(1, mx.bfloat16), parameters)
     assert optimizer.state["w"]["m"].dtype == mx.float32 and "v" not in optimizer.state["w"]
+
+
+@pytest.mark.parametrize("name", ["m", "v"])
+def test_a_moment_that_a_subclass_makes_keeps_its_dtype(name):
+    class Own(fused.Adam):
+        def init_single(self, parameter, state):
+            super().init_single(parameter, state)
+            state[name] = mx.zeros(parameter.shape)
+
+    optimizer = Own(1e-2)
+    parameters = train(optimizer, tree(0, mx.bfloat16), [1])
+    optimizer.seed = 3
+    train(optimizer, parameters, [2])
+    assert {k: x.dtype for k, x in optimizer.state["w"].items()} == {
+        "m": mx.bfloat16,
+        "v": mx.bfloat16,
+        name: mx.float32,
+    }
+
+
+def test_a_subclass_may_have_its_own_init():
+    class Own(fused.Adam):
+        def init(self, parameters):
+            super().init(parameters)
+            self.state["best"] = mx.array(0.0)
+
+    optimizer = Own(1e-2)
+    train(optimizer, tree(), [1])
+    assert optimizer.state["best"].item() == 0
 
 
 def test_what_a_subclass_adds_stays_when_an_option_is_assigned():
