@@ -215,6 +215,9 @@ def test_a_moment_that_a_subclass_makes_keeps_its_dtype(name):
             super().init_single(parameter, state)
             state[name] = mx.zeros(parameter.shape)
 
+        def apply_single(self, gradient, parameter, state):
+            return parameter - gradient
+
     optimizer = Own(1e-2)
     parameters = train(optimizer, tree(0, mx.bfloat16), [1])
     optimizer.seed = 3

@@ -743,7 +743,7 @@ class Programs(RuleBasedStateMachine):
         optimizer = optimizer or self.optimizer
 
         def everything() -> list[tuple[str, Any]]:
-            return [*tree_flatten(self.tree), *tree_flatten(optimizer.state), (repr(optimizer), optimizer.betas)]
+            return [*tree_flatten(self.tree), *tree_flatten(optimizer.state), (str(vars(optimizer._options)), optimizer.betas)]
 
         before = everything()
         # Around a subclass's rule, what is missing is named by MLX.
