@@ -206,10 +206,10 @@ class _Fused(_MLXOptimizer):
         try:
             if loaded and not was_initialized:
                 self._fit_loaded(_those_with(gradients, parameters), parameters)
-            if self._has_own_rule and self._options.needs_norm:
+            if self._has_own_rule and (self._options.needs_norm or self._decay_filter):
                 raise ValueError(
-                    f"[{self._options.op}] apply_single must be the package's own with max_grad_norm and "
-                    f"skip_nonfinite but got one of {type(self).__name__}, which would not obey them"
+                    f"[{self._options.op}] apply_single must be the package's own with max_grad_norm, skip_nonfinite "
+                    f"and decay_filter but got one of {type(self).__name__}, which knows neither norm nor path"
                 )
             check_names(gradients, self._options)
             if not was_initialized:

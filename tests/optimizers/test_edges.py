@@ -229,6 +229,19 @@ def test_a_moment_that_a_subclass_makes_keeps_its_dtype(name):
     }
 
 
+def test_a_rule_for_single_parameters_is_refused_where_it_would_need_paths():
+    class Own(fused.AdamW):
+        def apply_single(self, gradient, parameter, state):
+            return super().apply_single(gradient, parameter, state)
+
+    optimizer = Own(1e-2, decay_filter=lambda path, _: path == "w")
+    with pytest.raises(
+        ValueError, match="apply_single must be the package's own with .* decay_filter but got one of Own"
+    ):
+        optimizer.apply_gradients(tree(), tree())
+    assert optimizer.step.item() == 0
+
+
 def test_a_subclass_may_have_its_own_init():
     class Own(fused.Adam):
         def init(self, parameters):

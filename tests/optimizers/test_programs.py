@@ -293,6 +293,7 @@ class Programs(RuleBasedStateMachine):
             dtypes = "bfloat16"  # stock_state knows dtypes by path
         if drawn["adds"] == "a rule":
             drawn |= {"max_grad_norm": None, "skip_nonfinite": False}
+            decay_filter = "none"
         elif drawn["adds"] == "float32 moments":
             drawn["master_weights"] = False
         if self.is_small and int(np.prod(large)) > 5000:
@@ -336,7 +337,7 @@ class Programs(RuleBasedStateMachine):
             return None
         if options.master_weights and (has_halves or options.adds == "float32 moments"):
             return None
-        if options.adds == "a rule" and (options.max_grad_norm or options.skip_nonfinite):
+        if options.adds == "a rule" and (options.max_grad_norm or options.skip_nonfinite or options.decay_filter):
             return None
         return options
 
