@@ -23,6 +23,7 @@ MOMENTS = ("m", "v")
 # Keys of an optimizer's state that mlx.optimizers does not have.
 SHARED = RECORDED | {"weight_decay"}
 AUXILIARY = ("remainder", "m_scale", "v_scale")
+_ARRAYS = (*MOMENTS, *AUXILIARY)
 _QUANTIZED = {"m": mx.int8, "v": mx.uint8}
 _ELEMENTS_PER_SCALE = 32
 
@@ -79,6 +80,19 @@ def converted(path: str, parameter: mx.array, state: dict, options: Options) -> 
             correction = mx.zeros(parameter.shape, mx.int16)
         new["remainder"] = correction
     return new
+
+
+def makes_ours(init_single: Callable[[mx.array, dict], Any], parameter: mx.array, options: Options) -> bool:
+    """Whether a subclass's ``init_single`` gives a parameter the state that the options ask for, and perhaps more."""
+    if parameter.dtype not in FUSED_DTYPES:
+        return False
+    made: dict = {}
+    init_single(parameter, made)
+
+    def form(state: dict) -> dict[str, Any]:
+        return {k: (getattr(x, "shape", 0), getattr(x, "dtype", 0)) for k, x in state.items() if k in _ARRAYS}
+
+    return form(made) == form(fresh(parameter, options))
 
 
 def is_quantized(state: dict) -> bool:

@@ -65,6 +65,7 @@ class Tensor:
     value: np.ndarray
     state: Mapping[str, np.ndarray] | None = None
     state_dtype: mx.Dtype | None = None  # int8 stands for codes
+    count: int = 0  # of updates by a subclass's own rule
 
     def moment(self, name: str) -> np.ndarray:
         """The float32 values that are stored."""
@@ -86,6 +87,7 @@ class Options:
     """An optimizer's arguments."""
 
     kind: str = "AdamW"
+    adds: str = "nothing"  # what a subclass brings: see SUBCLASSES of test_programs.py
     schedule: Callable[[mx.array], mx.array] | None = None
     learning_rate: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.999)
@@ -104,7 +106,7 @@ class Options:
     def arguments(self) -> dict[str, Any]:
         """For the constructor."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del found["kind"], found["decays"]
+        del found["kind"], found["adds"], found["decays"]
         found["learning_rate"] = found.pop("schedule") or self.learning_rate
         if self.kind == "Adam":
             del found["weight_decay"], found["decay_filter"]
@@ -112,6 +114,8 @@ class Options:
 
     def wanted(self, tensor: Tensor) -> mx.Dtype:
         """The dtype in which a tensor's moments are to be stored."""
+        if self.adds == "float32 moments":
+            return mx.float32
         if self.state_dtype == "int8":
             shape = tensor.value.shape
             is_large = tensor.value.size >= SMALLEST_CODED and shape[-1] >= SHORTEST_CODED_ROW
@@ -130,6 +134,23 @@ class Options:
             weight_decay=self.weight_decay if is_decayed else 0.0,
             bias_correction=self.bias_correction,
         )
+
+    def after_load(self, file: Options, side: str) -> Options | None:
+        """These options after the load of a file of others, or None where it is rejected."""
+        ignored = {"learning_rate", "decays", "schedule", "kind", "adds"}
+        if self.kind == "Adam":
+            ignored |= {"weight_decay", "decay_filter"}
+        found = {x.name: getattr(file, x.name) for x in dataclasses.fields(self) if x.name not in ignored}
+        differing = {name: x for name, x in found.items() if x != getattr(self, name)}
+        has_other_schedule = bool(self.schedule) != bool(file.schedule)
+        if side == "optimizer":
+            return self
+        if self.kind != file.kind or side == "error" and (differing or has_other_schedule):
+            return None
+        if "decay_filter" in differing:
+            differing["decays"] = file.decays
+        is_unreadable = callable(differing.get("decay_filter")) or has_other_schedule and file.schedule
+        return None if is_unreadable else dataclasses.replace(self, **differing)
 
 
 def clipped(gradient: np.ndarray, scale: np.float32) -> np.ndarray:
@@ -166,11 +187,13 @@ class Model:
 
     def init(self, paths: list[str]) -> None:
         """Zeros where there is no state; elsewhere the state in the form that the options ask for."""
-        for path in paths:
+        for path in {*paths, *self.paths_with_state}:
             self.tensors[path] = self._adopted(self.tensors[path])
 
     def _adopted(self, tensor: Tensor) -> Tensor:
         wanted = self.options.wanted(tensor)
+        if self.options.adds == "float32 moments" and tensor.state is not None:
+            return tensor
         shape = tensor.value.shape
         state: dict[str, np.ndarray] = {}
         for name in MOMENTS:
@@ -190,10 +213,17 @@ class Model:
         if self.options.master_weights and tensor.dtype == mx.bfloat16:
             zeros = np.zeros(shape, np.int16)
             state["remainder"] = (tensor.state or {}).get("remainder", zeros)
-        return dataclasses.replace(tensor, state=state, state_dtype=wanted)
+        count = tensor.count if tensor.state else 0
+        return dataclasses.replace(tensor, state=state, state_dtype=wanted, count=count)
 
     def forget_guard(self) -> None:
         self.grad_norm, self.skipped = 0.0, 0
+
+    def set_options(self, options: Options) -> None:
+        """As the next update goes by them; what is not recorded any more begins anew."""
+        self.options = options
+        self.grad_norm = 0.0 if options.max_grad_norm is None else self.grad_norm
+        self.skipped = self.skipped if options.skip_nonfinite else 0
 
     @property
     def guard(self) -> dict[str, tuple[np.generic, mx.Dtype]]:
@@ -243,6 +273,8 @@ class Model:
         self.step += 1
         for number, (path, gradient) in enumerate(gradients.items()):
             tensor = self.tensors[path]
+            if options.adds == "a rule":  # which sees one parameter at a time
+                number, tensor = 0, dataclasses.replace(tensor, count=tensor.count + 1)
             settings = options.settings(path, self.learning_rate)
             new = oracle.adam(
                 tensor.weight, clipped(gradient, scale), *map(tensor.moment, MOMENTS),
