@@ -20,6 +20,9 @@ namespace {
 // Larger tensors get a node each: they gain nothing from company, and freeing them one by one keeps memory flat.
 constexpr size_t kLargestGrouped = 1 << 16;
 
+// m of 8 bits is int8.
+bool is_packed(const mx::array& m) { return m.dtype() == mx::uint8; }
+
 // ---- Validation ----
 
 void check_auxiliary(const char* what, const std::optional<mx::array>& x, mx::Dtype dtype, const mx::Shape& shape,
@@ -33,12 +36,16 @@ void check_auxiliary(const char* what, const std::optional<mx::array>& x, mx::Dt
 
 void check(const AdamTensor& t, size_t i, const TensorName& name) {
   auto& shape = t.parameter.shape();
-  bool is_quantized = t.m.dtype() == mx::int8 && t.v.dtype() == mx::uint8;
+  bool has_4_bits = is_packed(t.m);
+  bool is_quantized = t.v.dtype() == mx::uint8 && (has_4_bits || t.m.dtype() == mx::int8);
   auto check_values = [&](const char* what, const mx::array& x, bool is_quantized = false) {
     if (!is_quantized && !is_plain(x.dtype())) {
       reject(what, " of ", name(i), " must be float32, bfloat16 or float16 but got ", x.dtype());
     }
-    if (x.shape() != shape) {
+    if (is_quantized && has_4_bits) {
+      auto packed = packed_shape(shape);
+      if (x.shape() != packed) reject(what, " of ", name(i), " must have shape ", packed, " but got ", x.shape());
+    } else if (x.shape() != shape) {
       reject(what, " of ", name(i), " must have the parameter's shape ", shape, " but got ", x.shape());
     }
   };
@@ -53,14 +60,15 @@ void check(const AdamTensor& t, size_t i, const TensorName& name) {
     if (t.parameter.dtype() != mx::bfloat16) {
       reject("parameter of ", name(i), " must be bfloat16, since it has a remainder, but got ", t.parameter.dtype());
     }
-    check_auxiliary("remainder", t.correction, mx::int16, shape, name(i));
+    bool has_24_bits = t.correction->dtype() == mx::int8;
+    check_auxiliary("remainder", t.correction, has_24_bits ? mx::int8 : mx::int16, shape, name(i));
   }
   if (is_quantized) {
-    if (t.parameter.ndim() == 0) reject("m of ", name(i), " must have an axis to be int8");
+    if (t.parameter.ndim() == 0) reject("m of ", name(i), " must have an axis to be quantized");
     check_auxiliary("m_scale", t.m_scale, mx::bfloat16, scale_shape(shape), name(i));
     check_auxiliary("v_scale", t.v_scale, mx::bfloat16, scale_shape(shape), name(i));
   } else if (t.m_scale || t.v_scale) {
-    reject("m of ", name(i), " must be int8, since it has scales, but got ", t.m.dtype());
+    reject("m of ", name(i), " must be quantized, since it has scales, but got ", t.m.dtype());
   }
 }
 
@@ -147,8 +155,13 @@ UnpackedScalars unpack(const mx::array& scalars) {
 // ---- Nodes ----
 
 TensorFormats formats_of(const AdamTensor& t) {
-  auto parameter = t.correction ? Format::bfloat16_correction : format_of(t.parameter.dtype());
-  return {parameter, format_of(t.gradient.dtype()), format_of(t.m.dtype()), format_of(t.v.dtype())};
+  auto parameter = format_of(t.parameter.dtype());
+  if (t.correction) {
+    parameter = t.correction->dtype() == mx::int8 ? Format::bfloat16_correction_8 : Format::bfloat16_correction_16;
+  }
+  auto gradient = format_of(t.gradient.dtype());
+  if (is_packed(t.m)) return {parameter, gradient, Format::int4, Format::uint4};
+  return {parameter, gradient, format_of(t.m.dtype()), format_of(t.v.dtype())};
 }
 
 struct ByFormats {
@@ -191,7 +204,7 @@ std::vector<Group> group(const std::vector<AdamTensor>& tensors, size_t tensors_
 // stick at a low level.
 RoundingRequest rounding_of(const AdamStep& step, const TensorFormats& formats) {
   bool any = step.rounding != StochasticRounding::nearest, all = step.rounding == StochasticRounding::all;
-  bool parameter = any && formats.parameter != Format::float32 && !formats.has_correction();
+  bool parameter = any && formats.parameter != Format::float32 && formats.parameter != Format::bfloat16_correction_16;
   bool v = any && formats.v != Format::float32;
   bool m = formats.is_quantized() ? v : all && formats.m != Format::float32;
   return {unsigned(parameter * kRoundParameter + m * kRoundM + v * kRoundV), unsigned(step.seed),
@@ -312,7 +325,9 @@ Function AdamUpdate::fallback() {
     reject(
         "grad and vmap of an update must have state_dtype 'float32' or 'bfloat16' and no "
         "master_weights but got ",
-        node_.formats.is_quantized() ? "state_dtype='int8'" : "master_weights=True");
+        node_.formats.m == Format::int8   ? "state_dtype='int8'"
+        : node_.formats.m == Format::int4 ? "state_dtype='int4'"
+                                          : "master_weights=True");
   }
   return [node = node_, stream = stream()](const std::vector<mx::array>& inputs) {
     mx::StreamContext context(stream);
@@ -343,7 +358,10 @@ std::vector<mx::Shape> AdamUpdate::output_shapes(const std::vector<mx::array>& i
     auto& shape = tensor.in[Role::parameter]->shape();
     for (size_t role = 0; role < Role::kCount; ++role) {
       if (!tensor.in[role]) continue;
-      auto wanted = role < Role::m_scale ? shape : scale_shape(shape);
+      bool is_moment = role == Role::m || role == Role::v;
+      auto wanted = role >= Role::m_scale                          ? scale_shape(shape)
+                    : is_moment && node_.formats.m == Format::int4 ? packed_shape(shape)
+                                                                   : shape;
       if (tensor.in[role]->shape() != wanted) {
         reject(kNames[role], " must have the ", role < Role::correction ? "parameter's " : "", "shape ", wanted,
                " but got ", tensor.in[role]->shape());

@@ -35,8 +35,9 @@ struct AdamStep {
   bool wide_indices = false;  // 64-bit where 32 bits would do: for checks of what only huge tensors need
 };
 
-// One parameter with its gradient and its state. Auxiliary arrays are the correction (int16) of a bfloat16 parameter,
-// and the scales (bfloat16) of quantized m (int8) and v (uint8), of shape `scale_shape`.
+// One parameter with its gradient and its state. Auxiliary arrays are the correction (int16, or int8 of 24 bits) of a
+// bfloat16 parameter, and the scales (bfloat16) of quantized m (int8) and v (uint8), of shape `scale_shape`. In 4 bits, m and v are uint8 of
+// shape `packed_shape`.
 struct AdamTensor {
   mlx::core::array parameter;
   mlx::core::array gradient;

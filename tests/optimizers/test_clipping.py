@@ -270,6 +270,7 @@ FORMATS = [
     (mx.float32, {}), (mx.float32, {"state_dtype": "int8"}), (mx.float32, {"state_dtype": "bfloat16"}),
     (mx.bfloat16, {}), (mx.bfloat16, {"stochastic_rounding": True}), (mx.bfloat16, {"master_weights": True}),
     (mx.bfloat16, {"state_dtype": "int8", "master_weights": True}), (mx.float16, {}),
+    (mx.bfloat16, {"master_weights": True, "master_weight_bits": 24, "state_dtype": "int4"}),
     (mx.float16, {"state_dtype": "int8", "stochastic_rounding": True}),
 ]  # fmt: skip
 
@@ -306,7 +307,7 @@ def test_a_bad_step_is_as_if_it_had_not_been(dtype, options, compiled):
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("layout", ["column-major", "strided", "reversed"])
-@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"state_dtype": "int4"}], ids=str)
 def test_a_bad_step_with_gradients_in_any_layout(options, layout, bad):
     """Old arrays that somebody holds, and parameters that are not row-major themselves."""
     rng = np.random.default_rng(9)

@@ -57,7 +57,7 @@ def test_decay_applies_to_what_the_filter_says(name):
 
 
 @pytest.mark.parametrize("options", [{}, {"stochastic_rounding": True}, {"state_dtype": "int8"},
-                                     {"master_weights": True}], ids=str)  # fmt: skip
+                                     {"state_dtype": "int4"}, {"master_weights": True}], ids=str)  # fmt: skip
 def test_a_filter_changes_no_random_bit(options):
     rng = np.random.default_rng(1)
     parameters, gradients = tree(rng, mx.bfloat16), [tree(rng, mx.bfloat16) for _ in range(2)]

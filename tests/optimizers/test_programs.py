@@ -39,6 +39,8 @@ from mlx.utils import tree_flatten
 import mlx_fused_adam as fused
 from support.mlx_release import is_before
 from support.programs import (
+    BITS_OF_CODES,
+    CODED,
     LAYOUTS,
     Model,
     Options,
@@ -269,10 +271,10 @@ class Programs(RuleBasedStateMachine):
         eps=st.sampled_from([1e-8, 1e-3]),
         weight_decay=st.sampled_from([0.0, 0.1]),
         bias_correction=st.booleans(),
-        state_dtype=st.sampled_from([None, None, "float32", "bfloat16", "int8"]),
+        state_dtype=st.sampled_from([None, None, "float32", "bfloat16", "int8", "int4"]),
         stochastic_rounding=st.sampled_from([None, True, False]),
         seed=st.sampled_from([0, 3, 2**40 + 5]),
-        master_weights=st.booleans(),
+        master_weight_bits=st.sampled_from([None, None, 32, 24]),
         max_grad_norm=st.sampled_from([None, None, 1.0, 1e4]),
         skip_nonfinite=st.booleans(),
         decay_filter=st.sampled_from(sorted(FILTERS)),
@@ -285,7 +287,9 @@ class Programs(RuleBasedStateMachine):
         self, *, dtypes: str, has_schedule: bool, shapes: list[tuple[int, ...]], large: tuple[int, ...],
         begins_with_init: bool, decay_filter: str, containers: str, **drawn: Any,
     ) -> None:  # fmt: skip
-        if drawn["state_dtype"] == "int8" and drawn["stochastic_rounding"] is False:
+        drawn["master_weights"] = drawn["master_weight_bits"] is not None
+        drawn["master_weight_bits"] = drawn["master_weight_bits"] or 32
+        if drawn["state_dtype"] in CODED and drawn["stochastic_rounding"] is False:
             drawn["stochastic_rounding"] = None
         if not self.has_exact_scalars:
             drawn["bias_correction"] = False
@@ -697,7 +701,7 @@ class Programs(RuleBasedStateMachine):
         state = states[path]
         layout = layout_for(state[name].shape, layout)
         dtype, tensor = state[name].dtype, self.model.tensors[path]
-        if tensor.state_dtype == mx.int8 or name == "remainder":
+        if tensor.state_dtype in BITS_OF_CODES or name == "remainder":
             # Eager updates make these row-major; a compiled one that is not rejects (test_stress.py).
             is_evaluated = True
             self.turned.add(path)

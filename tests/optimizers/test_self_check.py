@@ -249,7 +249,9 @@ def test_the_kernel_passes(backend_name):
 @pytest.mark.parametrize("dtypes", [
     (mx.float32, mx.bfloat16, mx.float32), (mx.bfloat16,) * 3, (mx.float16, mx.float16, mx.bfloat16),
     (mx.float32, mx.float32, mx.int8), (mx.bfloat16, mx.bfloat16, mx.int8),
+    (mx.float32, mx.float32, mx.uint8), (mx.bfloat16, mx.float16, mx.uint8, mx.int8),
     (mx.bfloat16, mx.bfloat16, mx.bfloat16, mx.int16), (mx.bfloat16, mx.float32, mx.int8, mx.int16),
+    (mx.bfloat16, mx.bfloat16, mx.float32, mx.int8), (mx.bfloat16, mx.bfloat16, mx.int8, mx.int8),
 ], ids=_self_check.names)  # fmt: skip
 def test_kernels_pass_in_16_bits(extension, dtypes):
     assert _self_check.run(extension, mx.default_device().type, dtypes) is None
@@ -314,14 +316,20 @@ def lose(name):
     return fault
 
 
+@pytest.mark.parametrize(("remainder", "m"), [(mx.int16, mx.int8), (mx.int8, mx.int8), (mx.int8, mx.uint8)], ids=str)
 @pytest.mark.parametrize("name", ["remainder", "m_scale", "v_scale"])
-def test_a_kernel_that_stores_scales_or_corrections_wrongly_fails(extension, name):
-    dtypes = (mx.bfloat16, mx.bfloat16, mx.int8, mx.int16)
+def test_a_kernel_that_stores_scales_or_corrections_wrongly_fails(extension, name, m, remainder):
+    dtypes = (mx.bfloat16, mx.bfloat16, m, remainder)
     faulty = Faulty(extension, lose(name))
     assert "kernel is off by" in _self_check.run(faulty, mx.default_device().type, dtypes)
 
 
-OPTIONS = [{"state_dtype": "int8"}, {"master_weights": True}]
+OPTIONS = [
+    {"state_dtype": "int8"},
+    {"state_dtype": "int4"},
+    {"master_weights": True},
+    {"master_weights": True, "master_weight_bits": 24},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
