@@ -104,9 +104,10 @@ def filtered(name: str) -> dict[str, Any]:
 
 # What may be assigned, or differ between a file and an optimizer: fields of Options.
 CHANGES: list[dict[str, Any]] = [
-    *({"state_dtype": x} for x in (None, "float32", "bfloat16", "int8")),
+    *({"state_dtype": x} for x in (None, "float32", "bfloat16", "int8", "int4")),
     *({"stochastic_rounding": x} for x in (None, True, False)),
     *({"master_weights": x} for x in (False, True)),
+    *({"master_weight_bits": x} for x in (32, 24)),
     *({"max_grad_norm": x} for x in (None, 1.0)),
     *({"skip_nonfinite": x} for x in (False, True)),
     *map(filtered, FILTERS), {"seed": 7}, {"eps": 1e-4}, {"betas": (0.7, 0.8)}, {"weight_decay": 0.05},
@@ -115,7 +116,7 @@ CHANGES: list[dict[str, Any]] = [
 
 def is_forbidden(options: Options) -> bool:
     """Whether two options conflict."""
-    return options.state_dtype == "int8" and options.stochastic_rounding is False
+    return options.state_dtype in ("int8", "int4") and options.stochastic_rounding is False
 
 
 class Adds:
@@ -337,6 +338,8 @@ class Programs(RuleBasedStateMachine):
         """The options with a change, or None where it is not for this program."""
         options = dataclasses.replace(self.model.options, **change)
         has_halves = any(tensor.dtype == mx.float16 for tensor in self.model.tensors.values())
+        if options.master_weight_bits == 24 and not options.master_weights:  # an error at construction
+            return None
         if options.kind == "Adam" and change.keys() & {"weight_decay", "decay_filter"}:
             return None
         if options.master_weights and (has_halves or options.adds == "float32 moments"):
