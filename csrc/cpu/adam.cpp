@@ -23,22 +23,24 @@ namespace {
 // Where a node costs less than this many row-major elements, waking another thread costs more than it saves.
 constexpr size_t kWorthThreads = 1 << 15;
 
-// A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and
-// could not be updated in place: wait for it. Only where that read cannot depend on work that is yet to be queued, that
-// is with a single stream in the process, and where the caller waits for the results anyway; else a fresh buffer is the
-// price.
-void await_pending_readers(const std::vector<NodeTensor>& tensors, const mx::array& output, mx::Stream stream) {
+// Waits until the stream's thread has done all that is queued. Only where that cannot depend on work that is yet to be
+// queued, that is with a single stream in the process, and where the caller waits for the results anyway.
+void drain(const mx::array& output, mx::Stream stream) {
   bool is_async = output.event().valid();
+  if (is_async || !is_only_stream()) return;
+  // Not mx::synchronize, which throws the errors of earlier tasks: those belong to whoever evaluates them.
+  auto drained = std::make_shared<std::promise<void>>();
+  mx::scheduler::enqueue(stream, [drained] { drained->set_value(); });
+  drained->get_future().wait();
+}
+
+// A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and
+// could not be updated in place. Where it is not waited for, a fresh buffer is the price.
+void await_pending_readers(const std::vector<NodeTensor>& tensors, const mx::array& output, mx::Stream stream) {
   for (auto& tensor : tensors) {
     for (size_t role = 0; role < Role::kCount; ++role) {
       auto x = tensor.in[role];
-      if (!x || role == Role::gradient || x->data_shared_ptr().use_count() == 1) continue;
-      if (is_async || !is_only_stream()) return;
-      // Not mx::synchronize, which throws the errors of earlier tasks: those belong to whoever evaluates them.
-      auto drained = std::make_shared<std::promise<void>>();
-      mx::scheduler::enqueue(stream, [drained] { drained->set_value(); });
-      drained->get_future().wait();
-      return;
+      if (x && role != Role::gradient && x->data_shared_ptr().use_count() > 1) return drain(output, stream);
     }
   }
 }
@@ -124,6 +126,11 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
   }
   count_updates(stream(), tensors.size());
   donation.commit_and_release();
+  // MLX queues up to a hundred operations ahead, and allocates their results as it does: in a chain the gradient is
+  // released first.
+  bool is_large = update->cost >= kWorthThreads;
+  update.reset();
+  if (node_.has_predecessor && is_large) drain(outputs[0], stream());
 }
 
 // Each node costs MLX a task, and each of its tensors costs time for every other: two is where the sum is least.
