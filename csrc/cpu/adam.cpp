@@ -1,6 +1,9 @@
 // AdamUpdate on the CPU: queues a node's update on its stream, and shares it among threads when it is worth that.
+#include <atomic>
 #include <future>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/tensor_update.h"
@@ -52,14 +55,18 @@ struct Held {
 
 // The task of one node.
 struct NodeUpdate {
+  NodeUpdate(const AdamNode& node, Held<float> scalars) : node(node), scalars(std::move(scalars)) {}
+
   AdamNode node;
   Held<float> scalars;
   std::optional<Held<uint32_t>> step;  // where something is rounded stochastically
-  std::vector<cpu::TensorUpdate> tensors = {};
+  std::vector<cpu::TensorUpdate> tensors;
   size_t units = 0;
   size_t cost = 0;
+  std::atomic<bool> has_begun = false;
 
   void operator()() {
+    has_begun = true;
     auto packed = scalars.values;
     AdamScalars<float> rule{packed[0], 1.0f, 1.0f, 1.0f};
     bool is_applied = true;
@@ -92,21 +99,29 @@ struct NodeUpdate {
 }  // namespace
 
 void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  // An earlier evaluation has queued this update, and was ended by another task's error before MLX took note of it.
+  if (inputs.empty()) return;
   auto tensors = node_.tensors(inputs, &outputs);
   check_layouts(tensors);
   Donation donation(inputs, outputs);
   await_pending_readers(tensors, outputs[0], stream());
   auto& encoder = mx::cpu::get_command_encoder(stream());
-  NodeUpdate update{node_, Held<float>(node_.scalars(inputs)), std::nullopt};
-  if (auto step = node_.step(inputs)) update.step.emplace(*step);
+  auto update = std::make_shared<NodeUpdate>(node_, Held<float>(node_.scalars(inputs)));
+  if (auto step = node_.step(inputs)) update->step.emplace(*step);
   for (auto& tensor : tensors) {
-    auto& added = update.tensors.emplace_back(tensor, node_.formats);
-    update.units += added.units();
-    update.cost += added.cost();
+    auto& added = update->tensors.emplace_back(tensor, node_.formats);
+    update->units += added.units();
+    update->cost += added.cost();
   }
   for (auto& input : inputs) encoder.set_input_array(input);
   for (auto& output : outputs) encoder.set_output_array(output);
-  encoder.dispatch(std::move(update));
+  try {
+    encoder.dispatch([update] { (*update)(); });
+  } catch (...) {
+    // The error of an earlier task, which MLX may throw after it has queued this one.
+    if (update.use_count() > 1 || update->has_begun) donation.commit_and_release();
+    throw;
+  }
   count_updates(stream(), tensors.size());
   donation.commit_and_release();
 }

@@ -23,6 +23,7 @@ MOMENTS = ("m", "v")
 # Keys of an optimizer's state that mlx.optimizers does not have.
 SHARED = RECORDED | {"weight_decay"}
 AUXILIARY = ("remainder", "m_scale", "v_scale")
+_ARRAYS = (*MOMENTS, *AUXILIARY)
 _QUANTIZED = {8: {"m": mx.int8, "v": mx.uint8}, 4: {"m": mx.uint8, "v": mx.uint8}}
 _ELEMENTS_PER_SCALE = 32
 
@@ -99,6 +100,19 @@ def _converted_correction(path: str, correction: mx.array, dtype: mx.Dtype) -> m
     if dtype == mx.int16:
         return correction.astype(mx.int16) * 256
     return mx.clip(mx.round(correction.astype(mx.float32) / 256), -128, 127).astype(mx.int8)
+
+
+def makes_ours(init_single: Callable[[mx.array, dict], Any], parameter: mx.array, options: Options) -> bool:
+    """Whether a subclass's ``init_single`` gives a parameter the state that the options ask for, and perhaps more."""
+    if parameter.dtype not in FUSED_DTYPES:
+        return False
+    made: dict = {}
+    init_single(parameter, made)
+
+    def form(state: dict) -> dict[str, Any]:
+        return {k: (getattr(x, "shape", 0), getattr(x, "dtype", 0)) for k, x in state.items() if k in _ARRAYS}
+
+    return form(made) == form(fresh(parameter, options))
 
 
 def is_quantized(state: dict) -> bool:
