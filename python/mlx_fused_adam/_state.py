@@ -89,19 +89,6 @@ def converted(path: str, parameter: mx.array, state: dict, options: Options) -> 
     return new
 
 
-def _converted_correction(path: str, correction: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A correction of 16 or 8 bits in the other number of bits, to nearest; the parameter stays as it is."""
-    if correction.dtype not in (mx.int16, mx.int8):
-        raise ValueError(
-            f"[adam_update] remainder of {path} must be int16, or int8 for 24 bits, but got {correction.dtype}"
-        )
-    if correction.dtype == dtype:
-        return correction
-    if dtype == mx.int16:
-        return correction.astype(mx.int16) * 256
-    return mx.clip(mx.round(correction.astype(mx.float32) / 256), -128, 127).astype(mx.int8)
-
-
 def makes_ours(init_single: Callable[[mx.array, dict], Any], parameter: mx.array, options: Options) -> bool:
     """Whether a subclass's ``init_single`` gives a parameter the state that the options ask for, and perhaps more."""
     if parameter.dtype not in FUSED_DTYPES:
@@ -113,6 +100,19 @@ def makes_ours(init_single: Callable[[mx.array, dict], Any], parameter: mx.array
         return {k: (getattr(x, "shape", 0), getattr(x, "dtype", 0)) for k, x in state.items() if k in _ARRAYS}
 
     return form(made) == form(fresh(parameter, options))
+
+
+def _converted_correction(path: str, correction: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A correction of 16 or 8 bits in the other number of bits, to nearest; the parameter stays as it is."""
+    if correction.dtype not in (mx.int16, mx.int8):
+        raise ValueError(
+            f"[adam_update] remainder of {path} must be int16, or int8 for 24 bits, but got {correction.dtype}"
+        )
+    if correction.dtype == dtype:
+        return correction
+    if dtype == mx.int16:
+        return correction.astype(mx.int16) * 256
+    return mx.clip(mx.round(correction.astype(mx.float32) / 256), -128, 127).astype(mx.int8)
 
 
 def is_quantized(state: dict) -> bool:
