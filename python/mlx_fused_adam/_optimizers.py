@@ -137,11 +137,10 @@ class _Fused(_MLXOptimizer):
         """
         was_initialized, loaded = self._initialized, self._loaded
         before = tree_map(lambda x: x, self._state)
-        seen = self._seen_parameters | seen_by_path(parameters)
         try:
             check_names(parameters, self._options)
             if self._decay_filter:
-                self._decay_filter.check(seen)
+                self._decay_filter.check(self._seen_parameters | seen_by_path(parameters))
             fit_recorded(self._state, self._options)
             self._make_arrays()
             self._fit_loaded(parameters, parameters)

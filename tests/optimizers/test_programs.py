@@ -106,8 +106,7 @@ def filtered(name: str) -> dict[str, Any]:
 CHANGES: list[dict[str, Any]] = [
     *({"state_dtype": x} for x in (None, "float32", "bfloat16", "int8", "int4")),
     *({"stochastic_rounding": x} for x in (None, True, False)),
-    *({"master_weights": x} for x in (False, True)),
-    *({"master_weight_bits": x} for x in (32, 24)),
+    *({"master_weights": x, "master_weight_bits": bits} for x, bits in ((False, 32), (True, 32), (True, 24))),
     *({"max_grad_norm": x} for x in (None, 1.0)),
     *({"skip_nonfinite": x} for x in (False, True)),
     *map(filtered, FILTERS), {"seed": 7}, {"eps": 1e-4}, {"betas": (0.7, 0.8)}, {"weight_decay": 0.05},
@@ -116,7 +115,7 @@ CHANGES: list[dict[str, Any]] = [
 
 def is_forbidden(options: Options) -> bool:
     """Whether two options conflict."""
-    return options.state_dtype in ("int8", "int4") and options.stochastic_rounding is False
+    return options.state_dtype in CODED and options.stochastic_rounding is False
 
 
 class Adds:
@@ -300,7 +299,7 @@ class Programs(RuleBasedStateMachine):
             drawn |= {"max_grad_norm": None, "skip_nonfinite": False}
             decay_filter = "none"
         elif drawn["adds"] == "float32 moments":
-            drawn["master_weights"] = False
+            drawn |= {"master_weights": False, "master_weight_bits": 32}
         if self.is_small and int(np.prod(large)) > 5000:
             large = (128, 32)
         options = Options(
@@ -338,8 +337,6 @@ class Programs(RuleBasedStateMachine):
         """The options with a change, or None where it is not for this program."""
         options = dataclasses.replace(self.model.options, **change)
         has_halves = any(tensor.dtype == mx.float16 for tensor in self.model.tensors.values())
-        if options.master_weight_bits == 24 and not options.master_weights:  # an error at construction
-            return None
         if options.kind == "Adam" and change.keys() & {"weight_decay", "decay_filter"}:
             return None
         if options.master_weights and (has_halves or options.adds == "float32 moments"):
@@ -738,6 +735,8 @@ class Programs(RuleBasedStateMachine):
             self.reject(lambda: setattr(self.optimizer, name, value))
             return self.count("rejected option")
         setattr(self.optimizer, name, value)
+        if "master_weight_bits" in change:
+            self.optimizer.master_weight_bits = change["master_weight_bits"]
         self.model.set_options(options)
         self.forget_compiled()
         if name not in ("betas", "eps", "weight_decay", "decay_filter"):
