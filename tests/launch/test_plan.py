@@ -4,6 +4,7 @@ documents' tables what it prints.
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ sys.path.append(str(ROOT))
 from bench.tables import plan as tables  # noqa: E402
 
 OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
-LAYERS, SIDE = 12, 1024
+LAYERS, SIDE = 4, 1024  # so few that a gradient more is seen
 CHOICES = pytest.mark.parametrize("choice", plan.CHOICES, ids=lambda x: f"{x.dtype} {x.options}")
 
 
@@ -110,7 +111,8 @@ def test_larger_models_need_more_and_more_machines_need_less_each():
         for case in (0, 1):
             by_size = [plan.peaks(choice, model)[case] for model in plan.MODELS.values()]
             by_ranks = [plan.peaks(choice, plan.MODELS["Llama-3.1-70B"], n)[case] for n in (2, 4, 8, 16)]
-            assert by_size == sorted(by_size) and by_ranks == sorted(by_ranks, reverse=True)
+            assert by_size == sorted(by_size)
+            assert all(few > many for few, many in itertools.pairwise(by_ranks))
     for _, model in plan.MODELS.items():
         assert plan.model_of(model.parameters) == model
         assert plan.peaks(plan.CHOICES[0], model)[0] < plan.peaks(plan.CHOICES[0], model)[1]

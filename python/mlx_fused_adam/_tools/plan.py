@@ -211,12 +211,12 @@ def as_text(model: Model, memory: float, ranks: int = 1) -> str:
             "again: with blocks gathered again in the backward pass (docs/scale.md)",
             f"Each sends {sent / 1e9:.1f} GB a step: at least {sent / THUNDERBOLT_5:.1f} s over Thunderbolt 5.",
         ]
-    choice, last = fitting(model, memory, ranks)
-    if choice:
-        left = memory - peaks(choice, model, ranks)[0]
-        setting = ", after model.set_dtype(mx.bfloat16)" if choice.dtype == "bfloat16" else ""
-        lines.append(f"Most exact that fits: {choice.call(ranks)}{setting}; {left / 1e9:.1f} GB left for activations.")
-    elif last:
+    first, second = fitting(model, memory, ranks)
+    if first:
+        left = memory - peaks(first, model, ranks)[0]
+        setting = ", after model.set_dtype(mx.bfloat16)" if first.dtype == "bfloat16" else ""
+        lines.append(f"Most exact that fits: {first.call(ranks)}{setting}; {left / 1e9:.1f} GB left for activations.")
+    elif second:
         lines.append("None fits unless blocks are gathered again.")
     else:
         lines.append("None fits: train LoRA adapters, or share the model between machines (--fully-sharded N).")
