@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import finetuning, int8_state, precision, scale, speed, text
+from . import finetuning, int8_state, plan, precision, speed, text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -46,7 +46,7 @@ TABLES: dict[str, Table] = {
     ),
     **_of("bench/precision.py --publish", "precision", "cpu", options=precision.options),
     **_of("bench/int8_state.py --publish", "int8_state", int8_state=int8_state.markdown),
-    **_of("bench/scale.py", **scale.TABLES),
+    **_of("bench/write_tables.py", **plan.TABLES),
 }
 
 
