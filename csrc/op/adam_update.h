@@ -76,13 +76,15 @@ struct NodeTensor {
 
 // A node's constants, and the one place that knows where its arrays are. All of its tensors share their formats.
 // Inputs: scalars (float32; [], or ScalarCounts' kAllScalars), the step (uint32) if any result is rounded
-// stochastically, and the tensors' arrays. Outputs: the tensors' new arrays.
+// stochastically, the tensors' arrays, and a result of the node before it in a chain, which is not read. Outputs: the
+// tensors' new arrays.
 struct AdamNode {
   AdamConstants constants;
   TensorFormats formats;
   RoundingRequest rounding{};          // of those results that these formats can round
   std::vector<uint32_t> numbers = {};  // one for each tensor, if anything is rounded stochastically
   bool wide_indices = false;
+  bool has_predecessor = false;
 
   std::vector<NodeTensor> tensors(const std::vector<mlx::core::array>& inputs,
                                   std::vector<mlx::core::array>* outputs = nullptr) const;

@@ -439,7 +439,8 @@ def _differing(path: Path, saved: dict[str, Any], own: dict[str, Any], hyperpara
             f"{told}; pass hyperparameters='file' or 'optimizer' to choose",
         )
     if hyperparameters == "file":
-        for name, unreadable in (("decay_filter", "callable"), ("weight_decay", "schedule")):
+        unreadables = {"decay_filter": "callable", "learning_rate": "schedule", "weight_decay": "schedule"}
+        for name, unreadable in unreadables.items():
             if name in differing and saved.get(name) == unreadable:
                 _reject(
                     path,

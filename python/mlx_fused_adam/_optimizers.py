@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.optimizers import Adam as _MLXAdam
 from mlx.optimizers import AdamW as _MLXAdamW
 from mlx.optimizers import Optimizer as _MLXOptimizer
-from mlx.utils import tree_map, tree_map_with_path
+from mlx.utils import tree_map
 
 from . import _ext
 from ._arguments import as_array, as_number, as_scalar, check_betas, check_ranges
@@ -23,10 +23,10 @@ from ._backends import backend_of, known_backend
 from ._clipping import Clipping, check_names, clipping_of, fit_recorded
 from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
-from ._state import Seen, converted, fresh, seen_by_path
+from ._state import Seen, converted, fresh, makes_ours, seen_by_path
 from ._step import Leaves, Step
-from ._structure import fit_loaded
-from ._tree import Walk, flattened
+from ._structure import fit_loaded, is_one_state
+from ._tree import Walk, flattened, padded, with_states
 
 
 class _Option:
@@ -108,10 +108,11 @@ class _Fused(_MLXOptimizer):
 
     def __repr__(self) -> str:
         """Class, hyper-parameters, options that differ from their defaults, and the back end if it is known."""
-        if "_options" not in vars(self):  # not constructed yet
+        try:
+            defaults = Options(self._options.op).described()
+            named = {k: x for k, x in self._description().items() if k not in defaults or x != defaults[k]}
+        except (AttributeError, TypeError, ValueError):  # not constructed yet, traced, or with a state that is no state
             return object.__repr__(self)
-        defaults = Options(self._options.op).described()
-        named = {k: x for k, x in self._description().items() if k not in defaults or x != defaults[k]}
         given = ", ".join(f"{name}={x!r}" for name, x in named.items() if name != "decay_filter" or x)
         known = known_backend()
         return f"{type(self).__name__}({given})" + (f" on {known}" if known else "")
@@ -136,32 +137,41 @@ class _Fused(_MLXOptimizer):
         """
         was_initialized, loaded = self._initialized, self._loaded
         before = tree_map(lambda x: x, self._state)
-        states: list[tuple[dict, dict]] = []
-
-        def convert(path: str, parameter: mx.array, state: dict) -> None:
-            new = converted(path or "the parameter", parameter, state, self._options)
-            states.append((state, new))
-
-        seen = self._seen_parameters | seen_by_path(parameters)
         try:
             check_names(parameters, self._options)
             if self._decay_filter:
-                self._decay_filter.check(seen)
+                self._decay_filter.check(self._seen_parameters | seen_by_path(parameters))
             fit_recorded(self._state, self._options)
             self._make_arrays()
             self._fit_loaded(parameters, parameters)
-            super().init(parameters)
+            super().init(padded(parameters, self._state))
             self._hint(parameters)
-            # A subclass's own state is its own.
-            if getattr(self.init_single, "__func__", None) is _Fused.init_single:
-                tree_map_with_path(convert, parameters, self._state)
+            self._convert(parameters)
         except BaseException:
             self._restore(before, was_initialized, loaded)
             raise
+
+    def _convert(self, parameters: Any) -> None:
+        """Convert the state of all parameters that have one to what the options ask for."""
+        states: list[tuple[dict, dict]] = []
+        seen = dict(self._seen_parameters)
+        for path, parameter, state in with_states(parameters, self._state):
+            if not is_one_state(state):
+                continue
+            parameter = as_array("parameter", parameter, path)
+            seen |= seen_by_path({path: parameter})
+            # A subclass's own state is its own, unless it makes ours and adds to it.
+            if self._makes_state or makes_ours(self.init_single, parameter, self._options):
+                states.append((state, converted(path or "the parameter", parameter, state, self._options)))
         for state, new in states:
             state.clear()
             state.update(new)
         self._seen_parameters = seen
+
+    @property
+    def _makes_state(self) -> bool:
+        """Whether the state of single parameters is made here, and not by a subclass or the instance."""
+        return getattr(self.init_single, "__func__", None) is _Fused.init_single
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Give one parameter's state zeros: ``m``, ``v``, and the auxiliary arrays of the options."""
@@ -199,16 +209,18 @@ class _Fused(_MLXOptimizer):
         try:
             if loaded and not was_initialized:
                 self._fit_loaded(_those_with(gradients, parameters), parameters)
-            if self._has_own_rule:
-                if self._options.needs_norm:
-                    raise ValueError(
-                        f"[{self._options.op}] apply_single must be the package's own with max_grad_norm and "
-                        f"skip_nonfinite but got one of {type(self).__name__}, which would not obey them"
-                    )
-                return super().apply_gradients(gradients, parameters), undo
+            if self._has_own_rule and (self._options.needs_norm or self._decay_filter):
+                raise ValueError(
+                    f"[{self._options.op}] apply_single must be the package's own with max_grad_norm, skip_nonfinite "
+                    f"and decay_filter but got one of {type(self).__name__}, which knows neither norm nor path"
+                )
             check_names(gradients, self._options)
             if not was_initialized:
                 self.init(_those_with(gradients, parameters))
+                # Those without a gradient, too, so that no later update meets the form that an option before asked for.
+                self._convert(parameters)
+            if self._has_own_rule:
+                return super().apply_gradients(gradients, parameters), undo
             step = self.step
             for name, scheduler in self._schedulers.items():
                 value = scheduler(step)
@@ -255,7 +267,8 @@ class _Fused(_MLXOptimizer):
         walk = Walk(gradients, parameters, states)
         if clipping is None:
             clipping = clipping_of(walk.gradients, self._options, walk.paths)
-        weight_decay = getattr(self, "weight_decay", 0.0)
+        # An attribute of this name in a subclass of Adam is its own.
+        weight_decay = self.weight_decay if isinstance(self, AdamW) else 0.0
         if not isinstance(weight_decay, mx.array):
             weight_decay = float(weight_decay)
         beta1, beta2 = map(float, self.betas)
@@ -285,9 +298,8 @@ class _Fused(_MLXOptimizer):
     def _fit_loaded(self, trained: Any, parameters: Any) -> None:
         """Put a loaded state in the containers of its first parameters, unless the user has set another since."""
         if self._loaded and self._loaded[1] is self._state and isinstance(trained, dict):
-            makes_empty_states = getattr(self.init_single, "__func__", None) is not _Fused.init_single
             op, file = self._options.op, self._loaded[0]
-            state = fit_loaded(op, file, self._state, trained, parameters, makes_empty_states)
+            state = fit_loaded(op, file, self._state, trained, parameters, makes_empty_states=not self._makes_state)
             self._state.clear()
             self._state.update(state)
         self._loaded = None
@@ -315,7 +327,7 @@ class _Fused(_MLXOptimizer):
             "bias_correction": bool(self.bias_correction),
             **self._options.described(),
         }
-        if hasattr(self, "weight_decay"):
+        if isinstance(self, AdamW):
             known = self._decay_filter
             found["weight_decay"] = told("weight_decay")
             found["decay_filter"] = known and known.described

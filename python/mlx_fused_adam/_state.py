@@ -23,6 +23,7 @@ MOMENTS = ("m", "v")
 # Keys of an optimizer's state that mlx.optimizers does not have.
 SHARED = RECORDED | {"weight_decay"}
 AUXILIARY = ("remainder", "m_scale", "v_scale")
+_ARRAYS = (*MOMENTS, *AUXILIARY)
 _QUANTIZED = {8: {"m": mx.int8, "v": mx.uint8}, 4: {"m": mx.uint8, "v": mx.uint8}}
 _ELEMENTS_PER_SCALE = 32
 
@@ -86,6 +87,19 @@ def converted(path: str, parameter: mx.array, state: dict, options: Options) -> 
         else:
             new["remainder"] = mx.zeros(parameter.shape, options.correction_dtype)
     return new
+
+
+def makes_ours(init_single: Callable[[mx.array, dict], Any], parameter: mx.array, options: Options) -> bool:
+    """Whether a subclass's ``init_single`` gives a parameter the state that the options ask for, and perhaps more."""
+    if parameter.dtype not in FUSED_DTYPES:
+        return False
+    made: dict = {}
+    init_single(parameter, made)
+
+    def form(state: dict) -> dict[str, Any]:
+        return {k: (getattr(x, "shape", 0), getattr(x, "dtype", 0)) for k, x in state.items() if k in _ARRAYS}
+
+    return form(made) == form(fresh(parameter, options))
 
 
 def _converted_correction(path: str, correction: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -164,6 +178,9 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
         for name in MOMENTS:
             moment = state[name]
             if bits := _bits_of(name, state):
+                packed = moment.shape[-1]
+                if bits == 4 and (columns + 1) // 2 != packed:  # two parameters whose keys make one path
+                    columns = 2 * packed
                 scale = _checked_scale(name, path, (*moment.shape[:-1], columns), state)
                 new[name] = _dequantized(name, bits, moment, scale, columns, dtype)
             else:

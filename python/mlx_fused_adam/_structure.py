@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ._state import map_states
-from ._tree import flattened
+from ._tree import flattened, part_at
 
 _VALUES = (bool, int, float, str, type(None))
 
@@ -108,10 +108,10 @@ def fitted(state: dict[str, Any], parameters: Any, takes: Callable[[Any], bool])
     def take(part: Any, parameter: Any, path: str) -> Any:
         inner = f"{path}." if path else ""
         if isinstance(parameter, dict):
-            items = {k: take(_at(part, k), x, f"{inner}{k}") for k, x in parameter.items()}
+            items = {k: take(part_at(part, k), x, f"{inner}{k}") for k, x in parameter.items()}
             return {k: x for k, x in items.items() if x is not None}
         if isinstance(parameter, (list, tuple)):
-            found = [take(_at(part, i), x, f"{inner}{i}") for i, x in enumerate(parameter)]
+            found = [take(part_at(part, i), x, f"{inner}{i}") for i, x in enumerate(parameter)]
             new = [{} if x is None else x for x in found]
             kind = type(parameter)
             return kind(*new) if hasattr(kind, "_fields") else kind(new)
@@ -179,13 +179,6 @@ def _key(key: Any) -> str | int:
     if isinstance(key, (str, int)):
         return key
     return int(key) if isinstance(key, Integral) else str(key)
-
-
-def _at(part: Any, key: Any) -> Any:
-    if isinstance(part, dict):
-        return part.get(key)
-    is_index = isinstance(part, (list, tuple)) and isinstance(key, int)
-    return part[key] if is_index and 0 <= key < len(part) else None
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -6,7 +6,7 @@ tree_map would cost more than the update itself; hence also no object per leaf.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -80,6 +80,34 @@ class Walk:
 def flattened(tree: Any) -> list[tuple[str, Any]]:
     """mlx.utils.tree_flatten, which returns a dict only where it is given one."""
     return tree_flatten(tree)  # type: ignore[return-value]  # its annotation does not tell the cases apart
+
+
+def with_states(parameters: Any, states: Any, path: str = "") -> Iterator[tuple[str, Any, dict]]:
+    """Path, parameter and state of every parameter that has a state which is not empty."""
+    if isinstance(parameters, (dict, list, tuple)):
+        for key, x in parameters.items() if isinstance(parameters, dict) else enumerate(parameters):
+            yield from with_states(x, part_at(states, key), f"{path}.{key}" if path else str(key))
+    elif hasattr(parameters, "dtype") and isinstance(states, dict) and states:
+        yield path, parameters, states
+
+
+def padded(tree: Any, states: Any) -> Any:
+    """The tree with lists as long as those of the states, which mlx.optimizers' init requires; the rest is empty."""
+    if isinstance(tree, dict):
+        return {key: padded(x, part_at(states, key)) for key, x in tree.items()}
+    if not isinstance(tree, (list, tuple)):
+        return tree
+    count = len(states) if isinstance(states, (list, tuple)) else 0
+    items = [padded(x, part_at(states, i)) for i, x in enumerate(tree)] + [{}] * (count - len(tree))
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+
+
+def part_at(tree: Any, key: Any) -> Any:
+    """What a dict, list or tuple has at a key or index; None if it has nothing there."""
+    if isinstance(tree, dict):
+        return tree.get(key)
+    is_index = isinstance(tree, (list, tuple)) and isinstance(key, int)
+    return tree[key] if is_index and 0 <= key < len(tree) else None
 
 
 def _missing(gradients: Any, tree: Any, path: str = "") -> str | None:

@@ -374,9 +374,11 @@ def test_a_filter_that_a_file_cannot_hold_is_not_taken_from_it(tmp_path):
         assert other.decayed({"a": mx.ones(1)}) == ["a"]
 
 
-def test_a_schedule_that_a_file_cannot_hold_is_not_taken_from_it(tmp_path):
-    saved(tmp_path / "o", weight_decay=lambda step: 0.1)
-    message = "must hold a weight_decay that can be read but got a schedule: give it to the optimizer"
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_schedule_that_a_file_cannot_hold_is_not_taken_from_it(name, tmp_path):
+    """Its last value would stay for ever."""
+    saved(tmp_path / "o", **{name: lambda step: 0.1})
+    message = f"must hold a {name} that can be read but got a schedule: give it to the optimizer"
     rejected(tmp_path / "o", message, hyperparameters="file")
 
 

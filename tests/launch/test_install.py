@@ -143,11 +143,23 @@ def test_a_class_with_a_rule_of_someone_s_own_stays(monkeypatch, place, name):
     monkeypatch.setattr(place, name, own_rule)
     with fused.install() as installation:
         optimizer = optim.Adam(1e-3)
+        assert type(optim.AdamW(1e-3)) is optim.AdamW  # which calls Adam's
     assert type(optimizer) is optim.Adam and getattr(type(optimizer), name) is own_rule
-    assert installation.kept == {"Adam": 1} and not installation.built
+    assert installation.kept == {"Adam": 1, "AdamW": 1} and not installation.built
     monkeypatch.undo()
     with fused.install():
-        assert type(optim.Adam(1e-3)) is fused.Adam
+        assert type(optim.Adam(1e-3)) is fused.Adam and type(optim.AdamW(1e-3)) is fused.AdamW
+
+
+def test_a_rule_that_was_there_before_this_package_stays():
+    program = """
+import mlx.optimizers as optim
+optim.Adam.apply_single = lambda self, gradient, parameter, state: parameter
+import mlx_fused_adam as fused
+with fused.install() as installation:
+    print(type(optim.Adam(0.1)) is optim.Adam, type(optim.AdamW(0.1)) is optim.AdamW, dict(installation.kept))
+"""
+    assert output_of_python("-c", program).strip() == "True True {'Adam': 1, 'AdamW': 1}"
 
 
 def test_what_stays_is_counted():
@@ -185,7 +197,7 @@ def test_who_wraps_the_classes_too_is_left_in_place(monkeypatch):
     "options, error, message",
     [
         ({"max_gradnorm": 1.0}, TypeError, "unexpected keyword argument 'max_gradnorm'"),
-        ({"learning_rate": 1e-3}, TypeError, "learning_rate"),
+        ({"learning_rate": 1e-3}, TypeError, "'learning_rate', which the code sets itself"),
         ({"state_dtype": "int4"}, ValueError, "int4"),
         ({"bias_correction": "false"}, TypeError, "must be True or False"),
         ({"decay_filter": ["("]}, ValueError, "decay_filter"),
@@ -198,11 +210,12 @@ def test_a_bad_option_is_an_error_at_once_and_installs_nothing(options, error, m
 
 
 def test_an_error_of_the_code_s_own_names_the_class():
-    with fused.install():
+    with fused.install() as installation:
         with pytest.raises(ValueError, match=r"Adam.*1\.5"):
             optim.Adam(1e-3, betas=[1.5, 0.9])
         with pytest.raises(TypeError):
             optim.AdamW()
+    assert not installation.built
 
 
 def test_pickles_and_copies_of_mlx_optimizers_stay_what_they_are():
@@ -289,8 +302,8 @@ def test_what_is_active_can_be_told_and_ended_without_its_handle(capfd):
     first = fused.install(max_grad_norm=1.0, eps=1e-6)
     fused.install(max_grad_norm=2.0)  # its handle is lost
     assert fused.installed() == {"max_grad_norm": 2.0, "eps": 1e-6}
-    optimizer = optim.Adam(0.1)
-    assert type(optimizer) is fused.Adam and optimizer.eps == 1e-6
+    optimizer, another = optim.Adam(0.1), optim.Adam(0.1)
+    assert type(optimizer) is type(another) is fused.Adam and optimizer.eps == 1e-6
     optimizer.update(model := nn.Linear(2, 2), {"weight": mx.ones((2, 2)), "bias": mx.ones(2)})
     mx.eval(model.parameters(), optimizer.state)
     assert "grad_norm" in optimizer.state

@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from mlx_fused_adam import __main__
 from mlx_fused_adam._tools import run as launcher
 from support.launched import needs_launch, of_ring
 
@@ -32,6 +33,11 @@ TRAIN = """
         parameters = optimizer.apply_gradients(parameters, parameters)
         mx.eval(parameters, optimizer.state)
 """
+
+
+needs_no_pythonpath = pytest.mark.skipif(
+    bool(os.environ.get("PYTHONPATH")), reason="the package is found by PYTHONPATH, which the test takes away"
+)
 
 
 @pytest.fixture
@@ -325,6 +331,13 @@ def test_options_come_from_the_command_or_the_environment(script):
     done = run("--adam-options", '{"max_grad_norm": 1.0}', path, environment=options)
     assert done.stdout == "mlx_fused_adam False\n"
     assert said(done)[0].endswith("with max_grad_norm=1.0")
+    done = run("--adam-options", "{}", path, environment=options)
+    assert done.stdout == "mlx_fused_adam False\n"
+
+
+def test_an_option_that_nothing_took_is_said_at_the_end(script):
+    done = run("--adam-options", '{"weight_decay": 0.5}', script(BUILD.replace("AdamW", "Adam")))
+    assert "not used, since no optimizer that was built takes it: weight_decay" in said(done)[-1]
 
 
 @pytest.mark.parametrize(
@@ -364,13 +377,36 @@ def test_an_empty_variable_is_none(script):
     assert done.stdout == "mlx_fused_adam False\n", done.stderr
 
 
-@pytest.mark.skipif(
-    bool(os.environ.get("PYTHONPATH")),
-    reason="the package is found by PYTHONPATH, which -E ignores",
-)
+@needs_no_pythonpath
 def test_a_python_that_would_not_obey_is_rejected(script):
     done = run(script("print('ran')"), command=[sys.executable, "-E", *RUN[1:]])
     assert done.returncode == 2 and "-E, -I and -S" in done.stderr and done.stdout == ""
+
+
+@needs_no_pythonpath
+@pytest.mark.parametrize("before", [launcher._STARTUP, ""], ids=["run within run", "empty"])
+def test_its_folder_is_in_pythonpath_once_and_nothing_beside_it(script, before):
+    done = run(script("import os; print(os.environ['PYTHONPATH'])"), environment={"PYTHONPATH": before})
+    assert done.stdout == f"{launcher._STARTUP}\n", done.stderr
+
+
+def test_a_folder_that_pythonpath_cannot_hold_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "_STARTUP", f"a{os.pathsep}b")
+    monkeypatch.setattr(sys, "argv", ["mlx_fused_adam", "run", "script.py"])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert "must not contain" in capsys.readouterr().err
+
+
+def test_a_file_comes_before_a_command_beside_python_before_one_on_path(script, tmp_path, monkeypatch):
+    for folder in ("beside", "path"):
+        script("", f"{folder}/trainer").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "beside/python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert launcher._script("trainer") == str(tmp_path / "beside/trainer")
+    script("", "trainer")
+    assert launcher._script("trainer") == "trainer"
 
 
 def test_an_installed_command_is_found_by_name(script, tmp_path):

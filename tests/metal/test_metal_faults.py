@@ -316,6 +316,24 @@ def test_one_array_of_a_tiled_update_between_vectors(update, which):
     assert_same_bits(update(*inputs), expected)
 
 
+def test_matrices_of_a_tiled_update_between_vectors(update):
+    """But for the first; their lines are aligned to each other."""
+    inputs = tensors((3, 32, 40))
+    expected = run_update(_ext, *inputs)
+    padded = mx.pad(inputs[1].swapaxes(1, 2).reshape(3, -1), [(0, 0), (0, 1)])
+    inputs[1] = mx.as_strided(padded, (3, 32, 40), (32 * 40 + 1, 1, 32))
+    mx.eval(inputs)
+    assert_same_bits(update(*inputs), expected)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (0, 0), (0, 5), (5, 0, 0, 7)], ids=str)
+def test_empty_tensors(emulated_extension, sizes):
+    """Alone and in company: a dispatch of no threads is an error on Metal."""
+    each = [tensors((n,)) for n in sizes]
+    results = run_updates(emulated_extension, *map(list, zip(*each, strict=True)))
+    assert_same_bits(list(zip(*results, strict=True)), [tuple(run_update(_ext, *x)) for x in each])
+
+
 @pytest.mark.parametrize("which", range(4), ids=ARRAYS)
 def test_a_group_of_an_aligned_and_an_offset_tensor(emulated_extension, which):
     both = [tensors((1001,)), tensors((999,))]
@@ -429,14 +447,6 @@ OVERFLOWS = {
     "column-major": ("+ (first_row + k) * row_stride", "+ int((first_row + k) * row_stride)"),
     "batches": ("int64_t matrix = 0", "int matrix = 0"),
 }
-
-
-@pytest.fixture
-def no_memory_limit():
-    """Results this large pass MLX's limit, upon which it may wait for tasks that failed in another test, for ever."""
-    before = mx.set_memory_limit(1 << 50)
-    yield
-    mx.set_memory_limit(before)
 
 
 def last_elements(emulator, update, layout: str, **rounding) -> list[np.ndarray]:

@@ -113,11 +113,13 @@ def test_roundings(extensions, formats, rounding):
 
 
 @pytest.mark.parametrize("formats", WITH_EXTRAS, ids=named)
-def test_indices_of_64_bits(extensions, formats):
+def test_indices_of_64_bits(extensions, emulator, formats):
     cpu, emulated = extensions
+    before = emulator.dispatches().get("adam_general_64", 0)
     tensor = make(cpu, (13, 70), formats)
     expected = steps(cpu, [tensor], "strided")[0]
     assert_same_bits(steps(emulated, [tensor], "strided", wide_indices=True)[0], expected)
+    assert emulator.dispatches()["adam_general_64"] == before + 2
 
 
 @pytest.mark.parametrize("formats", WITH_EXTRAS, ids=named)

@@ -57,7 +57,9 @@ def test_an_option_that_is_assigned_counts_from_the_next_update(name, value, dty
     ("shard_group", 1, "shard_group must be a group"),
 ])  # fmt: skip
 def test_a_bad_option_that_is_assigned_is_an_error_and_changes_nothing(name, value, message):
-    optimizer = fused.AdamW(**SETTINGS)
+    optimizer = fused.AdamW(
+        **SETTINGS, state_dtype="bfloat16", max_grad_norm=1.0, skip_nonfinite=True, decay_filter="w"
+    )
     before = getattr(optimizer, name)
     with pytest.raises((ValueError, TypeError), match=message):
         setattr(optimizer, name, value)
@@ -73,6 +75,37 @@ def test_an_option_that_is_taken_back_leaves_the_state():
     assert not {"grad_norm", "skipped"} & set(optimizer.state)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"state_dtype": "int8"}, {"state_dtype": "float32"}, {"master_weights": True}], ids=str
+)
+def test_an_assigned_option_is_for_parameters_without_a_gradient_too(changes):
+    """The next update converts the whole state, so that the one after it meets no form of before."""
+    optimizer, reference = fused.AdamW(**SETTINGS), fused.AdamW(**SETTINGS)
+    parameters = tree(0, mx.bfloat16)
+    for o in (optimizer, reference):
+        o.init(parameters)
+        for name, value in changes.items():
+            setattr(o, name, value)
+    reference.init(parameters)
+    for name in ("b", "w"):
+        gradients = {name: parameters[name]}
+        found, expected = (o.apply_gradients(gradients, parameters) for o in (optimizer, reference))
+        assert_same_bits(found, expected)
+        assert_same_bits(optimizer.state, reference.state)
+
+
+def test_an_assigned_option_takes_gradients_of_the_first_layers():
+    """A list that is shorter than the state's; mlx.optimizers takes it, too, unless its state was assigned."""
+    parameters = [{"w": mx.ones((2, 3))}, {"w": mx.ones(3)}]
+    optimizer, reference = fused.Adam(1e-2), optim.Adam(1e-2)
+    for o in (optimizer, reference):
+        o.init({"layers": parameters})
+    optimizer.state_dtype = "float32"
+    results = [o.apply_gradients({"layers": parameters[:1]}, {"layers": parameters}) for o in (optimizer, reference)]
+    assert_same_bits(*results)
+    assert_same_bits(optimizer.state, reference.state)
+
+
 def test_an_optimizer_prints_what_it_is(monkeypatch, backend_name):
     monkeypatch.setattr(_backends, "_known", {})
     optimizer = fused.AdamW(1e-3, state_dtype="int8", decay_filter=["w"])
@@ -83,6 +116,18 @@ def test_an_optimizer_prints_what_it_is(monkeypatch, backend_name):
     assert repr(optimizer) == text and _backends._known == {}  # no kernel was run for it
     assert optimizer.backend == backend_name and repr(optimizer) == f"{text} on {backend_name}"
     assert repr(fused.Adam(lambda step: 0.1)).startswith("Adam(learning_rate='schedule', betas=")
+
+
+def test_an_optimizer_prints_itself_in_any_state():
+    printed = []
+    optimizer = fused.Adam(1e-2)
+    step = mx.compile(lambda x: printed.append(repr(optimizer)) or x, inputs=optimizer.state)
+    step(mx.ones(1))
+    optimizer.learning_rate = mx.ones(2)
+    printed.append(repr(optimizer))
+    optimizer.state = None
+    printed += [repr(optimizer), repr(object.__new__(fused.AdamW))]
+    assert all("Adam object at" in x or "AdamW object at" in x for x in printed), printed
 
 
 @pytest.mark.parametrize("options", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
@@ -106,6 +151,7 @@ def test_numbers_in_the_state_become_arrays(tmp_path):
     for kind in (float, np.float32, mx.array):
         optimizer, reference = fused.Adam(lambda step, kind=kind: kind(0.1)), fused.Adam(0.1)
         assert_same_bits(train(optimizer, tree(), [1]), train(reference, tree(), [1]))
+        assert_same_bits(optimizer.state, reference.state)
         fused.save_optimizer(tmp_path / "o", optimizer)
     optimizer, reference = fused.Adam(**SETTINGS), fused.Adam(**SETTINGS)
     optimizer.state["step"], optimizer.state["learning_rate"] = 5, np.float64(0.02)
@@ -162,6 +208,82 @@ def test_a_subclass_keeps_the_state_that_it_makes():
     assert optimizer.state["w"]["m"].dtype == mx.float32 and "v" not in optimizer.state["w"]
 
 
+@pytest.mark.parametrize("name", ["m", "v"])
+def test_a_moment_that_a_subclass_makes_keeps_its_dtype(name):
+    class Own(fused.Adam):
+        def init_single(self, parameter, state):
+            super().init_single(parameter, state)
+            state[name] = mx.zeros(parameter.shape)
+
+        def apply_single(self, gradient, parameter, state):
+            return parameter - gradient
+
+    optimizer = Own(1e-2)
+    parameters = train(optimizer, tree(0, mx.bfloat16), [1])
+    optimizer.seed = 3
+    train(optimizer, parameters, [2])
+    assert {k: x.dtype for k, x in optimizer.state["w"].items()} == {
+        "m": mx.bfloat16,
+        "v": mx.bfloat16,
+        name: mx.float32,
+    }
+
+
+def test_a_rule_for_single_parameters_is_refused_where_it_would_need_paths():
+    class Own(fused.AdamW):
+        def apply_single(self, gradient, parameter, state):
+            return super().apply_single(gradient, parameter, state)
+
+    optimizer = Own(1e-2, decay_filter=lambda path, _: path == "w")
+    with pytest.raises(
+        ValueError, match="apply_single must be the package's own with .* decay_filter but got one of Own"
+    ):
+        optimizer.apply_gradients(tree(), tree())
+    assert optimizer.step.item() == 0
+
+
+def test_a_subclass_may_have_its_own_init():
+    class Own(fused.Adam):
+        def init(self, parameters):
+            super().init(parameters)
+            self.state["best"] = mx.array(0.0)
+
+    optimizer = Own(1e-2)
+    train(optimizer, tree(), [1])
+    assert optimizer.state["best"].item() == 0
+
+
+def test_what_a_subclass_adds_stays_when_an_option_is_assigned():
+    class Own(fused.Adam):
+        def init_single(self, parameter, state):
+            super().init_single(parameter, state)
+            state["average"] = [mx.array(parameter)]
+
+    optimizer, reference = Own(1e-2), fused.Adam(1e-2)
+    for o in (optimizer, reference):
+        parameters = train(o, tree(), [1])
+        o.state_dtype = "int8"
+        train(o, parameters, [2])
+    for name, state in tree().items():
+        assert_same_bits(optimizer.state[name].pop("average"), [state])
+    assert_same_bits(optimizer.state, reference.state)
+
+
+def test_a_subclass_of_adam_may_have_a_weight_decay_of_its_own():
+    """As L2 regularization, which mlx.optimizers' Adam leaves to it."""
+    results = []
+    for kind in (fused.Adam, optim.Adam):
+
+        class Regularized(kind):
+            weight_decay = 0.5
+
+            def apply_single(self, gradient, parameter, state):
+                return super().apply_single(gradient + self.weight_decay * parameter, parameter, state)
+
+        results.append(train(Regularized(1e-2), tree(), [1, 2]))
+    assert_same_bits(*results)
+
+
 def test_a_parameter_that_is_unfrozen_later_needs_init_and_is_told_so():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model.layers[0].freeze()
@@ -172,6 +294,9 @@ def test_a_parameter_that_is_unfrozen_later_needs_init_and_is_told_so():
     with pytest.raises(ValueError, match=r"layers.0.*call init\(model.trainable_parameters\(\)\)"):
         optimizer.update(model, gradients)
     optimizer.init(model.trainable_parameters())
+    model.about = {"name": "a module's own dicts and lists are no parameters", "sizes": [4, mx.float32]}
+    optimizer.update(model, gradients)
+    optimizer.state_dtype = "bfloat16"
     optimizer.update(model, gradients)
 
 

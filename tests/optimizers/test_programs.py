@@ -1,10 +1,11 @@
 """Random programs of all that a training script may do to an optimizer, each value held against the model of
 support/programs.py.
 
-A program draws options and a tree of parameters, then steps eager and compiled, on streams, evaluated or left lazy,
-with gradients in any layout; holds handles and views, whose bits must never change; replaces parameters; saves, loads,
-copies; asks for what must be rejected. All comparisons are bit for bit. Built on hypothesis.stateful: a failure prints
-its shortest program. Long run: FUSED_ADAM_PROGRAM_OPERATIONS=100000 pytest -n0 tests/optimizers/test_programs.py
+A program draws a class, ours or a subclass, options and a tree of parameters, then steps eager and compiled, on
+streams, evaluated or left lazy, with gradients in any layout; assigns options; holds handles and views, whose bits must
+never change; replaces parameters; saves, loads, copies; asks for what must be rejected. All comparisons are bit for
+bit. Built on hypothesis.stateful: a failure prints its shortest program. Long run:
+FUSED_ADAM_PROGRAM_OPERATIONS=100000 pytest -n0 tests/optimizers/test_programs.py
 """
 
 from __future__ import annotations
@@ -97,37 +98,88 @@ FILTERS: dict[str, Any] = {
 }
 
 
-# How the blocks of a tree are kept; "flat" has no levels at all, but dots in its keys.
-CONTAINERS = ["lists", "lists", "digits", "ints", "flat"]
+def filtered(name: str) -> dict[str, Any]:
+    return {"decay_filter": FILTERS[name], "decays": (lambda path: True) if name == "none" else is_a_weight}
+
+
+# What may be assigned, or differ between a file and an optimizer: fields of Options.
+CHANGES: list[dict[str, Any]] = [
+    *({"state_dtype": x} for x in (None, "float32", "bfloat16", "int8", "int4")),
+    *({"stochastic_rounding": x} for x in (None, True, False)),
+    *({"master_weights": x, "master_weight_bits": bits} for x, bits in ((False, 32), (True, 32), (True, 24))),
+    *({"max_grad_norm": x} for x in (None, 1.0)),
+    *({"skip_nonfinite": x} for x in (False, True)),
+    *map(filtered, FILTERS), {"seed": 7}, {"eps": 1e-4}, {"betas": (0.7, 0.8)}, {"weight_decay": 0.05},
+]  # fmt: skip
+
+
+def is_forbidden(options: Options) -> bool:
+    """Whether two options conflict."""
+    return options.state_dtype in CODED and options.stochastic_rounding is False
+
+
+class Adds:
+    """A subclass that has names, lists and shapes of its own beside our state."""
+
+    def init_single(self, parameter: mx.array, state: dict) -> None:
+        super().init_single(parameter, state)
+        state["own"] = [mx.zeros((2, 3)), {"count": mx.array(0)}]
+
+
+class Counts(Adds):
+    """And a rule of its own around ours."""
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        new = super().apply_single(gradient, parameter, state)
+        state["own"][1]["count"] = state["own"][1]["count"] + 1
+        return new
+
+
+class Widens(Adds):
+    """And moments of its own choice, which no option changes."""
+
+    def init_single(self, parameter: mx.array, state: dict) -> None:
+        super().init_single(parameter, state)
+        state.pop("m_scale", None), state.pop("v_scale", None)
+        state["m"] = state["v"] = mx.zeros(parameter.shape)
+
+
+ADDITIONS = {"nothing": (), "state": (Adds,), "a rule": (Counts,), "float32 moments": (Widens,)}
+CLASSES: dict[tuple[str, str], Any] = {
+    (adds, kind.__name__): type(f"{kind.__name__} with {adds}", (*bases, kind), {}) if bases else kind
+    for adds, bases in ADDITIONS.items()
+    for kind in (fused.Adam, fused.AdamW)
+}
+globals().update({kind.__name__: kind for kind in CLASSES.values()})  # where pickle looks for them
+
+
+# How the blocks of a tree are kept: a function of the words of a path, which returns keys.
+CONTAINERS: dict[str, Callable[..., list]] = {
+    "lists": lambda *words: [int(x) if x.isdigit() else x for x in words],
+    "tuples": lambda *words: [int(x) if x.isdigit() else x for x in words],
+    "ints": lambda *words: [int(x) if x.isdigit() else x for x in words],
+    "digits": lambda *words: list(words),
+    "flat": lambda *words: [".".join(words)],  # no levels, but dots in keys
+    # The names of moments, and two parameters with one path.
+    "odd": lambda *words: {"norm": ["m"], "head": ["v", "", "weight"], "embed": ["blocks.1", "weight"]}.get(
+        words[0], list(words)
+    ),
+}
 
 
 def tree_of(leaves: dict[str, Any], containers: str) -> dict[str, Any]:
-    """The tree of some of PATHS; a block that has nothing is there, and empty."""
-    if containers == "flat":
-        return dict(leaves)
+    """The tree of some of PATHS; a block of a list that has nothing is there, and empty."""
     tree: dict[str, Any] = {}
     for path, x in leaves.items():
-        *outer, last = path.split(".")
+        *outer, last = CONTAINERS[containers](*path.split("."))
         inner = tree
-        if outer and outer[0] == "blocks" and containers == "lists":
-            blocks = tree.setdefault("blocks", [])
-            blocks += [{} for _ in range(int(outer[1]) + 1 - len(blocks))]
-            inner = blocks[int(outer[1])]
-        elif outer and outer[0] == "blocks":
-            number = int(outer[1]) if containers == "ints" else outer[1]
-            inner = tree.setdefault("blocks", {}).setdefault(number, {})
-        elif outer:
-            inner = tree.setdefault(outer[0], {})
+        for key in outer:
+            inner = inner.setdefault(key, {})
         inner[last] = x
-    return tree
-
-
-def at(tree: Any, path: str) -> Any:
-    """What a tree of any containers has at one of PATHS."""
-    if path in tree:
-        return tree[path]
-    for key in path.split("."):
-        tree = tree[key if isinstance(tree, dict) and key in tree else int(key)]
+    if containers in ("lists", "tuples") and "blocks" in tree:
+        blocks = tree["blocks"]
+        kind = list if containers == "lists" else tuple
+        tree["blocks"] = kind(blocks.get(i, {}) for i in range(max(blocks) + 1))
     return tree
 
 
@@ -212,6 +264,7 @@ class Programs(RuleBasedStateMachine):
 
     @initialize(
         kind=st.sampled_from(["Adam", "AdamW"]),
+        adds=st.sampled_from(["nothing", "nothing", *ADDITIONS]),
         dtypes=st.sampled_from(["float32", "bfloat16", "mixed"]),
         has_schedule=st.booleans(),
         betas=st.sampled_from([(0.9, 0.999), (0.8, 0.9)]),
@@ -228,7 +281,7 @@ class Programs(RuleBasedStateMachine):
         shapes=st.lists(st.sampled_from(SMALL), min_size=1, max_size=5),
         large=st.sampled_from(LARGE),
         begins_with_init=st.booleans(),
-        containers=st.sampled_from(CONTAINERS),
+        containers=st.sampled_from(["lists", *CONTAINERS]),
     )
     def begin(
         self, *, dtypes: str, has_schedule: bool, shapes: list[tuple[int, ...]], large: tuple[int, ...],
@@ -240,13 +293,19 @@ class Programs(RuleBasedStateMachine):
             drawn["stochastic_rounding"] = None
         if not self.has_exact_scalars:
             drawn["bias_correction"] = False
+        if containers == "odd" and dtypes == "mixed":
+            dtypes = "bfloat16"  # stock_state knows dtypes by path
+        if drawn["adds"] == "a rule":
+            drawn |= {"max_grad_norm": None, "skip_nonfinite": False}
+            decay_filter = "none"
+        elif drawn["adds"] == "float32 moments":
+            drawn |= {"master_weights": False, "master_weight_bits": 32}
         if self.is_small and int(np.prod(large)) > 5000:
             large = (128, 32)
         options = Options(
             **drawn,
             schedule=Decay(0.01) if has_schedule else None,
-            decay_filter=FILTERS[decay_filter],
-            decays=(lambda path: True) if decay_filter == "none" else is_a_weight,
+            **filtered(decay_filter),
         )
         names = ["float32", "bfloat16"] + ["float16"] * (not options.master_weights)
         tensors = {}
@@ -255,10 +314,12 @@ class Programs(RuleBasedStateMachine):
             tensors[path] = Tensor(dtype, random_values(self.rng, shape, 1.0, dtype))
         self.model = Model(options, tensors)
         self.containers = containers
+        self.own_names = ["own"] if options.adds != "nothing" else []
         self.tree = self.tree_of({k: mx.array(x.value).astype(x.dtype) for k, x in tensors.items()})
         self.make_optimizer()
         self.is_initialized = False
-        self.must_update_all = False
+        self.has_records = True  # norm and count, which a state of MLX's has not
+        self.loaded: set[str] = set()  # what a file has that has not met its parameters
         self.saved: Model | None = None
         self.turned: set[str] = set()  # paths whose quantized state or correction may not be row-major
         if begins_with_init:
@@ -266,12 +327,32 @@ class Programs(RuleBasedStateMachine):
         self.counts["programs"] += 1
 
     def make_optimizer(self) -> None:
-        kind = getattr(fused, self.model.options.kind)
-        self.optimizer = kind(**self.model.options.arguments())
+        self.optimizer = self.made(self.model.options)
         self.forget_compiled()
+
+    def made(self, options: Options) -> Any:
+        return CLASSES[options.adds, options.kind](**options.arguments())
+
+    def changed(self, change: dict[str, Any]) -> Options | None:
+        """The options with a change, or None where it is not for this program."""
+        options = dataclasses.replace(self.model.options, **change)
+        has_halves = any(tensor.dtype == mx.float16 for tensor in self.model.tensors.values())
+        if options.kind == "Adam" and change.keys() & {"weight_decay", "decay_filter"}:
+            return None
+        if options.master_weights and (has_halves or options.adds == "float32 moments"):
+            return None
+        if options.adds == "a rule" and (options.max_grad_norm or options.skip_nonfinite or options.decay_filter):
+            return None
+        return options
 
     def tree_of(self, leaves: dict[str, Any]) -> dict[str, Any]:
         return tree_of(leaves, self.containers)
+
+    def at(self, tree: Any, path: str) -> Any:
+        """What a tree of this program's containers has at one of PATHS."""
+        for key in CONTAINERS[self.containers](*path.split(".")):
+            tree = tree[key]
+        return tree
 
     def forget_compiled(self) -> None:
         self.compiled: dict[tuple[str, ...], Callable[[Any], None]] = {}
@@ -297,11 +378,11 @@ class Programs(RuleBasedStateMachine):
     # ---- Steps ----
 
     def arrays(self) -> dict[str, mx.array]:
-        return dict(tree_flatten(self.tree))
+        return {path: self.at(self.tree, path) for path in self.model.tensors}
 
-    def states(self) -> dict[str, dict[str, mx.array]]:
+    def states(self) -> dict[str, dict[str, Any]]:
         """By path."""
-        return {path: at(self.optimizer.state, path) for path in self.model.paths_with_state}
+        return {path: self.at(self.optimizer.state, path) for path in self.model.paths_with_state}
 
     def draw_gradients(
         self, paths: list[str], layout: str, scale: float, dtype: str
@@ -340,7 +421,7 @@ class Programs(RuleBasedStateMachine):
             self.keep_one(int(self.rng.integers(99)), part, view, self.rng.random() < 0.5)
         model, known = self.model, list(self.model.tensors)
         paths = [path for i, path in enumerate(known) if some >> i & 1]
-        if self.must_update_all or not paths:
+        if not paths:
             paths = known
         if not self.is_initialized and known[0] not in paths:
             paths.insert(0, known[0])  # an expression of the filter that matches nothing is rejected
@@ -356,9 +437,10 @@ class Programs(RuleBasedStateMachine):
             mx.eval(arrays)
         gradients = self.tree_of(arrays)
         # In the order of the tree, which numbers the tensors.
-        values = {path: values[path] for path, _ in tree_flatten(gradients)}
+        values = {path: values[path] for _, path in tree_flatten(self.tree_of({path: path for path in paths}))}
         del arrays
-        if self.is_initialized and any(model.tensors[path].state is None for path in paths):
+        known = self.loaded if self.loaded else model.paths_with_state if self.is_initialized else known
+        if not set(paths) <= set(known):
             self.reject(partial(self.optimizer.apply_gradients, gradients, self.tree))
             return self.count("rejected update")
         if not self.is_initialized:
@@ -378,7 +460,7 @@ class Programs(RuleBasedStateMachine):
         else:
             self.counts["skipped steps"] += 1
         model.update(values, *guard)
-        self.is_initialized, self.must_update_all = True, False
+        self.is_initialized, self.has_records, self.loaded = True, True, set()
         self.counts["tensors"] += len(paths)
         self.evaluate(then)
         self.count(f"update, {how}")
@@ -465,7 +547,7 @@ class Programs(RuleBasedStateMachine):
 
     def check_parameters(self) -> None:
         arrays = self.arrays()
-        assert set(arrays) == set(self.model.tensors)
+        assert len(tree_flatten(self.tree)) == len(arrays)
         for path, tensor in self.model.tensors.items():
             assert_array(arrays[path], tensor.value, tensor.dtype, self.where(path, "parameter"))
 
@@ -473,10 +555,12 @@ class Programs(RuleBasedStateMachine):
         for path, state in self.states().items():
             tensor = self.model.tensors[path]
             dtypes = state_dtypes(tensor)
-            assert set(state) == set(dtypes), self.where(path, f"state holds {sorted(state)}")
+            assert set(state) == {*dtypes, *self.own_names}, self.where(path, f"state holds {sorted(state)}")
+            for zeros, count in (state[name] for name in self.own_names):
+                assert zeros.shape == (2, 3) and count["count"].item() == tensor.count, self.where(path, "own state")
             for name, dtype in dtypes.items():
                 assert_array(state[name], tensor.state[name], dtype, self.where(path, name))
-        if self.is_initialized:
+        if self.has_records:
             for name, (value, dtype) in self.model.guard.items():
                 expected = np.asarray(value)
                 assert_array(self.optimizer.state[name], expected, dtype, name)
@@ -512,7 +596,7 @@ class Programs(RuleBasedStateMachine):
         tensor = self.model.tensors[path]
         states = self.states()
         if part != "parameter" and path in states:
-            names = sorted(states[path])
+            names = sorted(tensor.state)
             name = names[which % len(names)] if part == "any" else part
             array, value = states[path][name], tensor.state[name]
         else:
@@ -610,7 +694,7 @@ class Programs(RuleBasedStateMachine):
     def lay_out_a_state_anew(self, which: int, layout: str, is_evaluated: bool) -> None:
         """As a user's loader may: the same values in another layout."""
         states = self.states()
-        places = [(path, name) for path in states for name in sorted(states[path])]
+        places = [(path, name) for path in states for name in sorted(self.model.tensors[path].state)]
         if not places:
             return
         path, name = places[which % len(places)]
@@ -641,18 +725,37 @@ class Programs(RuleBasedStateMachine):
             fused.set_num_threads(1 + number % 4)
         self.count(what)
 
+    @rule(change=st.sampled_from(CHANGES))
+    def assign_an_option(self, change: dict[str, Any]) -> None:
+        name, value = next(iter(change.items()))
+        options = self.changed(change)
+        if options is None:
+            return
+        if is_forbidden(options):
+            self.reject(lambda: setattr(self.optimizer, name, value))
+            return self.count("rejected option")
+        setattr(self.optimizer, name, value)
+        if "master_weight_bits" in change:
+            self.optimizer.master_weight_bits = change["master_weight_bits"]
+        self.model.set_options(options)
+        self.forget_compiled()
+        if name not in ("betas", "eps", "weight_decay", "decay_filter"):
+            self.is_initialized, self.has_records = False, True
+        self.count("option")
+
     # ---- What must be rejected ----
 
-    def reject(self, attempt: Callable[[], Any], kinds: Any = (ValueError, TypeError)) -> None:
+    def reject(self, attempt: Callable[[], Any], optimizer: Any = None) -> None:
         """It raises, and every array of tree and state is the same object as before."""
+        optimizer = optimizer or self.optimizer
 
         def everything() -> list[tuple[str, Any]]:
-            return [
-                *tree_flatten(self.tree), *tree_flatten(self.optimizer.state), ("betas", self.optimizer.betas),
-            ]  # fmt: skip
+            return [*tree_flatten(self.tree), *tree_flatten(optimizer.state), (str(vars(optimizer._options)), "")]
 
         before = everything()
-        with pytest.raises(kinds):
+        # Around a subclass's rule, what is missing is named by MLX.
+        kinds = (LookupError,) if self.model.options.adds == "a rule" else ()
+        with pytest.raises((ValueError, TypeError, *kinds)):
             attempt()
         after = everything()
         assert [path for path, _ in after] == [path for path, _ in before]
@@ -726,9 +829,14 @@ class Programs(RuleBasedStateMachine):
             return [(str(x.state_dtype), sorted(x.state or {})) for x in tensors]
 
         before = form()
+        if self.loaded and len(self.loaded) < len(self.model.tensors):
+            # Parameters of a later time get their state once those of the file have theirs.
+            self.reject(lambda: self.optimizer.init(self.tree))
+            arrays = self.arrays()
+            self.optimizer.init(self.tree_of({path: x for path, x in arrays.items() if path in self.loaded}))
         self.optimizer.init(self.tree)
         self.model.init(list(self.model.tensors))
-        self.is_initialized, self.must_update_all = True, False
+        self.is_initialized, self.has_records, self.loaded = True, True, set()
         if form() != before:
             self.forget_compiled()
 
@@ -741,52 +849,61 @@ class Programs(RuleBasedStateMachine):
     def save(self) -> None:
         fused.save_optimizer(self.folder / "optimizer", self.optimizer)
         self.saved = self.model.copy()
-        self.saved_guard = self.is_initialized
         self.count("save")
 
     @precondition(lambda self: self.saved is not None)
-    @rule(to=st.sampled_from(["itself", "new"]), side=st.sampled_from(["error", "file", "optimizer"]))
-    def load(self, to: str, side: str) -> None:
+    @rule(
+        to=st.sampled_from(["itself", "new", "of other options", "of something else"]),
+        change=st.sampled_from(CHANGES),
+        side=st.sampled_from(["error", "file", "optimizer"]),
+        is_init=st.booleans(),
+    )
+    def load(self, to: str, change: dict[str, Any], side: str, is_init: bool) -> None:
         model, saved = self.model, self.saved
         file = self.folder / "optimizer"
-        if to == "new":
+        load = partial(fused.load_optimizer, file, hyperparameters=side)
+        if to == "of something else":
+            other = self.made(model.options)
+            other.init({"blocks": [{"weight": mx.ones(3)}]})
+            self.reject(partial(load, other), other)
+            return self.count("rejected load")
+        if to != "itself":
+            options = self.changed(change) if to == "of other options" else model.options
+            if options is None or is_forbidden(options):
+                return
+            model.options = options
             self.make_optimizer()
             for path in model.paths_with_state:
                 model.tensors[path] = dataclasses.replace(model.tensors[path], state=None)
-            fresh = Model(model.options, {})
-            model.step, model.learning_rate = 0, fresh.learning_rate
+            model.step, model.learning_rate = 0, Model(options, {}).learning_rate
             model.forget_guard()
-            self.is_initialized = False
-
-        fits = not model.paths_with_state or set(model.paths_with_state) == set(saved.paths_with_state)
-        if not fits:
-            self.reject(lambda: fused.load_optimizer(file, self.optimizer, hyperparameters=side))
+            self.is_initialized, self.has_records, self.loaded = False, True, set()
+        has_met = model.paths_with_state and not self.loaded
+        after = model.options.after_load(saved.options, side)
+        if after is None or has_met and set(model.paths_with_state) != set(saved.paths_with_state):
+            self.reject(partial(load, self.optimizer))
             return self.count("rejected load")
-        fused.load_optimizer(file, self.optimizer, hyperparameters=side)
-        for path in saved.paths_with_state:
+        load(self.optimizer)
+        if after != model.options:
+            self.forget_compiled()
+        for path in model.tensors:
             old = saved.tensors[path]
-            model.tensors[path] = dataclasses.replace(model.tensors[path], state=old.state, state_dtype=old.state_dtype)
-        model.step = saved.step
-        # A file of an optimizer without a state of its own has no record, which then begins anew.
-        model.forget_guard()
-        if self.saved_guard:
-            model.grad_norm, model.skipped = saved.grad_norm, saved.skipped
-        if side != "optimizer" or model.options.schedule:
+            new = dict(state=old.state, state_dtype=old.state_dtype, count=old.count)
+            model.tensors[path] = dataclasses.replace(model.tensors[path], **new)
+        model.step, model.grad_norm, model.skipped = saved.step, saved.grad_norm, saved.skipped
+        model.set_options(after)
+        if side != "optimizer" or after.schedule:
             model.learning_rate = saved.learning_rate
-        self.is_initialized = False
-        # Parameters of a later time get their state once those of the file have theirs.
-        if saved.paths_with_state and len(saved.paths_with_state) < len(model.tensors):
-            self.reject(lambda: self.optimizer.init(self.tree))
-            arrays = self.arrays()
-            self.optimizer.init(self.tree_of({path: arrays[path] for path in saved.paths_with_state}))
-        # What mlx.optimizers saved is converted, too.
-        self.init_all()
+        self.is_initialized, self.has_records = False, True
+        self.loaded = set(saved.paths_with_state)
+        if is_init:
+            self.init_all()
         self.count("load")
 
     @rule(is_adopted=st.booleans(), is_init=st.booleans())
     def go_by_mlx(self, is_adopted: bool, is_init: bool) -> None:
         """The state that mlx.optimizers would hold: compared, or adopted as well."""
-        if not self.is_initialized:
+        if not self.is_initialized or is_adopted and self.model.options.adds == "float32 moments":
             return
         model = self.model if is_adopted else self.model.copy()
         state = fused.stock_state(self.optimizer)
@@ -795,14 +912,14 @@ class Programs(RuleBasedStateMachine):
         for path, tensor in model.tensors.items():
             if tensor.state is None:
                 continue
-            node = at(state, path)
-            assert set(node) == {"m", "v"}, path
+            node = self.at(state, path)
+            assert set(node) == {"m", "v", *self.own_names}, path
             for name in ("m", "v"):
                 where = f"stock_state's {self.where(path, name)}"
                 assert_array(node[name], tensor.state[name], tensor.dtype, where)
         if is_adopted:
             self.optimizer.state = state
-            self.is_initialized, self.must_update_all = False, True
+            self.is_initialized = self.has_records = False
             model.forget_guard()
             self.forget_compiled()
             if is_init:

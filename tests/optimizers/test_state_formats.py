@@ -440,6 +440,16 @@ def test_stock_state_needs_parameters_that_were_seen():
         fused.stock_state(optim.Adam(1e-2))
 
 
+def test_stock_state_knows_all_parameters_that_init_has_seen():
+    """Also those that the last init did not have, being frozen."""
+    optimizer = fused.Adam(1e-2)
+    parameters = {"a": mx.ones(3, mx.float16), "b": mx.ones(3, mx.bfloat16)}
+    optimizer.init(parameters)
+    optimizer.init({"b": parameters["b"]})
+    tree = fused.stock_state(optimizer)
+    assert {k: tree[k]["m"].dtype for k in parameters} == {"a": mx.float16, "b": mx.bfloat16}
+
+
 def broken(key: str, value) -> dict:
     optimizer = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
     optimizer.init({"a": {"w": mx.ones((64, 64), mx.bfloat16)}})
@@ -513,6 +523,19 @@ def test_a_rejected_init_leaves_no_state_behind():
     assert set(optimizer.state["a"]) == {"m", "v", "remainder"}
 
 
+def test_a_rejected_init_leaves_none_in_the_containers_of_before():
+    optimizer = fused.AdamW(1e-3, master_weights=True)
+    parameters = {"a": {"w": mx.ones(3, mx.bfloat16)}, "l": [{"w": mx.ones(3)}]}
+    optimizer.init(parameters)
+    before = dict(tree_flatten(optimizer.state))
+    more = {"a": parameters["a"] | {"b": mx.ones(3)}, "l": [parameters["l"][0] | {"h": mx.ones(3, mx.float16)}]}
+    for use in (optimizer.init, lambda p: optimizer.apply_gradients(p, p)):
+        with pytest.raises(ValueError, match="h"):
+            use(more)
+        after = dict(tree_flatten(optimizer.state))
+        assert after.keys() == before.keys() and all(after[k] is x for k, x in before.items())
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_optimizer_can_be_copied_and_pickled(name):
     parameters = {"a": mx.ones((64, 70), mx.bfloat16)}
@@ -532,8 +555,12 @@ def test_quantized_state_of_parameters_that_become_float64_is_dequantized_by_ini
     parameters = train(optimizer, parameters, [{"w": mx.full((128, 32), 1e-3)}] * 20)
     expected = value_of(optimizer.state["w"], "m")
     wide = {"w": parameters["w"].astype(mx.float64)}
-    with pytest.raises(ValueError, match="state of w must not be quantized for a parameter of .*float64"):
-        optimizer.apply_gradients(wide, wide)
+    quantized = dict(optimizer.state["w"])
+    for plain in ({}, {"m": wide["w"]}, {"v": wide["w"]}):
+        optimizer.state["w"].update(quantized | plain)
+        with pytest.raises(ValueError, match="state of w must not be quantized for a parameter of .*float64"):
+            optimizer.apply_gradients(wide, wide)
+    optimizer.state["w"].update(quantized)
     optimizer.init(wide)
     assert optimizer.state["w"]["m"].dtype == mx.float64
     np.testing.assert_array_equal(np.array(optimizer.state["w"]["m"]), expected)

@@ -72,6 +72,7 @@ class Tensor:
     value: np.ndarray
     state: Mapping[str, np.ndarray] | None = None
     state_dtype: mx.Dtype | None = None  # int8 stands for codes of 8 bits, uint8 for those of 4
+    count: int = 0  # of updates by a subclass's own rule
 
     def moment(self, name: str) -> np.ndarray:
         """The float32 values that are stored."""
@@ -94,6 +95,7 @@ class Options:
     """An optimizer's arguments."""
 
     kind: str = "AdamW"
+    adds: str = "nothing"  # what a subclass brings: see SUBCLASSES of test_programs.py
     schedule: Callable[[mx.array], mx.array] | None = None
     learning_rate: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.999)
@@ -113,7 +115,7 @@ class Options:
     def arguments(self) -> dict[str, Any]:
         """For the constructor."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del found["kind"], found["decays"]
+        del found["kind"], found["adds"], found["decays"]
         found["learning_rate"] = found.pop("schedule") or self.learning_rate
         if self.kind == "Adam":
             del found["weight_decay"], found["decay_filter"]
@@ -121,6 +123,8 @@ class Options:
 
     def wanted(self, tensor: Tensor) -> mx.Dtype:
         """The dtype in which a tensor's moments are to be stored."""
+        if self.adds == "float32 moments":
+            return mx.float32
         if self.state_dtype in CODED:
             shape = tensor.value.shape
             is_large = tensor.value.size >= SMALLEST_CODED and shape[-1] >= SHORTEST_CODED_ROW
@@ -139,6 +143,23 @@ class Options:
             weight_decay=self.weight_decay if is_decayed else 0.0,
             bias_correction=self.bias_correction,
         )
+
+    def after_load(self, file: Options, side: str) -> Options | None:
+        """These options after the load of a file of others, or None where it is rejected."""
+        ignored = {"learning_rate", "decays", "schedule", "kind", "adds"}
+        if self.kind == "Adam":
+            ignored |= {"weight_decay", "decay_filter"}
+        found = {x.name: getattr(file, x.name) for x in dataclasses.fields(self) if x.name not in ignored}
+        differing = {name: x for name, x in found.items() if x != getattr(self, name)}
+        has_other_schedule = bool(self.schedule) != bool(file.schedule)
+        if side == "optimizer":
+            return self
+        if self.kind != file.kind or side == "error" and (differing or has_other_schedule):
+            return None
+        if "decay_filter" in differing:
+            differing["decays"] = file.decays
+        is_unreadable = callable(differing.get("decay_filter")) or has_other_schedule and file.schedule
+        return None if is_unreadable else dataclasses.replace(self, **differing)
 
 
 def clipped(gradient: np.ndarray, scale: np.float32) -> np.ndarray:
@@ -175,11 +196,13 @@ class Model:
 
     def init(self, paths: list[str]) -> None:
         """Zeros where there is no state; elsewhere the state in the form that the options ask for."""
-        for path in paths:
+        for path in {*paths, *self.paths_with_state}:
             self.tensors[path] = self._adopted(self.tensors[path])
 
     def _adopted(self, tensor: Tensor) -> Tensor:
         wanted = self.options.wanted(tensor)
+        if self.options.adds == "float32 moments" and tensor.state is not None:
+            return tensor
         shape = tensor.value.shape
         wanted_bits = BITS_OF_CODES.get(wanted)
         state: dict[str, np.ndarray] = {}
@@ -202,10 +225,17 @@ class Model:
             wide = old.astype(np.float64) * unit_of(old)
             state["remainder"] = np.clip(np.round(wide / 256), -128, 127) if kind == np.int8 else wide
             state["remainder"] = np.asarray(state["remainder"].astype(kind))
-        return dataclasses.replace(tensor, state=state, state_dtype=wanted)
+        count = tensor.count if tensor.state else 0
+        return dataclasses.replace(tensor, state=state, state_dtype=wanted, count=count)
 
     def forget_guard(self) -> None:
         self.grad_norm, self.skipped = 0.0, 0
+
+    def set_options(self, options: Options) -> None:
+        """As the next update goes by them; what is not recorded any more begins anew."""
+        self.options = options
+        self.grad_norm = 0.0 if options.max_grad_norm is None else self.grad_norm
+        self.skipped = self.skipped if options.skip_nonfinite else 0
 
     @property
     def guard(self) -> dict[str, tuple[np.generic, mx.Dtype]]:
@@ -255,6 +285,8 @@ class Model:
         self.step += 1
         for number, (path, gradient) in enumerate(gradients.items()):
             tensor = self.tensors[path]
+            if options.adds == "a rule":  # which sees one parameter at a time
+                number, tensor = 0, dataclasses.replace(tensor, count=tensor.count + 1)
             settings = options.settings(path, self.learning_rate)
             new = oracle.adam(
                 tensor.weight, clipped(gradient, scale), *map(tensor.moment, MOMENTS),

@@ -29,7 +29,14 @@ _FUSED: dict[type, Fused] = {getattr(optim, fused.__name__): fused for fused in 
 _PARAMETERS = {fused: inspect.signature(fused).parameters for fused in _CLASSES}
 # The methods that the fused classes override. If a program patches one in MLX's class, its patch is kept.
 _OVERRIDDEN = ("init", "init_single", "apply_gradients", "apply_single")
-_ORIGINAL_METHODS = {kind: [getattr(kind, name, None) for name in _OVERRIDDEN] for kind in _FUSED}
+
+
+def _methods(kind: type) -> list[Any]:
+    """Those of a class and of each of its bases, since AdamW calls Adam's."""
+    return [vars(base).get(name) for base in kind.__mro__[:-1] for name in _OVERRIDDEN]
+
+
+_ORIGINAL_METHODS = {kind: _methods(kind) for kind in _FUSED}
 _active: list[Installation] = []  # options of later ones win
 _originals: dict[Any, Any] = {}
 _lock = threading.RLock()
@@ -64,7 +71,7 @@ class Installation:
                 kind = getattr(optim, fused.__name__)
                 if kind not in _originals:
                     _FUSED[kind] = fused
-                    _ORIGINAL_METHODS.setdefault(kind, [getattr(kind, name, None) for name in _OVERRIDDEN])
+                    _ORIGINAL_METHODS.setdefault(kind, _methods(kind))
                     _patch(kind, fused)
             _active.append(self)
 
@@ -151,9 +158,6 @@ def install(**options: Any) -> Installation:
         raise TypeError(
             "[install] option must be one that code may leave out but got 'learning_rate', which the code sets itself"
         )
-    # mlx.optimizers takes any true value; a string from JSON or YAML is a mistake.
-    if not isinstance(correction := options.get("bias_correction", False), bool):
-        raise TypeError(f"[install] bias_correction must be True or False but got {correction!r}")
     installation = Installation(options)
     Adam(0.0, **_taken(options, Adam))
     AdamW(0.0, **options)  # takes every option, so it names an unknown one
@@ -191,8 +195,9 @@ def _is_own(kind: type) -> bool:
 
 def _is_patched(kind: type) -> bool:
     """Whether someone has patched methods of MLX's class, before or after the import of this package."""
-    found = [getattr(kind, name, None) for name in _OVERRIDDEN]
-    return found != _ORIGINAL_METHODS[kind] or {x.__module__ for x in found if x} != {kind.__module__}
+    found = _methods(kind)
+    modules = {getattr(x, "__module__", None) for x in found if x}
+    return found != _ORIGINAL_METHODS[kind] or modules != {kind.__module__}
 
 
 def _restore() -> None:
