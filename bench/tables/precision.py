@@ -86,18 +86,18 @@ def options(results: Results, speed: SpeedResults) -> str:
                 return ratio(implementation, FUSED)(case)
         return None
 
-    names = regimes(results)
+    names, key = regimes(results), "held_out_loss"
     lines = [
         [
             row[0],
             in_markdown(row[1]),
             number(bytes_of(results, row)),
-            *(difference(results, row, name, "held_out_loss") for name in names),
+            *(difference(results, row, name, key) for name in names),
             number(time(*row)),
         ]
         for row in rows_of(results)
     ]
-    last = [f"± {percent(spread(results, name, "+chr(39)+"held_out_loss"+chr(39)+"), digits=2)}" for name in names]
+    last = [f"± {percent(spread(results, name, key), digits=2)}" for name in names]
     lines.append(["float32", "fused, other seeds", "", *last, ""])
     return table(["parameters", "optimizer", "B/param", *names, "update's time, × fused"], lines, left=2)
 
