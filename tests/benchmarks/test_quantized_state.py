@@ -32,6 +32,10 @@ def test_quick_mode_saves_every_candidate_on_every_source(bits: int, tmp_path: P
     columns, rows = columns_and_rows(found)
     assert columns[1 : 1 + len(sources)] == sources
     assert all(len(row) == len(columns) and row[0] in done.stdout for row in rows)
+    if bits == 4:
+        assert all(
+            x["over_float32"][name] != 0 for x in found["candidates"].values() for name in ("from scratch", "at 2e-5")
+        )
     published = text.load_json(ROOT / "bench" / "results" / f"int{bits}_state.json")
     assert columns_and_rows(published)[0] == columns
     assert list(published["candidates"]) == list(found["candidates"])
