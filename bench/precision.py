@@ -3,8 +3,8 @@
 A small character model (accuracy/character_model.py) is trained with float32 (the reference), with mlx.optimizers and
 with each option, in two regimes: from scratch, and fine-tuning on other text at a small learning rate, where rounding
 to nearest loses updates. Each has three seeds; a difference from float32 counts where it is larger than the spread of
-float32's seeds. `--publish` writes bench/results/precision.* and the table in docs/options.md, in about
-ten minutes on two cores.
+float32's seeds. `--publish` writes bench/results/precision.* and the table in docs/options.md, in
+10 to 20 minutes on two cores.
 """
 
 import argparse

@@ -180,6 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = measure(options.bits, dict(zip(names, sizes, strict=True)), console)
     columns, rows = quantized_state.columns_and_rows(found)
     shown = Table(*columns)
+    shown.columns[0].no_wrap = True
     for row in rows:
         shown.add_row(*row, style="bold" if row[0] == CHOSEN[options.bits] else "")
     console.print(shown)

@@ -184,7 +184,7 @@ def test_headline_has_three_optimizers_of_bfloat16() -> None:
 def test_options_have_the_spread_of_seeds_and_the_time_over_fused() -> None:
     def training_run(name: str, loss: float, seed: int = 0) -> dict:
         return {
-            "dtype": "float32", "implementation": name, "regime": "from scratch", "seed": seed, "final_loss": loss,
+            "dtype": "float32", "implementation": name, "regime": "from scratch", "seed": seed, "held_out_loss": loss,
             "parameter_bytes_per_parameter": 4, "state_bytes_per_parameter": 8,
         }  # fmt: skip
 
