@@ -480,7 +480,7 @@ def test_peak_memory_is_of_the_step_alone() -> None:
     parameters = sum(shape.size for shape in task.shapes())
     peaks = {name: whole_steps.memory_of_step(task, name, "cpu").peak for name in implementations.PLAIN}
     for name, peak in peaks.items():
-        assert 16 * parameters < peak < 40 * parameters, name
+        assert 12 * parameters < peak < 40 * parameters, name
     assert peaks["fused, compiled"] < 0.8 * peaks["mlx.optimizers, compiled"]
     del held
 
