@@ -393,6 +393,7 @@ def test_its_folder_is_in_pythonpath_once_and_nothing_beside_it(script, before):
 def test_a_folder_that_pythonpath_cannot_hold_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(launcher, "_STARTUP", f"a{os.pathsep}b")
     monkeypatch.setattr(sys, "argv", ["mlx_fused_adam", "run", "script.py"])
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("became another process"))
     with pytest.raises(SystemExit):
         __main__.main()
     assert "must not contain" in capsys.readouterr().err
