@@ -152,8 +152,10 @@ class Step(NamedTuple):
         for i, (parameter, state) in enumerate(zip(leaves.parameters, leaves.states, strict=True)):
             if reason := options.why_not(parameter):
                 raise ValueError(f"[{options.op}] parameter of {name(i)} {reason}")
-            if options.has_correction(parameter) and "remainder" not in state:
+            has_correction = options.has_correction(parameter)
+            if has_correction != ("remainder" in state):
+                wanted, got = ("a", "none") if has_correction else ("no", f"one beside {parameter.dtype}")
                 raise ValueError(
-                    f"[{options.op}] state of {name(i)} must hold a remainder for master_weights but "
-                    "got none: call init(parameters) after a change of parameters' dtypes"
+                    f"[{options.op}] state of {name(i)} must hold {wanted} remainder for master_weights but "
+                    f"got {got}: call init(parameters) after a change of parameters' dtypes"
                 )
