@@ -88,7 +88,8 @@ static fused_adam::StochasticRounding rounding_of(const std::string& request) {
   if (request == "nearest") return StochasticRounding::nearest;
   if (request == "parameter_and_v") return StochasticRounding::parameter_and_v;
   if (request == "all") return StochasticRounding::all;
-  throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'parameter_and_v' or 'all' but got '" + request + "'");
+  throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'parameter_and_v' or 'all' but got '" + request +
+                              "'");
 }
 
 // Asks Python about a combination: uses_kernel(parameter, gradient, m, remainder or None) -> bool.
@@ -97,7 +98,9 @@ using UsesDtypes = std::function<bool(mx::Dtype, mx::Dtype, mx::Dtype, std::opti
 static fused_adam::UsesKernel by_formats(const UsesDtypes& uses_kernel) {
   return [&uses_kernel](const fused_adam::TensorFormats& formats) {
     std::optional<mx::Dtype> correction;
-    if (formats.has_correction()) correction = mx::int16;
+    if (formats.has_correction()) {
+      correction = fused_adam::correction_bytes(formats.parameter) == 1 ? mx::int8 : mx::int16;
+    }
     return uses_kernel(fused_adam::dtype_of(formats.parameter), fused_adam::dtype_of(formats.gradient),
                        fused_adam::dtype_of(formats.m), correction);
   };
@@ -176,17 +179,20 @@ NB_MODULE(_ext, m) {
       "is_decayed"_a = std::vector<bool>(), "uses_kernel"_a, "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, states).
 
-A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16, of a bfloat16 parameter), ``m_scale`` and ``v_scale`` (bfloat16, of int8 m and uint8 v); other keys are ignored. ``numbers`` are the tensors' in the random bits (default: their places in the lists), ``is_decayed`` says to which weight decay applies (default: all). ``uses_kernel(parameter, gradient, m, remainder)`` is asked once for each combination of dtypes, before the graph is built; where it says False, the update is the fallback of MLX's operations, or the CPU's kernel for states that MLX cannot store. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16, or int8 for a master weight of 24 bits, of a bfloat16 parameter), ``m_scale`` and ``v_scale`` (bfloat16, of int8 m and uint8 v, or of both in 4 bits, two to a byte, uint8); other keys are ignored. ``numbers`` are the tensors' in the random bits (default: their places in the lists), ``is_decayed`` says to which weight decay applies (default: all). ``uses_kernel(parameter, gradient, m, remainder)`` is asked once for each combination of dtypes, before the graph is built; where it says False, the update is the fallback of MLX's operations, or the CPU's kernel for states that MLX cannot store. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(), "uses_kernel"_a,
         "stream"_a = nb::none(),
         "The sum of the squares of all gradients, lazily: a float32 scalar, not finite if a "
         "gradient or the sum is not. ``uses_kernel(dtype)`` is asked once for each dtype.");
 
-  m.def("quantize_moment", &fused_adam::quantize_moment, "moment"_a, "is_v"_a,
-        "Quantized values (int8, or uint8 for v) and their blocks' scales, lazily, on the CPU.");
-  m.def("dequantize_moment", &fused_adam::dequantize_moment, "quantized"_a, "scales"_a,
-        "The float32 values of a quantized moment, lazily, on the CPU.");
+  m.def("quantize_moment", &fused_adam::quantize_moment, "moment"_a, "is_v"_a, "bits"_a = 8,
+        "Quantized values (int8, or uint8 for v and for 4 bits) and their blocks' scales, lazily, on the CPU.");
+  m.def(
+      "dequantize_moment", &fused_adam::dequantize_moment, "quantized"_a, "scales"_a, "is_v"_a = false,
+      "columns"_a = nb::none(),
+      "The float32 values of a quantized moment, lazily, on the CPU; with ``columns``, those of its last axis, of one "
+      "of 4 bits.");
 
   m.def("note_idle_stream", &fused_adam::note_idle_stream, "stream"_a,
         "Tell that a stream is for self-checks alone, so that updates elsewhere need not reckon "

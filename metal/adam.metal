@@ -16,27 +16,37 @@ using namespace metal;
 using namespace fused_adam;
 
 // Formats of more than one array; those of one are named by its type. encodings.h describes them.
+template <typename Correction>
 struct BfloatCorrection {};  // P
-struct QuantizedState {};    // S
+template <uint bits>
+struct QuantizedState {};  // S
 
-// The arrays of values in memory. T without a name is bfloat, which not every GPU has.
+// The arrays in memory. T without a name is bfloat, which not every GPU has.
 template <typename T>
 struct Format {
   typedef T parameter;
+  typedef short correction;  // where there is none
   typedef T m;
   typedef T v;
-  enum { has_correction = 0, is_quantized = 0 };
+  enum { has_correction = 0, is_quantized = 0, values_per_item = 1 };
 };
-template <>
-struct Format<BfloatCorrection> {
+template <typename Correction>
+struct Format<BfloatCorrection<Correction>> {
   typedef ushort parameter;
+  typedef Correction correction;
   enum { has_correction = 1 };
 };
 template <>
-struct Format<QuantizedState> {
+struct Format<QuantizedState<8>> {
   typedef int8_t m;
   typedef uint8_t v;
-  enum { is_quantized = 1 };
+  enum { is_quantized = 1, values_per_item = 1 };
+};
+template <>
+struct Format<QuantizedState<4>> {
+  typedef uint8_t m;
+  typedef uint8_t v;
+  enum { is_quantized = 1, values_per_item = 2 };
 };
 
 template <typename P, typename G, typename S>
@@ -45,11 +55,12 @@ struct RunLength {
 };
 
 // The arrays beside the values; read and written only where the formats have them.
+template <typename Correction>
 struct AuxiliaryPointers {
-  const device short* correction;
+  const device Correction* correction;
   const device ushort* m_scale;
   const device ushort* v_scale;
-  device short* new_correction;
+  device Correction* new_correction;
   device ushort* new_m_scale;
   device ushort* new_v_scale;
 };
@@ -63,19 +74,30 @@ struct TensorPointers {
   device typename Format<P>::parameter* new_parameter;
   device typename Format<S>::m* new_m;
   device typename Format<S>::v* new_v;
-  AuxiliaryPointers auxiliary;
+  AuxiliaryPointers<typename Format<P>::correction> auxiliary;
 };
 
-// Moves the pointers of row-major arrays to an element, and those of scales to its block.
+// Moves the pointers of row-major arrays to an element, which is at this row and column.
 template <typename P, typename G, typename S, typename Index>
-inline TensorPointers<P, G, S> moved(TensorPointers<P, G, S> t, Index element, Index block) {
+inline TensorPointers<P, G, S> moved(
+    TensorPointers<P, G, S> t, Index element, Index row, uint column, uint columns) {
+  constexpr uint neighbours = Format<S>::values_per_item;
+  Index item = element;
+  Index block = 0;
+  if (neighbours > 1) {
+    item = row * Index((columns + neighbours - 1) / neighbours) + Index(column / neighbours);
+  }
+  if (Format<S>::is_quantized) {
+    uint row_blocks = (columns + kBlockElements - 1) / kBlockElements;
+    block = row * Index(row_blocks) + Index(column / kBlockElements);
+  }
   t.parameter += element;
   t.gradient += element;
-  t.m += element;
-  t.v += element;
+  t.m += item;
+  t.v += item;
   t.new_parameter += element;
-  t.new_m += element;
-  t.new_v += element;
+  t.new_m += item;
+  t.new_v += item;
   t.auxiliary.correction += element;
   t.auxiliary.new_correction += element;
   t.auxiliary.m_scale += block;
@@ -130,9 +152,9 @@ inline Run run_at(uint column, uint columns, bool vectors, uint element) {
 template <typename P, typename S, uint N>
 struct StoredRun {
   typename Format<P>::parameter parameter[N];
-  short correction[N];
-  typename Format<S>::m m[N];
-  typename Format<S>::v v[N];
+  typename Format<P>::correction correction[N];
+  typename Format<S>::m m[N / Format<S>::values_per_item];
+  typename Format<S>::v v[N / Format<S>::values_per_item];
   uint scales;  // of m, and in the upper half of v; 0 in threads that do not load them
 };
 
@@ -146,20 +168,28 @@ inline void load_values(const device T* from, int64_t stride, Run run, thread Va
   }
 }
 
+// The items of m and v that hold a run; the last may be half used.
+template <typename S>
+inline uint items_of(Run run) {
+  constexpr uint neighbours = Format<S>::values_per_item;
+  return (run.count + neighbours - 1) / neighbours;
+}
+
 template <uint N, typename P, typename G, typename S>
 inline StoredRun<P, S, N> load_run(TensorPointers<P, G, S> t, int64_t parameter_stride, Run run) {
   StoredRun<P, S, N> stored = {};
+  constexpr uint items = N / Format<S>::values_per_item;
   if (run.uses_vectors) {
     load_vectors<N>(t.parameter, stored.parameter);
-    load_vectors<N>(t.m, stored.m);
-    load_vectors<N>(t.v, stored.v);
+    load_vectors<items>(t.m, stored.m);
+    load_vectors<items>(t.v, stored.v);
     if (Format<P>::has_correction) {
       load_vectors<N>(t.auxiliary.correction, stored.correction);
     }
   } else {
     load_elements<N>(t.parameter, parameter_stride, run.count, stored.parameter);
-    load_elements<N>(t.m, 1, run.count, stored.m);
-    load_elements<N>(t.v, 1, run.count, stored.v);
+    load_elements<items>(t.m, 1, items_of<S>(run), stored.m);
+    load_elements<items>(t.v, 1, items_of<S>(run), stored.v);
     if (Format<P>::has_correction) {
       load_elements<N>(t.auxiliary.correction, 1, run.count, stored.correction);
     }
@@ -172,17 +202,18 @@ inline StoredRun<P, S, N> load_run(TensorPointers<P, G, S> t, int64_t parameter_
 
 template <uint N, typename P, typename G, typename S>
 inline void store_run(TensorPointers<P, G, S> t, Run run, thread StoredRun<P, S, N>& stored) {
+  constexpr uint items = N / Format<S>::values_per_item;
   if (run.uses_vectors) {
     store_vectors<N>(t.new_parameter, stored.parameter);
-    store_vectors<N>(t.new_m, stored.m);
-    store_vectors<N>(t.new_v, stored.v);
+    store_vectors<items>(t.new_m, stored.m);
+    store_vectors<items>(t.new_v, stored.v);
     if (Format<P>::has_correction) {
       store_vectors<N>(t.auxiliary.new_correction, stored.correction);
     }
   } else {
     store_elements<N>(t.new_parameter, run.count, stored.parameter);
-    store_elements<N>(t.new_m, run.count, stored.m);
-    store_elements<N>(t.new_v, run.count, stored.v);
+    store_elements<items>(t.new_m, items_of<S>(run), stored.m);
+    store_elements<items>(t.new_v, items_of<S>(run), stored.v);
     if (Format<P>::has_correction) {
       store_elements<N>(t.auxiliary.new_correction, run.count, stored.correction);
     }
@@ -212,8 +243,12 @@ inline float decode_parameter(const thread StoredRun<P, S, N>& run, uint k) {
   return float(run.parameter[k]);
 }
 template <typename S, uint N>
-inline float decode_parameter(const thread StoredRun<BfloatCorrection, S, N>& run, uint k) {
+inline float decode_parameter(const thread StoredRun<BfloatCorrection<short>, S, N>& run, uint k) {
   return join(run.parameter[k], run.correction[k]);
+}
+template <typename S, uint N>
+inline float decode_parameter(const thread StoredRun<BfloatCorrection<int8_t>, S, N>& run, uint k) {
+  return join_24(run.parameter[k], run.correction[k]);
 }
 
 template <typename P, typename S, uint N>
@@ -222,19 +257,26 @@ inline void encode_parameter(float x, Rounding rounding, thread StoredRun<P, S, 
 }
 template <typename S, uint N>
 inline void encode_parameter(
-    float x, Rounding rounding, thread StoredRun<BfloatCorrection, S, N>& run, uint k) {
+    float x, Rounding rounding, thread StoredRun<BfloatCorrection<short>, S, N>& run, uint k) {
   SplitFloat parts = split(x);
   run.parameter[k] = ushort(parts.bfloat16);
   run.correction[k] = as_type<short>(ushort(parts.correction));
 }
+template <typename S, uint N>
+inline void encode_parameter(
+    float x, Rounding rounding, thread StoredRun<BfloatCorrection<int8_t>, S, N>& run, uint k) {
+  SplitFloat parts = split_24(x, rounding);
+  run.parameter[k] = ushort(parts.bfloat16);
+  run.correction[k] = as_type<int8_t>(uint8_t(parts.correction));
+}
 
 template <typename P, typename S, uint N>
 inline void update_stored(
-    thread StoredRun<P, S, N>& run, const thread float* gradient, uint element, TensorStep step) {
+    thread StoredRun<P, S, N>& run, const thread float* gradient, Run at, TensorStep step) {
   for (uint k = 0; k < N; ++k) {
     AdamState<float> old = {decode_parameter(run, k), float(run.m[k]), float(run.v[k])};
     AdamState<float> next = adam_rule(old, gradient[k], step.scalars, step.constants);
-    ElementRounding rounding = element_rounding(step.rounding, element + k);
+    ElementRounding rounding = element_rounding(step.rounding, at.element + k);
     encode_parameter(next.parameter, rounding.parameter, run, k);
     encode(next.m, rounding.m, run.m[k]);
     encode(next.v, rounding.v, run.v[k]);
@@ -255,12 +297,43 @@ inline uint largest_in_block(uint x) {
   return x;
 }
 
-template <typename P, uint N>
+// Values of quantized state, by the number of their bits; in 4 bits, value k is in the half k % 2 of byte k / 2.
+typedef QuantizedState<8> In8Bits;
+typedef QuantizedState<4> In4Bits;
+inline float load_m_of(In8Bits, const thread int8_t* m, uint k, float scale) { return load_int8(m[k], scale); }
+inline float load_v_of(In8Bits, const thread uint8_t* v, uint k, float scale) { return load_uint8(v[k], scale); }
+inline BlockScale m_scale_of(In8Bits, uint largest) { return scale_of_m8(largest); }
+inline BlockScale v_scale_of(In8Bits, uint largest) { return scale_of_v8(largest); }
+inline void store_m_of(In8Bits, float x, float inverse, Rounding rounding, thread int8_t* m, uint k) {
+  m[k] = int8_t(store_int8(x, inverse, rounding));
+}
+inline void store_v_of(In8Bits, float x, float inverse, Rounding rounding, thread uint8_t* v, uint k) {
+  v[k] = uint8_t(store_uint8(x, inverse, rounding));
+}
+
+inline int half_of(const thread uint8_t* packed, uint k) { return packed[k / 2] >> (4 * (k % 2)) & 15; }
+inline void set_half(thread uint8_t* packed, uint k, int q) {
+  uint before = k % 2 == 0 ? 0u : uint(packed[k / 2]);
+  packed[k / 2] = uint8_t(before | uint(q) << (4 * (k % 2)));
+}
+inline float load_m_of(In4Bits, const thread uint8_t* m, uint k, float scale) { return load_int4(half_of(m, k), scale); }
+inline float load_v_of(In4Bits, const thread uint8_t* v, uint k, float scale) { return load_uint4(half_of(v, k), scale); }
+inline BlockScale m_scale_of(In4Bits, uint largest) { return scale_of_m4(largest); }
+inline BlockScale v_scale_of(In4Bits, uint largest) { return scale_of_v4(largest); }
+inline void store_m_of(In4Bits, float x, float inverse, Rounding rounding, thread uint8_t* m, uint k) {
+  set_half(m, k, store_int4(x, inverse, rounding));
+}
+inline void store_v_of(In4Bits, float x, float inverse, Rounding rounding, thread uint8_t* v, uint k) {
+  set_half(v, k, store_uint4(x, inverse, rounding));
+}
+
+template <typename P, uint N, uint bits>
 inline void update_stored(
-    thread StoredRun<P, QuantizedState, N>& run,
+    thread StoredRun<P, QuantizedState<bits>, N>& run,
     const thread float* gradient,
-    uint element,
+    Run at,
     TensorStep step) {
+  QuantizedState<bits> format = {};
   uint old_scales = any_in_block(run.scales);
   float old_m_scale = load_bfloat16(ushort(old_scales));
   float old_v_scale = load_bfloat16(ushort(old_scales >> 16));
@@ -270,22 +343,23 @@ inline void update_stored(
   for (uint k = 0; k < N; ++k) {
     AdamState<float> old = {
         decode_parameter(run, k),
-        load_int8(run.m[k], old_m_scale),
-        load_uint8(run.v[k], old_v_scale)};
+        load_m_of(format, run.m, k, old_m_scale),
+        load_v_of(format, run.v, k, old_v_scale)};
     AdamState<float> next = adam_rule(old, gradient[k], step.scalars, step.constants);
     encode_parameter(
-        next.parameter, element_rounding(step.rounding, element + k).parameter, run, k);
-    m[k] = next.m;
-    v[k] = next.v;
-    largest_m = max(largest_m, block_magnitude(next.m));
-    largest_v = max(largest_v, block_magnitude(next.v));
+        next.parameter, element_rounding(step.rounding, at.element + k).parameter, run, k);
+    // Zeros beyond the end of a row, where a byte may have its second half.
+    m[k] = k < at.count ? next.m : 0.0f;
+    v[k] = k < at.count ? next.v : 0.0f;
+    largest_m = max(largest_m, block_magnitude(m[k]));
+    largest_v = max(largest_v, block_magnitude(v[k]));
   }
-  BlockScale m_scale = scale_of_m(largest_in_block(largest_m));
-  BlockScale v_scale = scale_of_v(largest_in_block(largest_v));
+  BlockScale m_scale = m_scale_of(format, largest_in_block(largest_m));
+  BlockScale v_scale = v_scale_of(format, largest_in_block(largest_v));
   for (uint k = 0; k < N; ++k) {
-    ElementRounding rounding = element_rounding(step.rounding, element + k);
-    run.m[k] = int8_t(store_int8(m[k], m_scale.inverse, rounding.m));
-    run.v[k] = uint8_t(store_uint8(v[k], v_scale.inverse, rounding.v));
+    ElementRounding rounding = element_rounding(step.rounding, at.element + k);
+    store_m_of(format, m[k], m_scale.inverse, rounding.m, run.m, k);
+    store_v_of(format, v[k], v_scale.inverse, rounding.v, run.v, k);
   }
   run.scales = m_scale.stored | v_scale.stored << 16;
 }
@@ -300,7 +374,7 @@ inline void update_run(
     TensorStep step) {
   StoredRun<P, S, N> stored = load_run<N>(t, parameter_stride, run);
   if (step.is_applied) {
-    update_stored(stored, gradient, run.element, step);
+    update_stored(stored, gradient, run, step);
   }
   store_run(t, run, stored);
 }
@@ -327,7 +401,7 @@ inline void update_row_major(
   uint column = thread_in_row * length;
   uint element = row * row_length + column;
   Run run = run_at<length>(column, row_length, vectors, first_element + element);
-  t = moved(t, element, thread_in_tensor / kBlockThreads);
+  t = moved(t, element, row, column, row_length);
   float gradient[length] = {};
   load_values<length>(t.gradient, 1, run, gradient);
   update_run<length>(t, 1, gradient, run, step);
@@ -345,15 +419,15 @@ template <typename P, typename G, typename S>
     device typename Format<P>::parameter* new_parameter [[buffer(kNewParameter)]],
     device typename Format<S>::m* new_m [[buffer(kNewM)]],
     device typename Format<S>::v* new_v [[buffer(kNewV)]],
-    const device short* correction [[buffer(kCorrection)]],
+    const device typename Format<P>::correction* correction [[buffer(kCorrection)]],
     const device ushort* m_scale [[buffer(kMScale)]],
     const device ushort* v_scale [[buffer(kVScale)]],
-    device short* new_correction [[buffer(kNewCorrection)]],
+    device typename Format<P>::correction* new_correction [[buffer(kNewCorrection)]],
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
     uint thread_in_grid [[thread_position_in_grid]]) {
-  AuxiliaryPointers auxiliary = {
+  AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
@@ -402,7 +476,7 @@ template <typename P, typename G, typename S>
     device S* new_v_3 [[buffer(29)]],
     const device uint* step [[buffer(kStep)]],
     uint thread_in_grid [[thread_position_in_grid]]) {
-  AuxiliaryPointers none = {};
+  AuxiliaryPointers<short> none = {};
   TensorPointers<P, G, S> tensor = {
       parameter_0, gradient_0, m_0, v_0, new_parameter_0, new_m_0, new_v_0, none};
   uint which = 0;
@@ -442,10 +516,10 @@ template <typename P, typename G, typename S>
     constant const int64_t* shape [[buffer(kShape)]],
     constant const int64_t* parameter_strides [[buffer(kParameterStrides)]],
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
-    const device short* correction [[buffer(kCorrection)]],
+    const device typename Format<P>::correction* correction [[buffer(kCorrection)]],
     const device ushort* m_scale [[buffer(kMScale)]],
     const device ushort* v_scale [[buffer(kVScale)]],
-    device short* new_correction [[buffer(kNewCorrection)]],
+    device typename Format<P>::correction* new_correction [[buffer(kNewCorrection)]],
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
@@ -462,11 +536,11 @@ template <typename P, typename G, typename S>
   int64_t column_stride = gradient_strides[args.axes];
   int64_t matrix = 0;
   int64_t gradient_matrix = 0;
-  // Strides in blocks of quantized state follow the parameter's.
-  int64_t row_blocks = 0;
-  int64_t first_block = 0;
+  // Strides in rows of quantized state follow the parameter's.
+  int64_t rows_apart = 0;
+  int64_t first_of_rows = 0;
   if (Format<S>::is_quantized) {
-    row_blocks = parameter_strides[2 * args.axes + 1];
+    rows_apart = parameter_strides[2 * args.axes + 1];
   }
   uint batch = tile_in_grid.z;
   for (uint axis = args.axes; axis-- > 0;) {
@@ -476,7 +550,7 @@ template <typename P, typename G, typename S>
     matrix += i * parameter_strides[axis];
     gradient_matrix += i * gradient_strides[axis];
     if (Format<S>::is_quantized) {
-      first_block += i * parameter_strides[args.axes + 1 + axis];
+      first_of_rows += i * parameter_strides[args.axes + 1 + axis];
     }
   }
   uint first_row = tile_in_grid.y * side;
@@ -498,7 +572,7 @@ template <typename P, typename G, typename S>
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  AuxiliaryPointers auxiliary = {
+  AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
@@ -506,13 +580,14 @@ template <typename P, typename G, typename S>
   uint column = first_column + start;
   for (uint k = first_line; k < side && first_row + k < args.rows; k += lines_at_once) {
     int64_t element = matrix + (first_row + k) * row_stride + column;
-    int64_t block = first_block + (first_row + k) * row_blocks + column / kBlockElements;
+    int64_t row_of_state = first_of_rows + (first_row + k) * rows_apart;
     Run run = run_at<length>(column, args.columns, args.vectors != 0, uint(element));
     float values[length];
     for (uint i = 0; i < length; ++i) {
       values[i] = i < run.count ? float(tile[start + i][k]) : 0.0f;
     }
-    update_run<length>(moved(tensor, element, block), 1, values, run, tensor_step);
+    update_run<length>(
+        moved(tensor, element, row_of_state, column, args.columns), 1, values, run, tensor_step);
   }
 }
 
@@ -535,10 +610,10 @@ template <typename P, typename G, typename S, typename Index>
     constant const int64_t* gradient_strides [[buffer(kGradientStrides)]],
     constant const int64_t* m_strides [[buffer(kMStrides)]],
     constant const int64_t* v_strides [[buffer(kVStrides)]],
-    const device short* correction [[buffer(kCorrection)]],
+    const device typename Format<P>::correction* correction [[buffer(kCorrection)]],
     const device ushort* m_scale [[buffer(kMScale)]],
     const device ushort* v_scale [[buffer(kVScale)]],
-    device short* new_correction [[buffer(kNewCorrection)]],
+    device typename Format<P>::correction* new_correction [[buffer(kNewCorrection)]],
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
@@ -567,15 +642,16 @@ template <typename P, typename G, typename S, typename Index>
   }
   Index row = Index(thread_in_grid.z) * Index(grid.y) + Index(thread_in_grid.y);
   Index element = row * Index(columns) + Index(column);
-  Index row_blocks = Index((columns + kBlockElements - 1) / kBlockElements);
-  AuxiliaryPointers auxiliary = {
+  AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
-  tensor = moved(tensor, element, row * row_blocks + Index(column / kBlockElements));
+  tensor = moved(tensor, element, row, column, columns);
   tensor.parameter = parameter + parameter_at;
-  tensor.m = m + m_at;
-  tensor.v = v + v_at;
+  if (!Format<S>::is_quantized) {
+    tensor.m = m + m_at;
+    tensor.v = v + v_at;
+  }
   Run run = run_at<length>(column, columns, false, args.first_element + uint(element));
   float values[length] = {};
   load_values<length>(gradient + gradient_at, gradient_strides[last], run, values);

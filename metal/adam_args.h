@@ -44,7 +44,7 @@ enum AdamLimits {
   kThreads = 256,     // of a threadgroup, in every kernel
   // A thread updates a run of elements: kShortRun where all of the tensor's arrays are float32, else kLongRun; in
   // adam_general one element, unless the state is quantized. Where alignment allows, kRunBytes are loaded and stored at
-  // a time, half as many of quantized state.
+  // a time, half as many of quantized state, a quarter of that in 4 bits.
   kRunBytes = 16,
   kShortRun = 4,
   kLongRun = 8,

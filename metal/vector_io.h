@@ -1,4 +1,4 @@
-// Loads and stores a thread's run of N elements: by vectors of kRunBytes, or half of that, or one by one. Metal only.
+// Loads and stores a thread's run of N elements: by vectors of kRunBytes, or half or a quarter of that, or one by one. Metal only.
 #pragma once
 
 #include <metal_stdlib>
@@ -22,16 +22,32 @@ struct Unsigned<1> {
   typedef uchar type;
 };
 
+// So many words of a vector.
+template <uint count>
+struct Words {
+  typedef vec<uint, count> type;
+};
+template <>
+struct Words<1> {
+  typedef uint type;
+};
+inline uint word_of(uint words, uint) { return words; }
+template <typename V>
+inline uint word_of(V words, uint i) { return words[i]; }
+inline void add_bits(thread uint& words, uint, uint bits) { words |= bits; }
+template <typename V>
+inline void add_bits(thread V& words, uint i, uint bits) { words[i] |= bits; }
+
 // Elements of type T as the bits of a vector: names for bits, no arithmetic.
 template <typename T, uint N>
 struct Vector {
   enum {
-    words = N * sizeof(T) >= kRunBytes ? 4 : 2,
+    words = N * sizeof(T) >= kRunBytes ? 4 : N * sizeof(T) == 4 ? 1 : 2,
     elements = N * sizeof(T) >= kRunBytes ? kRunBytes / sizeof(T) : N,
     elements_per_word = 4 / sizeof(T),
     bits = 8 * sizeof(T)
   };
-  typedef vec<uint, words> type;
+  typedef typename Words<words>::type type;
 };
 
 // At an address that is a multiple of the vector's size; N is a multiple of its elements.
@@ -41,7 +57,7 @@ inline void load_vectors(const device T* from, thread Value* values) {
   for (uint start = 0; start < N; start += V::elements) {
     typename V::type words = *(const device typename V::type*)(from + start);
     for (uint k = 0; k < V::elements; ++k) {
-      uint word = words[k / V::elements_per_word] >> (V::bits * (k % V::elements_per_word));
+      uint word = word_of(words, k / V::elements_per_word) >> (V::bits * (k % V::elements_per_word));
       values[start + k] = Value(as_type<T>(typename Unsigned<sizeof(T)>::type(word)));
     }
   }
@@ -54,7 +70,7 @@ inline void store_vectors(device T* to, const thread T* values) {
     typename V::type words = typename V::type(0);
     for (uint k = 0; k < V::elements; ++k) {
       uint word = as_type<typename Unsigned<sizeof(T)>::type>(values[start + k]);
-      words[k / V::elements_per_word] |= word << (V::bits * (k % V::elements_per_word));
+      add_bits(words, k / V::elements_per_word, word << (V::bits * (k % V::elements_per_word)));
     }
     *(device typename V::type*)(to + start) = words;
   }

@@ -174,6 +174,14 @@ def plant(emulator):
 
 
 @pytest.fixture
+def no_memory_limit():
+    """Results this large pass MLX's limit, upon which it may wait for tasks that failed in another test, for ever."""
+    before = mx.set_memory_limit(1 << 50)
+    yield
+    mx.set_memory_limit(before)
+
+
+@pytest.fixture
 def is_emulated(device: str) -> bool:
     """Every access is checked, so tensors had better be small."""
     return device == "emulated" or IS_EMULATED_GPU

@@ -22,6 +22,9 @@ def bent_fourth_power(count: int, shift: int, from_zero: bool) -> np.ndarray:
 
 M_OF_CODE = bent_fourth_power(127, 8, from_zero=True)
 V_OF_CODE = bent_fourth_power(255, 7, from_zero=False)
+# The same in 4 bits.
+M_OF_HALF = bent_fourth_power(7, 5, from_zero=True)
+V_OF_HALF = bent_fourth_power(15, 3, from_zero=False)
 
 
 def take(x: mx.array, indices: np.ndarray) -> np.ndarray:
@@ -30,24 +33,33 @@ def take(x: mx.array, indices: np.ndarray) -> np.ndarray:
     return to_numpy(x[tuple(mx.array(place.astype(np.uint32)) for place in places)])
 
 
-def moments(state: dict[str, mx.array], indices: np.ndarray) -> dict[str, np.ndarray]:
-    """m and v at these row-major places."""
-    found = {name: take(state[name], indices) for name in "mv"}
+def moments(state: dict[str, mx.array], indices: np.ndarray, columns: int) -> dict[str, np.ndarray]:
+    """m and v at these row-major places of a parameter of so many columns."""
+    if "m_scale" not in state:
+        return {name: take(state[name], indices) for name in "mv"}
+    found = {}
+    row, column = np.divmod(indices, columns)
+    has_4_bits = state["m"].dtype == mx.uint8
+    of_m, of_v = (M_OF_HALF, V_OF_HALF) if has_4_bits else (M_OF_CODE, V_OF_CODE)
     for name in "mv":
-        if f"{name}_scale" not in state:
-            continue
-        row, column = np.divmod(indices, state[name].shape[-1])
         scale = state[f"{name}_scale"]
-        code = found[name].astype(np.int64)
-        value = V_OF_CODE[code] if name == "v" else np.sign(code) * M_OF_CODE[np.abs(code)]
+        if has_4_bits:  # two to a byte
+            both = take(state[name], row * state[name].shape[-1] + column // 2).astype(np.int64)
+            code = both >> 4 * (column % 2) & 15
+            code = (code ^ 8) - 8 if name == "m" else code
+        else:
+            code = take(state[name], indices).astype(np.int64)
+        value = of_v[code] if name == "v" else np.sign(code) * of_m[np.abs(code)]
         found[name] = value.astype(np.float64) * take(scale, row * scale.shape[-1] + column // BLOCK)
     return found
 
 
-def joined(parameter: np.ndarray, remainder: np.ndarray) -> np.ndarray:
-    """The float32 master weights: bfloat16 parameters and the correction of their low bits (the state's remainder)."""
+def joined(parameter: np.ndarray, remainder: np.ndarray, unit: int = 1) -> np.ndarray:
+    """The float32 master weights: bfloat16 parameters and the correction of their low bits (the state's remainder, in
+    units of 256 of these if it has 8 bits).
+    """
     bits = parameter.astype(np.float32).view(np.uint32).astype(np.int64)
-    magnitude = np.maximum((bits & 0x7FFFFFFF) + remainder.astype(np.int64), 0)
+    magnitude = np.maximum((bits & 0x7FFFFFFF) + remainder.astype(np.int64) * unit, 0)
     return ((bits & 0x80000000) | magnitude).astype(np.uint32).view(np.float32).astype(np.float64)
 
 

@@ -89,11 +89,12 @@ class MlxAdam:
         state = self.state[path]
         parameter = decode.take(self.problem.parameters[path], indices)
         if "remainder" in state:
-            parameter = decode.joined(parameter, decode.take(state["remainder"], indices))
+            unit = 256 if state["remainder"].dtype == mx.int8 else 1
+            parameter = decode.joined(parameter, decode.take(state["remainder"], indices), unit)
         return {
             "parameter": parameter,
             "gradient": decode.take(self.problem.gradients[path], indices),
-            **decode.moments(state, indices),
+            **decode.moments(state, indices, self.problem.parameters[path].shape[-1]),
         }
 
     def expect(self, before: Values) -> Values:
@@ -144,9 +145,11 @@ class OptionAdam(MlxAdam):
     def _initial_state(self) -> dict[str, Any]:
         dtype = self.problem.dtype
         is_master = self.options.get("master_weights") and dtype == mx.bfloat16
-        self.dtype = mx.float32 if is_master else dtype  # of what is checked
+        is_exact = is_master and self.options.get("master_weight_bits") != 24
+        self.dtype = mx.float32 if is_exact else dtype  # of what is checked
         default = "float32" if dtype == mx.float32 else "bfloat16"
-        self.state_dtype = getattr(mx, self.options.get("state_dtype", default))
+        # uint8 stands for 4 bits, as in the state.
+        self.state_dtype = getattr(mx, self.options.get("state_dtype", default).replace("int4", "uint8"))
         if self.eager:
             return self.eager.state
         # Copies: an array with another reference could not be updated in place.

@@ -24,9 +24,9 @@ FEWEST_SAMPLES = 4096  # per tensor; smaller tensors are compared whole
 # The error allowed: a few roundings of a stored value, and a relative part of each computed quantity.
 # mlx.optimizers computes in the storage dtype, with about eight roundings on the way and beta2 = 0.999 itself
 # rounded to 1 in bfloat16; the 16-bit numbers allow for that. int8 is quantized state, whose neighbouring
-# values are at most a part of 4 / 64 apart, for such m and v as Problem.random makes.
-RELATIVE_ERROR = {mx.float32: 1e-5, mx.bfloat16: 4e-2, mx.float16: 5e-3, mx.int8: 8e-2}
-STORED_ERROR = {mx.float32: 2.0**-22, mx.bfloat16: 2.0**-7, mx.float16: 2.0**-10, mx.int8: 0.0}
+# values are at most a part of 4 / 64 apart, for such m and v as Problem.random makes; uint8 is that of 4 bits.
+RELATIVE_ERROR = {mx.float32: 1e-5, mx.bfloat16: 4e-2, mx.float16: 5e-3, mx.int8: 8e-2, mx.uint8: 1.0}
+STORED_ERROR = {mx.float32: 2.0**-22, mx.bfloat16: 2.0**-7, mx.float16: 2.0**-10, mx.int8: 0.0, mx.uint8: 0.0}
 
 Values = dict[str, np.ndarray]  # "parameter", "gradient", "m", "v", each a float64 vector
 

@@ -1,6 +1,9 @@
 // AdamUpdate on the CPU: queues a node's update on its stream, and shares it among threads when it is worth that.
+#include <atomic>
 #include <future>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/tensor_update.h"
@@ -20,22 +23,24 @@ namespace {
 // Where a node costs less than this many row-major elements, waking another thread costs more than it saves.
 constexpr size_t kWorthThreads = 1 << 15;
 
-// A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and
-// could not be updated in place: wait for it. Only where that read cannot depend on work that is yet to be queued, that
-// is with a single stream in the process, and where the caller waits for the results anyway; else a fresh buffer is the
-// price.
-void await_pending_readers(const std::vector<NodeTensor>& tensors, const mx::array& output, mx::Stream stream) {
+// Waits until the stream's thread has done all that is queued. Only where that cannot depend on work that is yet to be
+// queued, that is with a single stream in the process, and where the caller waits for the results anyway.
+void drain(const mx::array& output, mx::Stream stream) {
   bool is_async = output.event().valid();
+  if (is_async || !is_only_stream()) return;
+  // Not mx::synchronize, which throws the errors of earlier tasks: those belong to whoever evaluates them.
+  auto drained = std::make_shared<std::promise<void>>();
+  mx::scheduler::enqueue(stream, [drained] { drained->set_value(); });
+  drained->get_future().wait();
+}
+
+// A parameter that the forward pass has just read stays referenced until the stream's thread is past that read, and
+// could not be updated in place. Where it is not waited for, a fresh buffer is the price.
+void await_pending_readers(const std::vector<NodeTensor>& tensors, const mx::array& output, mx::Stream stream) {
   for (auto& tensor : tensors) {
     for (size_t role = 0; role < Role::kCount; ++role) {
       auto x = tensor.in[role];
-      if (!x || role == Role::gradient || x->data_shared_ptr().use_count() == 1) continue;
-      if (is_async || !is_only_stream()) return;
-      // Not mx::synchronize, which throws the errors of earlier tasks: those belong to whoever evaluates them.
-      auto drained = std::make_shared<std::promise<void>>();
-      mx::scheduler::enqueue(stream, [drained] { drained->set_value(); });
-      drained->get_future().wait();
-      return;
+      if (x && role != Role::gradient && x->data_shared_ptr().use_count() > 1) return drain(output, stream);
     }
   }
 }
@@ -52,14 +57,18 @@ struct Held {
 
 // The task of one node.
 struct NodeUpdate {
+  NodeUpdate(const AdamNode& node, Held<float> scalars) : node(node), scalars(std::move(scalars)) {}
+
   AdamNode node;
   Held<float> scalars;
   std::optional<Held<uint32_t>> step;  // where something is rounded stochastically
-  std::vector<cpu::TensorUpdate> tensors = {};
+  std::vector<cpu::TensorUpdate> tensors;
   size_t units = 0;
   size_t cost = 0;
+  std::atomic<bool> has_begun = false;
 
   void operator()() {
+    has_begun = true;
     auto packed = scalars.values;
     AdamScalars<float> rule{packed[0], 1.0f, 1.0f, 1.0f};
     bool is_applied = true;
@@ -92,23 +101,36 @@ struct NodeUpdate {
 }  // namespace
 
 void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  // An earlier evaluation has queued this update, and was ended by another task's error before MLX took note of it.
+  if (inputs.empty()) return;
   auto tensors = node_.tensors(inputs, &outputs);
   check_layouts(tensors);
   Donation donation(inputs, outputs);
   await_pending_readers(tensors, outputs[0], stream());
   auto& encoder = mx::cpu::get_command_encoder(stream());
-  NodeUpdate update{node_, Held<float>(node_.scalars(inputs)), std::nullopt};
-  if (auto step = node_.step(inputs)) update.step.emplace(*step);
+  auto update = std::make_shared<NodeUpdate>(node_, Held<float>(node_.scalars(inputs)));
+  if (auto step = node_.step(inputs)) update->step.emplace(*step);
   for (auto& tensor : tensors) {
-    auto& added = update.tensors.emplace_back(tensor, node_.formats);
-    update.units += added.units();
-    update.cost += added.cost();
+    auto& added = update->tensors.emplace_back(tensor, node_.formats);
+    update->units += added.units();
+    update->cost += added.cost();
   }
   for (auto& input : inputs) encoder.set_input_array(input);
   for (auto& output : outputs) encoder.set_output_array(output);
-  encoder.dispatch(std::move(update));
+  try {
+    encoder.dispatch([update] { (*update)(); });
+  } catch (...) {
+    // The error of an earlier task, which MLX may throw after it has queued this one.
+    if (update.use_count() > 1 || update->has_begun) donation.commit_and_release();
+    throw;
+  }
   count_updates(stream(), tensors.size());
   donation.commit_and_release();
+  // MLX queues up to a hundred operations ahead, and allocates their results as it does: in a chain the gradient is
+  // released first.
+  bool is_large = update->cost >= kWorthThreads;
+  update.reset();
+  if (node_.has_predecessor && is_large) drain(outputs[0], stream());
 }
 
 // Each node costs MLX a task, and each of its tensors costs time for every other: two is where the sum is least.

@@ -129,7 +129,7 @@ FUSED_ADAM_INLINE void update_pairs(const RunPointers& run, std::size_t first, s
 void update(const RunPointers& run, std::size_t first, std::size_t n, const TensorFormats& formats,
             AdamScalars<float> scalars, AdamConstants constants, const TensorRounding& rounding) {
   constexpr Format f32 = Format::float32, bf16 = Format::bfloat16, f16 = Format::float16,
-                   split = Format::bfloat16_correction;
+                   split = Format::bfloat16_correction_16;
   auto are = [&](Format parameter, Format gradient, Format state) {
     return formats.parameter == parameter && formats.gradient == gradient && formats.m == state && formats.v == state;
   };
@@ -147,10 +147,11 @@ void update(const RunPointers& run, std::size_t first, std::size_t n, const Tens
 }
 
 FUSED_ADAM_INLINE void keep_array(Source from, Target to, Format format, std::size_t n) {
-  if (from.values != to.values) __builtin_memcpy(to.values, from.values, n * value_bytes(format));
+  if (from.values != to.values) __builtin_memcpy(to.values, from.values, bytes_of(format, n));
   if (from.auxiliary == to.auxiliary) return;
-  std::size_t auxiliaries = format == Format::bfloat16_correction ? n : (n + kChunk - 1) / kChunk;
-  __builtin_memcpy(to.auxiliary, from.auxiliary, auxiliaries * sizeof(std::uint16_t));
+  std::size_t corrections = n * correction_bytes(format);
+  std::size_t scales = (n + kChunk - 1) / kChunk * sizeof(std::uint16_t);
+  __builtin_memcpy(to.auxiliary, from.auxiliary, corrections ? corrections : scales);
 }
 
 void keep(const RunPointers& run, std::size_t, std::size_t n, const TensorFormats& formats, AdamScalars<float>,

@@ -52,7 +52,7 @@ class Pairs<Format::bfloat16> {
 };
 
 template <>
-class Pairs<Format::bfloat16_correction> {
+class Pairs<Format::bfloat16_correction_16> {
  public:
   FUSED_ADAM_INLINE Pairs(Source from, std::size_t at)
       : words_(as<Word>(from.values + at * sizeof(std::uint16_t))),

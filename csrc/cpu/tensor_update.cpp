@@ -67,7 +67,9 @@ TensorUpdate::TensorUpdate(const NodeTensor& tensor, const TensorFormats& format
       formats_(formats) {
   auto &parameter = *tensor.in[Role::parameter], &gradient = *tensor.in[Role::gradient];
   auto &m = *tensor.in[Role::m], &v = *tensor.in[Role::v];
-  layout_ = layout_of(parameter, gradient, m, v, kSmallestTile, row_ == size_);
+  bool is_plain = !formats.is_quantized();
+  layout_ =
+      layout_of(parameter, gradient, is_plain ? &m : nullptr, is_plain ? &v : nullptr, kSmallestTile, row_ == size_);
   allocate_outputs(tensor);
   auto source = [&](size_t values, size_t auxiliary = Role::kCount) {
     bool has_auxiliary = auxiliary < Role::kCount && tensor.in[auxiliary];
@@ -168,9 +170,12 @@ RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) cons
     if (array.auxiliary) array.auxiliary += auxiliary;
   };
   int64_t parameter = state_offset * int64_t(parameter_bytes_);
+  int64_t correction = state_offset * correction_bytes(formats_.parameter), scale = 0;
   int64_t state = state_offset * int64_t(state_bytes_);
-  int64_t correction = state_offset * int64_t(sizeof(int16_t)), scale = 0;
-  if (formats_.is_quantized()) scale = scale_index(state_offset, row_) * sizeof(uint16_t);
+  if (formats_.is_quantized()) {
+    state = item_index(state_offset, row_, 8 / value_bits(formats_.m));
+    scale = scale_index(state_offset, row_) * sizeof(uint16_t);
+  }
   move(run.parameter, parameter, correction);
   run.gradient.values += gradient_offset * int64_t(gradient_bytes_);
   move(run.m, state, scale);
@@ -237,19 +242,14 @@ void TensorUpdate::update_general(size_t unit, AdamScalars<float> scalars, AdamC
   size_t end = std::min((unit + 1) * kPiecesPerUnit, pieces_.count());
   for (size_t index = unit * kPiecesPerUnit; index < end; ++index) {
     auto piece = pieces_[index];
-    const char* from[kArrays];
+    RunPointers run = at(piece.start, piece.start);  // where an array is row-major, as the outputs are
+    const char** values[kArrays] = {&run.parameter.values, &run.gradient.values, &run.m.values, &run.v.values};
     for (int i = 0; i < kArrays; ++i) {
-      from[i] = bases[i] + piece.offsets[i] * int64_t(bytes[i]);
       if (auto table = pieces_.table(i)) {
-        gather_[i](from[i], table, piece.size, buffers[i]);
-        from[i] = buffers[i];
+        gather_[i](bases[i] + piece.offsets[i] * int64_t(bytes[i]), table, piece.size, buffers[i]);
+        *values[i] = buffers[i];
       }
     }
-    RunPointers run = at(piece.start, 0);  // the outputs are row-major whatever the inputs are
-    run.parameter.values = from[0];
-    run.gradient.values = from[1];
-    run.m.values = from[2];
-    run.v.values = from[3];
     update(run, piece.start, piece.size, scalars, constants);
   }
 }

@@ -3,8 +3,10 @@
 //
 //   float32               as it is
 //   bfloat16, float16     rounded to nearest even, or stochastically
-//   bfloat16, correction  a bfloat16 and, in an int16 beside it, its rounding error: together the float32, exactly
+//   bfloat16, correction  a bfloat16 and beside it its rounding error: in an int16, together the float32, exactly;
+//                         in an int8, its upper 24 bits, rounded to nearest even, or stochastically
 //   int8, uint8           quantized m and v, with a scale for each block of neighbours in a row (docs/state-codes.md)
+//   int4, uint4           the same in 4 bits, two neighbours to a byte, the first in its lower half
 #pragma once
 
 #include "math/device_math.h"
@@ -57,7 +59,7 @@ ADAM_FUNCTION unsigned store_float16(float x, Rounding rounding) {
 
 struct SplitFloat {
   unsigned bfloat16;
-  unsigned correction;  // the lower 16 bits count
+  unsigned correction;  // as many of its lower bits count as are stored
 };
 
 // To nearest; ties go away from zero, since a correction has 2^16 values and ties to even would need one more. So it is
@@ -79,6 +81,18 @@ ADAM_FUNCTION float join(unsigned bfloat16, int correction) {
   bool is_whole = magnitude > 0x7F800000 || (magnitude == 0x7F800000 && correction > 0);
   return float_of(sign | unsigned(is_whole ? magnitude : sum));
 }
+
+// The same for the upper 24 bits of x, so off by less than 2^-15 of it, or by half of that to nearest. What is finite
+// stays so.
+ADAM_FUNCTION SplitFloat split_24(float x, Rounding rounding) {
+  unsigned u = bits_of(x);
+  unsigned addend = rounding.is_stochastic ? rounding.random >> 8 : 0x7Fu + ((u >> 8) & 1u);
+  bool is_largest_or_special = (u & 0x7FFFFFFFu) > 0x7F7FFF00u;
+  SplitFloat parts = split(float_of(is_largest_or_special ? u : u + addend));
+  return {parts.bfloat16, parts.correction >> 8};
+}
+
+ADAM_FUNCTION float join_24(unsigned bfloat16, int correction) { return join(bfloat16, correction * 256); }
 
 // ---- Quantized state ----
 
@@ -105,7 +119,7 @@ ADAM_FUNCTION BlockScale scale_above(float x) {
 }
 
 // The fourth power of x, made piecewise linear: linear between powers of 16. A float's bits, read as an integer, are its
-// logarithm made linear between powers of two, so four times the bits are those of the power. From 8 on it is linear
+// logarithm made linear between powers of two, so four times the bits are those of the power. From 4 on it is linear
 // between integers too.
 ADAM_FUNCTION float piecewise_power(float x) { return float_of(4u * bits_of(x) - 0xBE800000u); }
 ADAM_FUNCTION float piecewise_root(float y) { return float_of((bits_of(y) >> 2) + 0x2FA00000u); }
@@ -113,13 +127,11 @@ ADAM_FUNCTION float piecewise_root(float y) { return float_of((bits_of(y) >> 2) 
 // From the bits of a block's largest magnitude: such that the largest level reaches it. More than 2^127 counts as that
 // for v, whose largest level might pass the largest float, and more than its root for m: where v has overflowed, an
 // update is small.
-ADAM_FUNCTION BlockScale scale_for(unsigned largest, unsigned cap, float largest_level) {
-  return scale_above(float_of(largest < cap ? largest : cap) * (1.0f / largest_level));
-}
-ADAM_FUNCTION BlockScale scale_of_m(unsigned largest) { return scale_for(largest, 0x5F000000u, 327151616.0f); }
-ADAM_FUNCTION BlockScale scale_of_v(unsigned largest) { return scale_for(largest, 0x7F000000u, 4697620480.0f); }
+ADAM_FUNCTION float capped(unsigned largest, unsigned cap) { return float_of(largest < cap ? largest : cap); }
+ADAM_FUNCTION float capped_m(unsigned largest) { return capped(largest, 0x5F000000u); }
+ADAM_FUNCTION float capped_v(unsigned largest) { return capped(largest, 0x7F000000u); }
 
-// The integer below or above a root from 8 to 512: the upper one with the probability that makes the mean of the powers
+// The integer below or above a root from 4 to 512: the upper one with the probability that makes the mean of the powers
 // right, since the power is linear between them. Infinity and NaN have large roots.
 ADAM_FUNCTION int one_of_two(float root, float largest, Rounding rounding) {
   unsigned random = rounding.is_stochastic ? rounding.random : 0x8000u;
@@ -127,29 +139,74 @@ ADAM_FUNCTION int one_of_two(float root, float largest, Rounding rounding) {
   return int(sum < largest + 0.5f ? sum : largest + 0.5f);
 }
 
-// m = sign(q) * (P(|q| + 8) - P(8)) * scale, with P the power above.
-ADAM_FUNCTION int store_int8(float x, float inverse, Rounding rounding) {
+// m = sign(q) * (P(|q| + shift) - P(shift)) * scale, with P the power above and |q| up to `most`.
+ADAM_FUNCTION int store_m(float x, float inverse, int shift, int most, Rounding rounding) {
   float y = float_of(bits_of(x) & 0x7FFFFFFFu) * inverse;
-  int q = one_of_two(piecewise_root(y + 4096.0f), 135.0f, rounding) - 8;
+  float root = piecewise_root(y + piecewise_power(float(shift)));
+  int q = one_of_two(root, float(most + shift), rounding) - shift;
   return x < 0.0f ? -q : q;
 }
-
-ADAM_FUNCTION float load_int8(int q, float scale) {
-  float level = piecewise_power(float((q < 0 ? -q : q) + 8)) - 4096.0f;
+ADAM_FUNCTION float load_m(int q, float scale, int shift) {
+  float level = piecewise_power(float((q < 0 ? -q : q) + shift)) - piecewise_power(float(shift));
   return (q < 0 ? -level : level) * scale;
 }
 
-// v = P(q + 7) * scale, and 0 for q = 0, which only 0 becomes.
-ADAM_FUNCTION int store_uint8(float x, float inverse, Rounding rounding) {
+// v = P(q + shift) * scale, and 0 for q = 0, which only 0 becomes.
+ADAM_FUNCTION int store_v(float x, float inverse, int shift, int most, Rounding rounding) {
+  float least = float(shift + 1);
   float root = piecewise_root(x * inverse);
-  root = root > 8.0f ? root : 8.0f;
-  int q = one_of_two(root, 262.0f, rounding) - 7;
+  root = root > least ? root : least;
+  int q = one_of_two(root, float(most + shift), rounding) - shift;
   return x == 0.0f ? 0 : q;
 }
-
-ADAM_FUNCTION float load_uint8(int q, float scale) {
-  float level = piecewise_power(float(q + 7));
+ADAM_FUNCTION float load_v(int q, float scale, int shift) {
+  float level = piecewise_power(float(q + shift));
   return (q == 0 ? 0.0f : level) * scale;
 }
+
+// ---- 8 bits ----
+
+ADAM_FUNCTION BlockScale scale_of_m8(unsigned largest) {
+  return scale_above(capped_m(largest) * (1.0f / 327151616.0f));
+}
+ADAM_FUNCTION BlockScale scale_of_v8(unsigned largest) {
+  return scale_above(capped_v(largest) * (1.0f / 4697620480.0f));
+}
+
+ADAM_FUNCTION int store_int8(float x, float inverse, Rounding rounding) {
+  return store_m(x, inverse, 8, 127, rounding);
+}
+ADAM_FUNCTION float load_int8(int q, float scale) { return load_m(q, scale, 8); }
+
+ADAM_FUNCTION int store_uint8(float x, float inverse, Rounding rounding) {
+  return store_v(x, inverse, 7, 255, rounding);
+}
+ADAM_FUNCTION float load_uint8(int q, float scale) { return load_v(q, scale, 7); }
+
+// ---- 4 bits ----
+
+// m has so few levels that the largest should be the block's largest magnitude: the least bfloat16 that is not below x,
+// nor 2^-126.
+ADAM_FUNCTION BlockScale exact_scale_above(float x) {
+  unsigned stored = (bits_of(x) + 0xFFFFu) >> 16;
+  stored = stored < 0x80u ? 0x80u : stored;
+  return {stored, 1.0f / float_of(stored << 16)};
+}
+
+ADAM_FUNCTION BlockScale scale_of_m4(unsigned largest) {
+  return exact_scale_above(capped_m(largest) * (1.0f / 15872.0f));
+}
+ADAM_FUNCTION BlockScale scale_of_v4(unsigned largest) { return scale_above(capped_v(largest) * (1.0f / 98304.0f)); }
+
+// As the lower 4 bits of q.
+ADAM_FUNCTION int store_int4(float x, float inverse, Rounding rounding) {
+  return store_m(x, inverse, 5, 7, rounding) & 15;
+}
+ADAM_FUNCTION float load_int4(int lower, float scale) { return load_m((lower ^ 8) - 8, scale, 5); }
+
+ADAM_FUNCTION int store_uint4(float x, float inverse, Rounding rounding) {
+  return store_v(x, inverse, 3, 15, rounding);
+}
+ADAM_FUNCTION float load_uint4(int q, float scale) { return load_v(q, scale, 3); }
 
 }  // namespace fused_adam

@@ -79,10 +79,13 @@ struct BoundTensor {
 
   // A dispatch that begins with a row-major element.
   Starts at(int64_t element) const {
-    int64_t scale = formats.is_quantized() ? scale_index(element, row()) : 0;
     Starts starts;
-    for (size_t role = 0; role < Role::kCount; ++role) {
-      starts.in[role] = starts.out[role] = role < Role::m_scale ? element : scale;
+    for (size_t role = 0; role < Role::kCount; ++role) starts.in[role] = starts.out[role] = element;
+    if (!formats.is_quantized()) return starts;
+    size_t per_byte = 8 / value_bits(formats.m);
+    for (size_t role : {Role::m, Role::v}) starts.in[role] = starts.out[role] = item_index(element, row(), per_byte);
+    for (size_t role : {Role::m_scale, Role::v_scale}) {
+      starts.in[role] = starts.out[role] = scale_index(element, row());
     }
     return starts;
   }
@@ -118,20 +121,6 @@ struct BoundTensor {
                        [&](auto& strides) { return span(strides) > std::numeric_limits<int32_t>::max(); });
   }
 };
-
-// As layout_of has it; but rows of a single quantized element, whose axis it would drop, keep all axes.
-Layout layout_of_rows(const BoundTensor& t) {
-  auto& in = t.arrays.in;
-  auto layout = layout_of(*in[Role::parameter], *in[Role::gradient], *in[Role::m], *in[Role::v], kSmallestTile,
-                          t.row() == t.size());
-  if (layout.kind == LayoutKind::linear || t.row() > 1) return layout;
-  layout = {LayoutKind::general};
-  layout.shape.assign(t.parameter().shape().begin(), t.parameter().shape().end());
-  for (size_t role = 0; role < std::size(layout.strides); ++role) {
-    layout.strides[role].assign(in[role]->strides().begin(), in[role]->strides().end());
-  }
-  return layout;
-}
 
 // Encodes the dispatches of one node. All of its tensors share their formats and so one library.
 class AdamEncoder {
@@ -189,10 +178,9 @@ class AdamEncoder {
     parameter_strides.push_back(layout.row_stride);
     gradient_strides.push_back(layout.gradient_column_stride);
     if (t.formats.is_quantized()) {
-      // Then those in blocks: rows of so many columns follow each other in memory.
-      int64_t blocks = divide_up(layout.columns, kBlockElements);
+      // Then those in rows, which follow each other in memory.
       for (size_t i = 0; i <= layout.shape.size(); ++i) {
-        parameter_strides.push_back(parameter_strides[i] / layout.columns * blocks);
+        parameter_strides.push_back(parameter_strides[i] / layout.columns);
       }
     }
     use(kTiled);
@@ -236,7 +224,8 @@ class AdamEncoder {
       encoder_.set_bytes(GeneralArgs{step_args_, t.number, unsigned(first), unsigned(shape.size())}, kArgs);
       encoder_.set_vector_bytes(piece.shape, kShape);
       for (size_t role = 0; role < std::size(strides); ++role) {
-        starts.in[role] = offset_of(piece.start, strides[role]);
+        bool is_packed = t.formats.is_quantized() && role >= Role::m;
+        if (!is_packed) starts.in[role] = offset_of(piece.start, strides[role]);
         encoder_.set_vector_bytes(strides[role], int(kParameterStrides + role));
       }
       bind(t, starts);
@@ -299,7 +288,9 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   for (size_t i = 0; i < tensors.size(); ++i) {
     BoundTensor t{tensors[i], formats, node_.numbers.empty() ? 0 : node_.numbers[i], {}};
     if (t.size() == 0) continue;
-    t.layout = layout_of_rows(t);
+    auto state = [&](size_t role) { return formats.is_quantized() ? nullptr : t.arrays.in[role]; };
+    t.layout = layout_of(t.parameter(), *t.arrays.in[Role::gradient], state(Role::m), state(Role::v), kSmallestTile,
+                         t.row() == t.size());
     auto kind = t.layout.kind;
     auto& list = kind == LayoutKind::linear ? row_major : kind == LayoutKind::tiled ? tiled : general;
     list.push_back(std::move(t));

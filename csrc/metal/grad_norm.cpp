@@ -22,8 +22,12 @@ namespace mx = mlx::core;
 
 namespace {
 
+#ifndef FUSED_ADAM_LARGEST_NORM_PIECE  // smaller in tests
+#define FUSED_ADAM_LARGEST_NORM_PIECE (int64_t{1} << 30)
+#endif
+
 // Elements of a piece of a gradient, so that what counts them fits 32 bits; whole spans and vectors.
-constexpr int64_t kLargestPiece = int64_t{1} << 30;
+constexpr int64_t kLargestPiece = FUSED_ADAM_LARGEST_NORM_PIECE;
 
 enum Kernel { kDense, kGeneral, kTotal };
 constexpr ShaderKernel kShaderKernels[] = {

@@ -15,11 +15,16 @@ const char* metal_type(Format format) {
       return "bfloat";
     case Format::float16:
       return "half";
-    case Format::bfloat16_correction:
-      return "BfloatCorrection";
+    case Format::bfloat16_correction_16:
+      return "BfloatCorrection<short>";
+    case Format::bfloat16_correction_8:
+      return "BfloatCorrection<int8_t>";
     case Format::int8:
     case Format::uint8:
-      return "QuantizedState";
+      return "QuantizedState<8>";
+    case Format::int4:
+    case Format::uint4:
+      return "QuantizedState<4>";
   }
   throw std::logic_error("format has no name in the shaders");
 }

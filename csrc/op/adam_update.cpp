@@ -2,10 +2,14 @@
 // The scalars' formulas are those of mlx.optimizers.Adam and AdamW (bias correction: Kingma & Ba 2015, section 3).
 #include "op/adam_update.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <tuple>
 #include <typeinfo>
+#include <unordered_map>
+#include <utility>
 
 #include "mlx/ops.h"
 #include "op/errors.h"
@@ -20,6 +24,9 @@ namespace {
 // Larger tensors get a node each: they gain nothing from company, and freeing them one by one keeps memory flat.
 constexpr size_t kLargestGrouped = 1 << 16;
 
+// m of 8 bits is int8.
+bool is_packed(const mx::array& m) { return m.dtype() == mx::uint8; }
+
 // ---- Validation ----
 
 void check_auxiliary(const char* what, const std::optional<mx::array>& x, mx::Dtype dtype, const mx::Shape& shape,
@@ -33,12 +40,16 @@ void check_auxiliary(const char* what, const std::optional<mx::array>& x, mx::Dt
 
 void check(const AdamTensor& t, size_t i, const TensorName& name) {
   auto& shape = t.parameter.shape();
-  bool is_quantized = t.m.dtype() == mx::int8 && t.v.dtype() == mx::uint8;
+  bool has_4_bits = is_packed(t.m);
+  bool is_quantized = t.v.dtype() == mx::uint8 && (has_4_bits || t.m.dtype() == mx::int8);
   auto check_values = [&](const char* what, const mx::array& x, bool is_quantized = false) {
     if (!is_quantized && !is_plain(x.dtype())) {
       reject(what, " of ", name(i), " must be float32, bfloat16 or float16 but got ", x.dtype());
     }
-    if (x.shape() != shape) {
+    if (is_quantized && has_4_bits) {
+      auto packed = packed_shape(shape);
+      if (x.shape() != packed) reject(what, " of ", name(i), " must have shape ", packed, " but got ", x.shape());
+    } else if (x.shape() != shape) {
       reject(what, " of ", name(i), " must have the parameter's shape ", shape, " but got ", x.shape());
     }
   };
@@ -53,14 +64,15 @@ void check(const AdamTensor& t, size_t i, const TensorName& name) {
     if (t.parameter.dtype() != mx::bfloat16) {
       reject("parameter of ", name(i), " must be bfloat16, since it has a remainder, but got ", t.parameter.dtype());
     }
-    check_auxiliary("remainder", t.correction, mx::int16, shape, name(i));
+    bool has_24_bits = t.correction->dtype() == mx::int8;
+    check_auxiliary("remainder", t.correction, has_24_bits ? mx::int8 : mx::int16, shape, name(i));
   }
   if (is_quantized) {
-    if (t.parameter.ndim() == 0) reject("m of ", name(i), " must have an axis to be int8");
+    if (t.parameter.ndim() == 0) reject("m of ", name(i), " must have an axis to be quantized");
     check_auxiliary("m_scale", t.m_scale, mx::bfloat16, scale_shape(shape), name(i));
     check_auxiliary("v_scale", t.v_scale, mx::bfloat16, scale_shape(shape), name(i));
   } else if (t.m_scale || t.v_scale) {
-    reject("m of ", name(i), " must be int8, since it has scales, but got ", t.m.dtype());
+    reject("m of ", name(i), " must be quantized, since it has scales, but got ", t.m.dtype());
   }
 }
 
@@ -144,11 +156,88 @@ UnpackedScalars unpack(const mx::array& scalars) {
   return {{at(0), at(1), at(2), at(3)}, mx::not_equal(at(4), constant(0.0))};
 }
 
+// ---- The order of updates ----
+
+// How late MLX can make an array: the nodes on the longest way to it from what is there already, 0 if itself is.
+class Depths {
+ public:
+  size_t of(const mx::array& x) {
+    if (is_there(x)) return 0;
+    std::vector<Visit> path{{&x}};  // no recursion: graphs can be deeper than a stack
+    while (true) {
+      auto& [array, next, depth] = path.back();
+      if (next < array->inputs().size()) {
+        auto& input = array->inputs()[next];
+        auto known = is_there(input) ? std::optional<size_t>(0) : find(input);
+        if (known) {
+          depth = std::max(depth, *known + 1);
+          ++next;
+        } else {
+          path.push_back({&input});
+        }
+        continue;
+      }
+      size_t found = known_[array->id()] = depth;
+      path.pop_back();
+      if (path.empty()) return found;
+    }
+  }
+
+ private:
+  struct Visit {
+    const mx::array* array;
+    size_t next = 0;  // of its inputs
+    size_t depth = 1;
+  };
+
+  static bool is_there(const mx::array& x) {
+    return x.status() != mx::array::Status::unscheduled || !x.has_primitive();
+  }
+  std::optional<size_t> find(const mx::array& x) const {
+    auto found = known_.find(x.id());
+    return found == known_.end() ? std::nullopt : std::optional(found->second);
+  }
+
+  std::unordered_map<uintptr_t, size_t> known_;
+};
+
+// Tensors in the order of their updates, and in a chain how late MLX can make their gradients.
+struct UpdateOrder {
+  std::vector<size_t> tensors;
+  std::vector<size_t> depths = {};  // by tensor; empty if there is no chain
+
+  bool is_chain() const { return !depths.empty(); }
+};
+
+// In a chain each update waits for the one before it, in the order in which the backward pass makes gradients, so that a
+// gradient is used before later ones are made. Else MLX evaluates up to 20 branches of the graph at a time
+// (MLX_BFS_MAX_WIDTH), and as many gradients live at once; in a wide graph, all.
+UpdateOrder update_order(const std::vector<AdamTensor>& tensors, const AdamStep& step) {
+  UpdateOrder order{std::vector<size_t>(tensors.size())};
+  std::iota(order.tensors.begin(), order.tensors.end(), 0);
+  // Clipping and skipping need all gradients before the first update.
+  if (step.gradient_scale || step.is_applied) return order;
+  Depths depths;
+  std::vector<size_t> found;
+  for (auto& tensor : tensors) found.push_back(depths.of(tensor.gradient));
+  if (std::all_of(found.begin(), found.end(), [](size_t depth) { return depth == 0; })) return order;
+  // Layers are defined in the forward pass's order, mostly: the last of equals comes first.
+  std::reverse(order.tensors.begin(), order.tensors.end());
+  std::stable_sort(order.tensors.begin(), order.tensors.end(), [&](size_t a, size_t b) { return found[a] < found[b]; });
+  order.depths = std::move(found);
+  return order;
+}
+
 // ---- Nodes ----
 
 TensorFormats formats_of(const AdamTensor& t) {
-  auto parameter = t.correction ? Format::bfloat16_correction : format_of(t.parameter.dtype());
-  return {parameter, format_of(t.gradient.dtype()), format_of(t.m.dtype()), format_of(t.v.dtype())};
+  auto parameter = format_of(t.parameter.dtype());
+  if (t.correction) {
+    parameter = t.correction->dtype() == mx::int8 ? Format::bfloat16_correction_8 : Format::bfloat16_correction_16;
+  }
+  auto gradient = format_of(t.gradient.dtype());
+  if (is_packed(t.m)) return {parameter, gradient, Format::int4, Format::uint4};
+  return {parameter, gradient, format_of(t.m.dtype()), format_of(t.v.dtype())};
 }
 
 struct ByFormats {
@@ -166,13 +255,20 @@ struct Group {
   std::vector<size_t> members;
 };
 
-std::vector<Group> group(const std::vector<AdamTensor>& tensors, size_t tensors_per_node, bool distinguish_decay) {
+// Groups of a chain are neighbours in its order: a small gradient that waits for distant ones would keep the activations
+// of its layer.
+std::vector<Group> group(const std::vector<AdamTensor>& tensors, const UpdateOrder& order, size_t tensors_per_node,
+                         bool distinguish_decay) {
   std::vector<Group> groups;
   MapByFormats<size_t> open[2];
-  for (size_t i = 0; i < tensors.size(); ++i) {
+  for (size_t i : order.tensors) {
     auto formats = formats_of(tensors[i]);
     bool is_decayed = distinguish_decay && tensors[i].is_decayed;
-    if (tensors[i].parameter.size() > kLargestGrouped) {
+    bool is_large = tensors[i].parameter.size() > kLargestGrouped;
+    if (order.is_chain() && (is_large || !open[is_decayed].count(formats))) {
+      for (auto& groups : open) groups.clear();
+    }
+    if (is_large) {
       groups.push_back({formats, is_decayed, {i}});
       continue;
     }
@@ -187,11 +283,38 @@ std::vector<Group> group(const std::vector<AdamTensor>& tensors, size_t tensors_
   return groups;
 }
 
+// Makes nodes wait for one another, in their order. MLX places a node the later, the nearer it is to the results in number
+// of nodes: as many empty ones between two updates as lie between their gradients keep each update beside its layer, so
+// that activations are released as early as without a chain.
+class Chain {
+ public:
+  explicit Chain(const UpdateOrder& order) : order_(order) {}
+
+  // What a node of this group must wait for.
+  std::optional<mx::array> before(const Group& group, mx::Stream stream) {
+    if (!order_.is_chain()) return std::nullopt;
+    size_t depth = depth_ + 1;
+    for (size_t i : group.members) depth = std::max(depth, order_.depths[i]);
+    auto last = std::exchange(last_, std::nullopt);
+    size_t empty = depth - std::exchange(depth_, depth) - 1;
+    if (!last || last->primitive().stream() != stream) return std::nullopt;
+    for (size_t i = 0; i < empty; ++i) last = mx::depends({*last}, {})[0];
+    return last;
+  }
+
+  void append(const mx::array& result) { last_ = result; }
+
+ private:
+  const UpdateOrder& order_;
+  size_t depth_ = 0;
+  std::optional<mx::array> last_;
+};
+
 // The part of the request that concerns results of these formats. Quantized m goes with v: rounded to nearest it would
 // stick at a low level.
 RoundingRequest rounding_of(const AdamStep& step, const TensorFormats& formats) {
   bool any = step.rounding != StochasticRounding::nearest, all = step.rounding == StochasticRounding::all;
-  bool parameter = any && formats.parameter != Format::float32 && !formats.has_correction();
+  bool parameter = any && formats.parameter != Format::float32 && formats.parameter != Format::bfloat16_correction_16;
   bool v = any && formats.v != Format::float32;
   bool m = formats.is_quantized() ? v : all && formats.m != Format::float32;
   return {unsigned(parameter * kRoundParameter + m * kRoundM + v * kRoundV), unsigned(step.seed),
@@ -247,7 +370,8 @@ std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamS
   auto stream = mx::to_stream(s);
   auto backend = stream.device == mx::Device::gpu ? gpu_backend() : cpu_backend();
   Scalars scalars(step, stream);
-  auto groups = group(tensors, backend.tensors_per_node, scalars.distinguish_decay());
+  auto order = update_order(tensors, step);
+  auto groups = group(tensors, order, backend.tensors_per_node, scalars.distinguish_decay());
   MapByFormats<bool> fused;
   for (auto& group : groups) {
     auto [entry, is_new] = fused.try_emplace(group.formats);
@@ -260,6 +384,7 @@ std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamS
 
   auto constants = AdamConstants{float(step.beta1), float(1.0 - step.beta1), float(step.beta2), float(1.0 - step.beta2),
                                  float(step.eps)};
+  Chain chain(order);
   for (auto& group : groups) {
     bool is_fused = fused.at(group.formats), has_auxiliaries = group.formats.has_auxiliaries();
     bool has_kernel = is_fused || has_auxiliaries;
@@ -285,10 +410,14 @@ std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamS
         results.push_back(x);
       }
     }
+    auto before = has_kernel ? chain.before(group, where) : std::nullopt;
+    node.has_predecessor = before.has_value();
+    if (before) inputs.push_back(*before);
     auto primitive = std::make_shared<AdamUpdate>(where, std::move(node));
     auto outputs = has_kernel ? mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs)
                               : primitive->fallback()(inputs);
     for (size_t i = 0; i < results.size(); ++i) *results[i] = outputs[i];
+    if (has_kernel) chain.append(outputs[0]);
   }
   return tensors;
 }
@@ -296,7 +425,7 @@ std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamS
 std::vector<NodeTensor> AdamNode::tensors(const std::vector<mx::array>& inputs, std::vector<mx::array>* outputs) const {
   std::vector<NodeTensor> tensors;
   size_t out = 0;
-  for (size_t in = step(inputs) ? 2 : 1; in < inputs.size();) {
+  for (size_t in = step(inputs) ? 2 : 1; in < inputs.size() - has_predecessor;) {
     auto& tensor = tensors.emplace_back();
     for (size_t role = 0; role < Role::kCount; ++role) {
       if (!has(formats, role)) continue;
@@ -312,7 +441,9 @@ Function AdamUpdate::fallback() {
     reject(
         "grad and vmap of an update must have state_dtype 'float32' or 'bfloat16' and no "
         "master_weights but got ",
-        node_.formats.is_quantized() ? "state_dtype='int8'" : "master_weights=True");
+        node_.formats.m == Format::int8   ? "state_dtype='int8'"
+        : node_.formats.m == Format::int4 ? "state_dtype='int4'"
+                                          : "master_weights=True");
   }
   return [node = node_, stream = stream()](const std::vector<mx::array>& inputs) {
     mx::StreamContext context(stream);
@@ -343,7 +474,10 @@ std::vector<mx::Shape> AdamUpdate::output_shapes(const std::vector<mx::array>& i
     auto& shape = tensor.in[Role::parameter]->shape();
     for (size_t role = 0; role < Role::kCount; ++role) {
       if (!tensor.in[role]) continue;
-      auto wanted = role < Role::m_scale ? shape : scale_shape(shape);
+      bool is_moment = role == Role::m || role == Role::v;
+      auto wanted = role >= Role::m_scale                          ? scale_shape(shape)
+                    : is_moment && node_.formats.m == Format::int4 ? packed_shape(shape)
+                                                                   : shape;
       if (tensor.in[role]->shape() != wanted) {
         reject(kNames[role], " must have the ", role < Role::correction ? "parameter's " : "", "shape ", wanted,
                " but got ", tensor.in[role]->shape());

@@ -35,8 +35,9 @@ struct AdamStep {
   bool wide_indices = false;  // 64-bit where 32 bits would do: for checks of what only huge tensors need
 };
 
-// One parameter with its gradient and its state. Auxiliary arrays are the correction (int16) of a bfloat16 parameter,
-// and the scales (bfloat16) of quantized m (int8) and v (uint8), of shape `scale_shape`.
+// One parameter with its gradient and its state. Auxiliary arrays are the correction (int16, or int8 of 24 bits) of a
+// bfloat16 parameter, and the scales (bfloat16) of quantized m (int8) and v (uint8), of shape `scale_shape`. In 4 bits, m and v are uint8 of
+// shape `packed_shape`.
 struct AdamTensor {
   mlx::core::array parameter;
   mlx::core::array gradient;
@@ -75,13 +76,15 @@ struct NodeTensor {
 
 // A node's constants, and the one place that knows where its arrays are. All of its tensors share their formats.
 // Inputs: scalars (float32; [], or ScalarCounts' kAllScalars), the step (uint32) if any result is rounded
-// stochastically, and the tensors' arrays. Outputs: the tensors' new arrays.
+// stochastically, the tensors' arrays, and a result of the node before it in a chain, which is not read. Outputs: the
+// tensors' new arrays.
 struct AdamNode {
   AdamConstants constants;
   TensorFormats formats;
   RoundingRequest rounding{};          // of those results that these formats can round
   std::vector<uint32_t> numbers = {};  // one for each tensor, if anything is rounded stochastically
   bool wide_indices = false;
+  bool has_predecessor = false;
 
   std::vector<NodeTensor> tensors(const std::vector<mlx::core::array>& inputs,
                                   std::vector<mlx::core::array>* outputs = nullptr) const;

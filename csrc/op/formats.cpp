@@ -33,13 +33,16 @@ mx::Dtype dtype_of(Format format) {
     case Format::float32:
       return mx::float32;
     case Format::bfloat16:
-    case Format::bfloat16_correction:
+    case Format::bfloat16_correction_16:
+    case Format::bfloat16_correction_8:
       return mx::bfloat16;
     case Format::float16:
       return mx::float16;
     case Format::int8:
       return mx::int8;
     case Format::uint8:
+    case Format::int4:
+    case Format::uint4:
       return mx::uint8;
   }
   throw std::logic_error("[AdamUpdate] format has no dtype");

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <functional>
 #include <numeric>
+#include <utility>
 
 namespace fused_adam {
 
@@ -23,7 +24,8 @@ void drop_axis(Layout& layout, size_t axis) {
 // An axis joins the one before it when, in every array, stepping the outer one equals walking the inner one through.
 void merge_axes(Layout& layout, bool may_merge_rows) {
   for (size_t axis = layout.shape.size(); axis-- > 0;) {
-    if (layout.shape[axis] == 1) drop_axis(layout, axis);
+    bool is_row = !may_merge_rows && axis + 1 == layout.shape.size();
+    if (layout.shape[axis] == 1 && !is_row) drop_axis(layout, axis);
   }
   for (size_t axis = layout.shape.size(); axis-- > 1;) {
     bool joined = may_merge_rows || axis + 1 < layout.shape.size();
@@ -37,12 +39,15 @@ void merge_axes(Layout& layout, bool may_merge_rows) {
   }
 }
 
-}  // namespace
-
-mx::Shape scale_shape(mx::Shape shape) {
-  if (!shape.empty()) shape.back() = divide_up(shape.back(), kBlockElements);
+mx::Shape with_items(mx::Shape shape, size_t neighbours) {
+  if (!shape.empty()) shape.back() = divide_up(shape.back(), neighbours);
   return shape;
 }
+
+}  // namespace
+
+mx::Shape scale_shape(mx::Shape shape) { return with_items(std::move(shape), kBlockElements); }
+mx::Shape packed_shape(mx::Shape shape) { return with_items(std::move(shape), 2); }
 
 size_t block_row(const mx::array& x) {
   size_t length = x.shape(-1);
@@ -51,18 +56,25 @@ size_t block_row(const mx::array& x) {
 
 int64_t Layout::batches() const { return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()); }
 
-Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx::array& m, const mx::array& v,
+Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx::array* m, const mx::array* v,
                  TileSides smallest_tile, bool may_merge_rows) {
-  bool state_is_row_major = parameter.flags().row_contiguous && m.flags().row_contiguous && v.flags().row_contiguous;
+  auto is_row_major = [](const mx::array* x) { return !x || x->flags().row_contiguous; };
+  bool state_is_row_major = is_row_major(&parameter) && is_row_major(m) && is_row_major(v);
   if (parameter.size() <= 1 || (state_is_row_major && gradient.flags().row_contiguous)) {
     return {LayoutKind::linear};
   }
 
   Layout layout{LayoutKind::general};
   layout.shape.assign(parameter.shape().begin(), parameter.shape().end());
-  const mx::array* arrays[] = {&parameter, &gradient, &m, &v};
+  const mx::array* arrays[] = {&parameter, &gradient, m, v};
   for (int i = 0; i < 4; ++i) {
-    layout.strides[i].assign(arrays[i]->strides().begin(), arrays[i]->strides().end());
+    auto& strides = layout.strides[i];
+    if (arrays[i]) {
+      strides.assign(arrays[i]->strides().begin(), arrays[i]->strides().end());
+    } else {
+      strides.assign(layout.shape.size(), 1);
+      for (size_t axis = strides.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * layout.shape[axis];
+    }
   }
   merge_axes(layout, may_merge_rows);
   if (!state_is_row_major) return layout;

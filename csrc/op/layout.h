@@ -16,12 +16,18 @@ constexpr size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
 // The shape of a quantized moment's scales, one for each block of a row: [..., ceil(last / kBlockElements)].
 mlx::core::Shape scale_shape(mlx::core::Shape shape);
 
+// The shape of an array of 4 bits a value: [..., ceil(last / 2)] bytes.
+mlx::core::Shape packed_shape(mlx::core::Shape shape);
+
 // Elements of a quantized tensor after which blocks begin anew: a row, unless the blocks of every row are full.
 size_t block_row(const mlx::core::array& x);
 
-// Where the scale of a row-major element's block is.
+// Where a row-major element is in an array that has an item for so many neighbours of a row.
+constexpr size_t item_index(size_t element, size_t row, size_t neighbours) {
+  return element / row * divide_up(row, neighbours) + element % row / neighbours;
+}
 constexpr size_t scale_index(size_t element, size_t block_row) {
-  return element / block_row * divide_up(block_row, kBlockElements) + element % block_row / kBlockElements;
+  return item_index(element, block_row, kBlockElements);
 }
 
 enum class LayoutKind {
@@ -55,9 +61,9 @@ struct TileSides {
 };
 
 // A matrix with a side below that of `smallest_tile` is `general`: a tile of it would be mostly edge. Without
-// `may_merge_rows`, the last axis stays the tensor's own.
-Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& gradient, const mlx::core::array& m,
-                 const mlx::core::array& v, TileSides smallest_tile, bool may_merge_rows = true);
+// `may_merge_rows`, the last axis stays the tensor's own. Null for m and v that are quantized: they are row-major.
+Layout layout_of(const mlx::core::array& parameter, const mlx::core::array& gradient, const mlx::core::array* m,
+                 const mlx::core::array* v, TileSides smallest_tile, bool may_merge_rows = true);
 
 // The layout of one array, for sums that may take its elements in any order: its axes from the longest stride to the
 // shortest, merged; linear if its elements follow each other without gaps in any order of axes. Never tiled.

@@ -14,6 +14,7 @@ import warnings
 import mlx.core as mx
 
 from . import _ext, _self_check
+from ._options import QUANTIZED_BITS
 from ._self_check import Dtypes, is_update
 
 Place = mx.Stream | mx.Device | mx.DeviceType | None
@@ -128,7 +129,7 @@ def reasons() -> list[str]:
 
 def needs_kernel(dtypes: Dtypes) -> bool:
     """Whether MLX's operations cannot store these dtypes: quantized state and corrections."""
-    return is_update(dtypes) and (len(dtypes) > 3 or dtypes[2] == mx.int8)
+    return is_update(dtypes) and (len(dtypes) > 3 or dtypes[2] in QUANTIZED_BITS)
 
 
 def _warn(what: str, reason: str, to: str = "mlx.optimizers") -> None:

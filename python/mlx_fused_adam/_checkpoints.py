@@ -24,7 +24,7 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 from ._clipping import RECORDED, fit_recorded
 from ._multi_optimizer import MultiOptimizer, undo_of, with_inner
 from ._optimizers import Adam, AdamW
-from ._state import AUXILIARY, MOMENTS, map_states
+from ._state import AUXILIARY, MOMENTS, map_states, unpacked_shapes
 from ._structure import can_be_guessed, described, fitted, is_one_state, rebuilt
 from ._tree import flattened
 
@@ -334,7 +334,16 @@ def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         saved["class"]
     except (ValueError, KeyError, TypeError) as error:
         _reject(path, "the optimizer's hyper-parameters", f"metadata that cannot be read ({error})")
-    return saved
+    return _with_defaults(saved)
+
+
+def _with_defaults(description: dict[str, Any]) -> dict[str, Any]:
+    """A description that may lack the options that came after it was written."""
+    if "master_weights" in description:
+        description = {"master_weight_bits": 32} | description
+    if isinstance(description.get("parts"), list):
+        description["parts"] = [_with_defaults(part) for part in description["parts"]]
+    return description
 
 
 def _saved_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> Any:
@@ -457,6 +466,12 @@ def _fitting_state(path: Path, read: dict[str, Any], optimizer: Any) -> dict[str
     def by_name(tree: Any) -> dict[str, Any]:
         return {k: x for k, x in flattened(tree) if k.rpartition(".")[2] not in AUXILIARY}
 
+    def shapes_of(name: str) -> list[tuple[int, ...]]:
+        prefix, dot, last = name.rpartition(".")
+        keys = {k: f"{prefix}{dot}{k}" for k in (*MOMENTS, last)}
+        states = [{k: x[key] for k, key in keys.items() if key in x} for x in (known, fitting)]
+        return unpacked_shapes(last, (states[0], states[1]))
+
     fit = fitted(saved, map_states(lambda _, state: state["m"], own), takes)
     known, found = by_name(own), by_name(saved)
     missing = known.keys() - found.keys() or fit.lacking
@@ -466,9 +481,10 @@ def _fitting_state(path: Path, read: dict[str, Any], optimizer: Any) -> dict[str
             way = "load it before init, which takes the file's parameters first and then others"
             _reject(path, f"the optimizer's state of {min(names)}", f"{got}; {way}")
     fitting = by_name(fit.state)
-    for name, x in sorted(known.items()):
-        if fitting[name].shape != x.shape:
-            _reject(path, f"{name} of shape {x.shape}", f"shape {fitting[name].shape}")
+    for name in sorted(known):
+        own_shape, found_shape = shapes_of(name)
+        if own_shape != found_shape:
+            _reject(path, f"{name} of shape {own_shape}", f"shape {found_shape}")
     return values | fit.state
 
 

@@ -23,7 +23,7 @@ from ._backends import backend_of, known_backend
 from ._clipping import Clipping, check_names, clipping_of, fit_recorded
 from ._decay import DecayFilter
 from ._options import FUSED_DTYPES, Options
-from ._state import converted, dtypes_by_path, fresh, makes_ours
+from ._state import Seen, converted, fresh, makes_ours, seen_by_path
 from ._step import Leaves, Step
 from ._structure import fit_loaded, is_one_state
 from ._tree import Walk, flattened, padded, with_states
@@ -55,19 +55,22 @@ class _Fused(_MLXOptimizer):
     stochastic_rounding = _Option()
     seed = _Option()
     master_weights = _Option()
+    master_weight_bits = _Option()
     max_grad_norm = _Option()
     skip_nonfinite = _Option()
     shard_group = _Option()
     _options: Options
-    _parameter_dtypes: dict[str, str]  # of the parameters that init has seen, by path
+    _seen_parameters: dict[str, Seen]  # those that init has seen, by path
     _decay_filter: DecayFilter | None = None
     _loaded: tuple[str, dict] | None = None  # a file and its state, which has not met its parameters yet
     _is_hinted = False
 
     def _set_options(self, options: Options) -> None:
         check_ranges(options.op, self.betas, self.eps)
+        if options.master_weight_bits != 32 and not options.master_weights:
+            raise ValueError(f"[{options.op}] master_weights must be True with master_weight_bits=24 but got False")
         self._options = options
-        self._parameter_dtypes = {}
+        self._seen_parameters = {}
         fit_recorded(self._state, options)
         self._make_arrays()
         # A schedule's value is lazy, and another thread could not evaluate it.
@@ -137,7 +140,7 @@ class _Fused(_MLXOptimizer):
         try:
             check_names(parameters, self._options)
             if self._decay_filter:
-                self._decay_filter.check(self._parameter_dtypes | dtypes_by_path(parameters))
+                self._decay_filter.check(self._seen_parameters | seen_by_path(parameters))
             fit_recorded(self._state, self._options)
             self._make_arrays()
             self._fit_loaded(parameters, parameters)
@@ -151,19 +154,19 @@ class _Fused(_MLXOptimizer):
     def _convert(self, parameters: Any) -> None:
         """Convert the state of all parameters that have one to what the options ask for."""
         states: list[tuple[dict, dict]] = []
-        dtypes = dict(self._parameter_dtypes)
+        seen = dict(self._seen_parameters)
         for path, parameter, state in with_states(parameters, self._state):
             if not is_one_state(state):
                 continue
             parameter = as_array("parameter", parameter, path)
-            dtypes |= dtypes_by_path({path: parameter})
+            seen |= seen_by_path({path: parameter})
             # A subclass's own state is its own, unless it makes ours and adds to it.
             if self._makes_state or makes_ours(self.init_single, parameter, self._options):
                 states.append((state, converted(path or "the parameter", parameter, state, self._options)))
         for state, new in states:
             state.clear()
             state.update(new)
-        self._parameter_dtypes = dtypes
+        self._seen_parameters = seen
 
     @property
     def _makes_state(self) -> bool:
@@ -359,20 +362,23 @@ class Adam(_Fused, _MLXAdam):
         eps (float): Added to the denominator. Default: ``1e-8``.
         bias_correction (bool): Whether to correct ``m`` and ``v`` for their start from zero (Kingma & Ba 2015, section
             3). Default: ``False``.
-        state_dtype (str or Dtype, optional): The dtype of ``m`` and ``v``: ``"float32"``, ``"bfloat16"``, or
-            ``"int8"``: quantized to 8 bits, with one scale for 32 neighbours along the last axis. Parameters with fewer
-            than 4096 elements, or a last axis shorter than 32, use bfloat16 in place of int8. Default: float32 for
-            float32 parameters, bfloat16 for 16-bit ones.
+        state_dtype (str or Dtype, optional): The dtype of ``m`` and ``v``: ``"float32"``, ``"bfloat16"``, ``"int8"`` or
+            ``"int4"``. The last two are quantized to 8 or 4 bits, with one scale for 32 neighbours along the last axis;
+            in 4 bits, two values share a byte of a uint8 array. Parameters with fewer than 4096 elements, or a last
+            axis shorter than 32, use bfloat16 instead. Default: float32 for float32 parameters, bfloat16 for 16-bit
+            ones.
         stochastic_rounding (bool, optional): The 16-bit results that are rounded stochastically, which is right on
             average: ``None``: parameters and ``v``, whose small steps rounding to nearest would lose; ``True``: ``m``
-            as well; ``False``: none, as in mlx.optimizers; an error with ``"int8"``, which is always rounded
-            stochastically. Default: ``None``.
+            as well; ``False``: none, as in mlx.optimizers; an error with ``"int8"`` and ``"int4"``, which are
+            always rounded stochastically. Default: ``None``.
         seed (int): Seed of that rounding. Equal seeds give equal results, on any device and after a resume. Default:
             ``0``.
         master_weights (bool): Whether the state holds the low 16 bits of each bfloat16 parameter's float32 value
             (``remainder``, int16), so that training equals that of float32 parameters. The parameter is that value
             rounded to nearest, ties away from zero. Has no effect on float32 parameters; float16 ones are an error.
             Default: ``False``.
+        master_weight_bits (int): 32, or 24 for a correction of one byte (``remainder``, int8): each step rounds the
+            24-bit value stochastically, or with ``stochastic_rounding=False`` to nearest. Default: ``32``.
         max_grad_norm (float, optional): The largest global norm of the gradients, greater than 0. Larger gradients are
             scaled down inside the update, as by ``mlx.optimizers.clip_grad_norm``, with the norm summed in float32. The
             norm before clipping is ``state["grad_norm"]``, a float32 array. Default: no clipping.
@@ -400,6 +406,7 @@ class Adam(_Fused, _MLXAdam):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         master_weights: bool = False,
+        master_weight_bits: int = 32,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         shard_group: mx.distributed.Group | None = None,
@@ -407,8 +414,8 @@ class Adam(_Fused, _MLXAdam):
         super().__init__(*_checked("Adam", learning_rate, betas, eps, bias_correction), bias_correction)
         self._set_options(
             Options(
-                "Adam", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
-                shard_group,
+                "Adam", state_dtype, stochastic_rounding, seed, master_weights, master_weight_bits, max_grad_norm,
+                skip_nonfinite, shard_group,
             )
         )  # fmt: skip
 
@@ -436,6 +443,7 @@ class AdamW(_Fused, _MLXAdamW):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         master_weights: bool = False,
+        master_weight_bits: int = 32,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         shard_group: mx.distributed.Group | None = None,
@@ -447,8 +455,8 @@ class AdamW(_Fused, _MLXAdamW):
         super().__init__(*checked, weight_decay, bias_correction)  # type: ignore[arg-type]
         self._set_options(
             Options(
-                "AdamW", state_dtype, stochastic_rounding, seed, master_weights, max_grad_norm, skip_nonfinite,
-                shard_group,
+                "AdamW", state_dtype, stochastic_rounding, seed, master_weights, master_weight_bits, max_grad_norm,
+                skip_nonfinite, shard_group,
             )
         )  # fmt: skip
         self.decay_filter = decay_filter

@@ -14,11 +14,13 @@ from ._arguments import as_number
 # Parameters of these dtypes are updated by the kernels; others (float64, say) fall back to mlx.optimizers.
 FUSED_DTYPES = frozenset({mx.float32, mx.bfloat16, mx.float16})
 
-_STATE_DTYPES = ("float32", "bfloat16", "int8")
+_STATE_DTYPES = ("float32", "bfloat16", "int8", "int4")
+# The dtype of m in a quantized state tells its bits: MLX has no 4-bit one, and two values share a byte.
+QUANTIZED_BITS = {mx.int8: 8, mx.uint8: 4}
 _LARGEST_SEED = 2**64 - 1
 
-# Smaller parameters keep bfloat16 moments where int8 is asked for: they save next to nothing, and short rows little
-# more.
+# Smaller parameters keep bfloat16 moments where quantized ones are asked for: they save next to nothing, and short rows
+# little more.
 _SMALLEST_QUANTIZED = 4096
 _SHORTEST_QUANTIZED_ROW = 32
 
@@ -54,6 +56,7 @@ class Options:
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         master_weights: bool = False,
+        master_weight_bits: int = 32,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         shard_group: mx.distributed.Group | ShardGroup | None = None,
@@ -65,12 +68,13 @@ class Options:
         self.stochastic_rounding = stochastic_rounding
         self.seed = as_seed(op, seed)
         self.master_weights = _check_bool(op, "master_weights", master_weights)
+        self.master_weight_bits = _as_master_weight_bits(op, master_weight_bits)
         self.max_grad_norm = _as_norm(op, max_grad_norm)
         self.skip_nonfinite = _check_bool(op, "skip_nonfinite", skip_nonfinite)
         self.shard_group = _as_group(op, shard_group)
         if self.is_quantized and stochastic_rounding is False:
             raise ValueError(
-                f"[{op}] stochastic_rounding must be None or True with state_dtype='int8' but got False: "
+                f"[{op}] stochastic_rounding must be None or True with state_dtype={self.state_dtype!r} but got False: "
                 "rounded to nearest, v would lose its small steps, and m would never fall to 0"
             )
 
@@ -106,22 +110,28 @@ class Options:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether ``m`` and ``v`` of large parameters have 8 bits."""
-        return self.state_dtype == "int8"
+        """Whether ``m`` and ``v`` of large parameters have 8 or 4 bits."""
+        return self.state_dtype in ("int8", "int4")
 
     def dtype_of_moments(self, parameter: mx.array) -> mx.Dtype:
-        """The dtype of ``m`` and ``v`` for this parameter; int8 means quantized, where ``v`` itself is uint8."""
+        """The dtype of ``m`` for this parameter, and of ``v`` but for int8, where it is uint8; uint8 means 4 bits."""
         name = self.state_dtype or ("float32" if parameter.dtype == mx.float32 else "bfloat16")
         if self.is_quantized:
             is_large = parameter.size >= _SMALLEST_QUANTIZED
             if not (is_large and parameter.shape[-1] >= _SHORTEST_QUANTIZED_ROW):
                 name = "bfloat16"
+        name = "uint8" if name == "int4" else name
         dtype: mx.Dtype = getattr(mx, name)
         return dtype
 
     def has_correction(self, parameter: mx.array) -> bool:
-        """Whether the state holds the low 16 bits of this parameter's master weight (``remainder``)."""
+        """Whether the state holds the low bits of this parameter's master weight (``remainder``)."""
         return self.master_weights and parameter.dtype == mx.bfloat16
+
+    @property
+    def correction_dtype(self) -> mx.Dtype:
+        """The dtype of ``remainder``."""
+        return mx.int8 if self.master_weight_bits == 24 else mx.int16
 
     @property
     def has_auxiliary(self) -> bool:
@@ -160,6 +170,14 @@ def _check_bool(op: str, name: str, x: Any, choices: str = "True or False") -> b
     return x
 
 
+def _as_master_weight_bits(op: str, x: Any) -> int:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"[{op}] master_weight_bits must be 32 or 24 but got {x!r}")
+    if x not in (32, 24):
+        raise ValueError(f"[{op}] master_weight_bits must be 32 or 24 but got {x}")
+    return x
+
+
 def _as_norm(op: str, x: Any) -> float | None:
     if x is None:
         return None
@@ -190,4 +208,5 @@ def _as_state_dtype(op: str, x: Any) -> str | None:
     if name in _STATE_DTYPES:
         return name
     reason = ", since float16 cannot hold v: below 6e-8 it is 0" if name == "float16" else ""
-    raise ValueError(f"[{op}] state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got {name!r}{reason}")
+    choices = "None, 'float32', 'bfloat16', 'int8' or 'int4'"
+    raise ValueError(f"[{op}] state_dtype must be {choices} but got {name!r}{reason}")

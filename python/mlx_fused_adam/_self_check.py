@@ -16,21 +16,24 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ._options import QUANTIZED_BITS
 from ._reference import AdamW
 
-# The dtypes of a parameter, its gradient, its m (with int8, v is uint8), and its remainder if there is one; or of the
-# gradient alone, for the sum of its squares.
+# The dtypes of a parameter, its gradient, its m (with int8, v is uint8; uint8 is of 4 bits), and its remainder if there
+# is one (int16, or int8 for 24 bits); or of the gradient alone, for the sum of its squares.
 Dtypes = tuple[mx.Dtype, ...]
 
-# Allowed error, relative to each element: a few roundings in float32, one in the 16-bit dtypes, one level of quantized
-# state.
+# Allowed error, relative to each element: a few roundings in float32, one in the 16-bit dtypes; of m and v in quantized
+# state, by the dtype of m, half the distance of two levels.
 TOLERANCE = {
     mx.float32: 1e-5,
     mx.bfloat16: 2**-8,
     mx.float16: 2**-10,
-    mx.int8: 0.1,
-    mx.uint8: 0.04,
 }
+_QUANTIZED_TOLERANCE = {mx.int8: (0.1, 0.04), mx.uint8: (0.6, 0.25)}
+
+# A master weight's: as float32, or one rounding to 24 bits.
+_MASTER_TOLERANCE = {mx.int16: TOLERANCE[mx.float32], mx.int8: 2**-16 + TOLERANCE[mx.float32]}
 
 # The same for a sum of squares, all of one sign.
 _NORM_TOLERANCE = 1e-5
@@ -53,13 +56,15 @@ class Tensor(NamedTuple):
     def values(self, extension: ModuleType) -> list[mx.array]:
         """Parameter, m and v in float32."""
         parameter = self.parameter.astype(mx.float32)
-        if "remainder" in self.state:
-            parameter = (parameter.view(mx.int32) + self.state["remainder"]).view(mx.float32)
+        if (remainder := self.state.get("remainder")) is not None:
+            unit = 256 if remainder.dtype == mx.int8 else 1
+            parameter = (parameter.view(mx.int32) + remainder.astype(mx.int32) * unit).view(mx.float32)
         moments = []
+        columns = parameter.shape[-1] if self.state["m"].dtype == mx.uint8 else None
         for name in ("m", "v"):
             moment = self.state[name]
             if (scale := self.state.get(f"{name}_scale")) is not None:
-                moment = extension.dequantize_moment(moment, scale)
+                moment = extension.dequantize_moment(moment, scale, name == "v", columns)
             moments.append(moment.astype(mx.float32))
         return [parameter, *moments]
 
@@ -69,9 +74,10 @@ class Tensor(NamedTuple):
 
     def tolerances(self) -> list[float]:
         """The allowed errors of those values."""
-        parameter = mx.float32 if "remainder" in self.state else self.parameter.dtype
-        dtypes = (parameter, self.state["m"].dtype, self.state["v"].dtype)
-        return [TOLERANCE[dtype] for dtype in dtypes]
+        remainder = self.state.get("remainder")
+        parameter = TOLERANCE[self.parameter.dtype] if remainder is None else _MASTER_TOLERANCE[remainder.dtype]
+        state = self.state["m"].dtype
+        return [parameter, *(_QUANTIZED_TOLERANCE.get(state) or (TOLERANCE[state],) * 2)]
 
 
 class Case(NamedTuple):
@@ -95,9 +101,10 @@ def names(dtypes: Dtypes) -> str:
     if not is_update(dtypes):
         return f"norms of {str(dtypes[0]).rpartition('.')[2]} gradients"
     parameter, gradient, state, *rest = (str(dtype).rpartition(".")[2] for dtype in dtypes)
+    state = "int4" if state == "uint8" else state
     if parameter == gradient == state and not rest:
         return parameter
-    with_remainder = " and remainder" if rest else ""
+    with_remainder = " and remainder" if rest == ["int16"] else " and 8-bit remainder" if rest else ""
     return f"{parameter}{with_remainder} with {gradient} gradients and {state} moments"
 
 
@@ -124,7 +131,7 @@ def errors(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> Iterat
             yield "norm", _error_of_norm(extension, dtypes[0])
         return
     cases = [_alone, _group, _column_major, _strided, _strided_wide]
-    if dtypes[2] != mx.float32 or (dtypes[0] != mx.float32 and len(dtypes) == 3):
+    if dtypes[2] != mx.float32 or (dtypes[0] != mx.float32 and dtypes[3:] != (mx.int16,)):
         cases.append(_stochastic)
     for make in cases:
         with mx.stream(_streams[kind]):
@@ -243,13 +250,14 @@ def _tensor(extension: ModuleType, dtypes: Dtypes, gradient: mx.array) -> Tensor
     moments = {"m": gradient * v, "v": v}
     state: dict[str, mx.array] = {}
     for name, moment in moments.items():
-        if dtypes[2] == mx.int8:
-            quantized = extension.quantize_moment(moment, name == "v")
+        if bits := QUANTIZED_BITS.get(dtypes[2]):
+            quantized = extension.quantize_moment(moment, name == "v", bits)
             state[name], state[f"{name}_scale"] = quantized
         else:
             state[name] = moment.astype(dtypes[2])
     if len(dtypes) > 3:
-        state["remainder"] = (_sample(mx.float32, *gradient.shape) * 30000).astype(dtypes[3])
+        largest = 30000 if dtypes[3] == mx.int16 else 120
+        state["remainder"] = (_sample(mx.float32, *gradient.shape) * largest).astype(dtypes[3])
     tensor = Tensor(parameter, gradient, state)
     mx.eval(tensor)
     return tensor
@@ -274,7 +282,10 @@ def _group(extension: ModuleType, dtypes: Dtypes) -> Case:
 def _from_second_block(tensor: Tensor) -> Tensor:
     """Drop the first element, or with quantized state the elements that share a scale with it."""
     first = 32 if "m_scale" in tensor.state else 1
-    state = {name: x[1 if name.endswith("_scale") else first :] for name, x in tensor.state.items()}
+    starts = dict.fromkeys(("m_scale", "v_scale"), 1)
+    if tensor.state["m"].dtype == mx.uint8:
+        starts |= dict.fromkeys(("m", "v"), first // 2)
+    state = {name: x[starts.get(name, first) :] for name, x in tensor.state.items()}
     tensor = Tensor(tensor.parameter[first:], tensor.gradient[first:], state)
     mx.eval(tensor)
     return tensor

@@ -53,12 +53,14 @@ SETUPS = {
     "decay_filter": Setup(fused.AdamW, {"weight_decay": 0.5, "decay_filter": ["weight$"]}),
     "bfloat16 state": Setup(fused.AdamW, {"state_dtype": "bfloat16"}),
     "int8 state": Setup(fused.AdamW, {"state_dtype": "int8"}),
+    "int4 state": Setup(fused.AdamW, {"state_dtype": "int4"}),
     "max_grad_norm": Setup(fused.AdamW, {"max_grad_norm": 0.5}),
     "skip_nonfinite": Setup(fused.AdamW, {"skip_nonfinite": True}, has_bad_gradient=True),
     "MultiOptimizer": Setup(parts, {"max_grad_norm": 0.5, "skip_nonfinite": True}, has_bad_gradient=True),
     "bfloat16": Setup(fused.AdamW, dtype=mx.bfloat16),
     "stochastic_rounding": Setup(fused.AdamW, {"stochastic_rounding": True, "seed": 3}, dtype=mx.bfloat16),
     "master_weights": Setup(fused.AdamW, {"master_weights": True}, dtype=mx.bfloat16),
+    "24 bits": Setup(fused.AdamW, {"master_weights": True, "master_weight_bits": 24}, dtype=mx.bfloat16),
     "all": Setup(
         fused.AdamW,
         {

@@ -161,7 +161,8 @@ def main() -> None:
         ends[name] = training.end() | {"norms": mx.array(training.norms)}
 
     # The second has no option that looks at the gradients: its files say all the same whose shards they are.
-    setups = {"everything": (EVERYTHING, mx.bfloat16), "plain": ({}, mx.float32)}
+    least = EVERYTHING | {"state_dtype": "int4", "master_weight_bits": 24}
+    setups = {"everything": (EVERYTHING, mx.bfloat16), "least": (least, mx.bfloat16), "plain": ({}, mx.float32)}
     rejected = {}
     for name, (options, dtype) in setups.items():
         path = folder / f"{name}{rank}.safetensors"

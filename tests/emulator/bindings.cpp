@@ -109,6 +109,8 @@ NB_MODULE(_emulator, m) {
   m.def("run_only_threadgroups", &emulator::run_only_threadgroups, "first"_a, "end"_a,
         "Dispatches run only these of their threadgroups, by row-major index, from now on.");
   m.def("run_all_threadgroups", &emulator::run_all_threadgroups);
+  m.def("set_largest_threadgroup", &emulator::set_largest_threadgroup, "threads"_a,
+        "The threads of a threadgroup that kernels can run from now on, at most 1024.");
   m.def("replace_in_shaders", &emulator::replace_in_shaders, "old_text"_a, "new_text"_a,
         "Plants a fault in every shader compiled from now on; an empty old_text ends it.");
   m.def("settle", &settle, nb::call_guard<nb::gil_scoped_release>(),

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <sstream>
@@ -22,6 +23,7 @@ constexpr char kPoison = char(0xff);
 constexpr size_t kLargestVector = 16;  // bytes of one access
 
 std::mutex mutex;
+std::atomic<size_t> most_threads{kMaxThreadsPerThreadgroup};
 uint64_t first_threadgroup = 0, end_threadgroup = UINT64_MAX;
 Statistics totals;
 
@@ -371,8 +373,8 @@ void validate(const Dispatch& dispatch) {
   auto number = [](size_t n) { return std::to_string(n); };
   auto& group = dispatch.threads_per_threadgroup;
   if (group.count() == 0 || dispatch.grid.count() == 0) reject("the grid or threadgroup is empty");
-  if (group.count() > kMaxThreadsPerThreadgroup) {
-    reject(number(group.count()) + " threads in a threadgroup; at most 1024 fit");
+  if (group.count() > most_threads) {
+    reject(number(group.count()) + " threads in a threadgroup; at most " + number(most_threads) + " fit");
   }
   for (uint64_t length : {dispatch.grid.x, dispatch.grid.y, dispatch.grid.z}) {
     if (length > UINT32_MAX) reject("a grid " + number(length) + " threads wide; at most 2^32 - 1 fit");
@@ -417,9 +419,19 @@ void validate(const Dispatch& dispatch) {
   }
 }
 
+void set_largest_threadgroup(size_t threads) { most_threads = threads; }
+
+size_t largest_threadgroup() { return most_threads; }
+
 std::unique_lock<std::mutex> exclusive() { return std::unique_lock(mutex); }
 
 void run(const Dispatch& dispatch) {
+  for (auto& binding : dispatch.bindings) {
+    if (binding.memory && binding.memory->expired()) {
+      throw std::runtime_error(std::string("[emulator] ") + dispatch.kernel->name + ": the memory of buffer " +
+                               std::to_string(binding.index) + " was let go before the dispatch ran");
+    }
+  }
   auto lock = exclusive();
   Run(dispatch).run();
   ++totals.dispatches;

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,7 +22,8 @@ struct Binding {
   size_t offset = 0;     // of data in its allocation, which on Metal starts at a page: decides the alignment
   size_t element_size = 1;
   bool input = false, output = false;
-  std::vector<char> bytes;  // of set_bytes: the data itself, in place of data and size
+  std::optional<std::weak_ptr<void>> memory;  // of data, which its owner must keep until the dispatch has run
+  std::vector<char> bytes;                    // of set_bytes: the data itself, in place of data and size
 
   char* start() const { return bytes.empty() ? data : const_cast<char*>(bytes.data()); }
   size_t length() const { return bytes.empty() ? size : bytes.size(); }
@@ -38,6 +40,10 @@ struct Dispatch {
 
 // Metal's limits, and that every parameter has what it needs. Throws std::invalid_argument.
 void validate(const Dispatch& dispatch);
+
+// A GPU whose kernels run no more threads in a threadgroup than this; 1024 unless set.
+void set_largest_threadgroup(size_t threads);
+size_t largest_threadgroup();
 
 // Throws std::runtime_error that says which thread did what.
 void run(const Dispatch& dispatch);

@@ -32,6 +32,33 @@ CommandEncoder::CommandEncoder(Stream stream) : stream_(stream), next_(std::make
 
 CommandEncoder::~CommandEncoder() = default;
 
+CommandEncoder::ConcurrentContext::ConcurrentContext(CommandEncoder& encoder) : encoder_(encoder) {
+  encoder_.is_concurrent_ = true;
+}
+
+CommandEncoder::ConcurrentContext::~ConcurrentContext() {
+  encoder_.is_concurrent_ = false;
+  encoder_.touched_.clear();
+}
+
+void CommandEncoder::note_concurrent(const emulator::Dispatch& dispatch) {
+  size_t earlier = touched_.size();
+  for (auto& binding : dispatch.bindings) {
+    if (!binding.data) continue;
+    Touched now{binding.data, binding.data + binding.size, binding.output};
+    for (size_t i = 0; i < earlier; ++i) {
+      auto& then = touched_[i];
+      if ((now.is_written || then.is_written) && now.begin < then.end && then.begin < now.end) {
+        throw std::logic_error("[emulator] " + std::string(dispatch.kernel->name) + ": buffer " +
+                               std::to_string(binding.index) + " is " + (now.is_written ? "written" : "read") +
+                               ", and " + (then.is_written ? "written" : "read") +
+                               " by an earlier dispatch of the concurrent block: no barrier between");
+      }
+    }
+    touched_.push_back(now);
+  }
+}
+
 void CommandEncoder::set_compute_pipeline_state(MTL::ComputePipelineState* state) {
   next_->library = state->library;
   next_->kernel = state->kernel;
@@ -55,6 +82,7 @@ void CommandEncoder::bind(const array& a, int index, int64_t offset, bool is_out
     binding.size = size_t(high - start);
     binding.first = size_t(offset - start);
     binding.offset = size_t(a.offset() + start);
+    binding.memory = a.data_shared_ptr();
   }
   binding.element_size = a.itemsize();
   binding.input = !is_output;
@@ -98,6 +126,7 @@ void CommandEncoder::dispatch_threads(MTL::Size grid, MTL::Size group) {
   dispatch->grid = to_size(grid);
   dispatch->threads_per_threadgroup = to_size(group);
   emulator::validate(*dispatch);
+  if (is_concurrent_) note_concurrent(*dispatch);
   // As with the primitives of the CPU, MLX itself keeps the arrays of this node alive until its stream gets past it.
   // Not through the encoder's own dispatch: the count that it keeps of tasks would be off for ever after one that
   // threw.

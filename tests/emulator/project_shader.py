@@ -22,8 +22,8 @@ INCLUDE_DIRS = [ROOT / "metal", ROOT / "csrc"]
 TYPES = ("float", "bfloat", "half")
 INDICES = ("int", "int64_t")
 # Formats with auxiliary arrays, which adam_group does not have: of parameters, and of m and v.
-OTHER_PARAMETERS = ("BfloatCorrection",)
-OTHER_STATES = ("QuantizedState",)
+OTHER_PARAMETERS = ("BfloatCorrection<short>", "BfloatCorrection<int8_t>")
+OTHER_STATES = ("QuantizedState<8>", "QuantizedState<4>")
 
 
 def kernels(source: str) -> dict[str, list[str]]:

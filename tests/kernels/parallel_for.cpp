@@ -1,11 +1,16 @@
 // Runs csrc/cpu/threads.cpp by itself, for test_parallel_for.py: a body that throws must neither end the others nor
-// outlive the call, whichever thread it throws in.
+// outlive the call, whichever thread it throws in; and later calls have helpers too, whether those of before still look
+// out for work or sleep.
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/threads.h"
@@ -28,6 +33,17 @@ int main() {
       if ((*calls)[i] != 1) return std::printf("round %d: body %zu ran %d times\n", round, i, (*calls)[i].load());
     }
     if (!is_thrown) return std::printf("round %d: nothing was thrown\n", round);
+  }
+  for (int round = 0; round < 40; ++round) {
+    std::mutex mutex;
+    std::set<std::thread::id> threads;
+    fused_adam::parallel_for(16, [&](size_t) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      std::lock_guard lock(mutex);
+      threads.insert(std::this_thread::get_id());
+    });
+    if (threads.size() < 2) return std::printf("round %d: one thread did everything\n", round);
+    if (round % 2) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
   std::puts("right");
   std::fflush(stdout);

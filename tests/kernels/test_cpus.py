@@ -39,6 +39,8 @@ GROUPS = {
         "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
     }, 64),
     "no limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 64),
+    "a period of 0": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "100000 0\n"}, 64),
+    "half a line": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "100000\n"}, 64),
     "no control groups": ({}, 64),
 }  # fmt: skip
 

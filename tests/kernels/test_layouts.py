@@ -133,6 +133,44 @@ def test_permuted_batches(assert_equal, axes):
     check(assert_equal, w, g, m, v)
 
 
+@pytest.mark.parametrize("axes", [(1, 0, 3, 2), (0, 1, 3, 2), (3, 1, 0, 2), (2, 1, 0, 4, 3)], ids=str)
+def test_permuted_batches_of_several_axes(assert_equal, axes):
+    """Tiles around which axes are left that no array lets merge."""
+    rng = np.random.default_rng(0)
+    shape = (2, 3, 4, 14, 17)[-len(axes) :]
+    in_memory = [shape[i] for i in axes]
+    g = mx.transpose(values(rng, in_memory, mx.float32), [int(i) for i in np.argsort(axes)])
+    w, m, v = (values(rng, shape, mx.float32, positive) for positive in (False, False, True))
+    check(assert_equal, w, g, m, v)
+
+
+@pytest.mark.parametrize("layout", [sliced, reversed_axes])
+@pytest.mark.parametrize("of", range(4))
+def test_pieces_around_which_several_axes_are_left(assert_equal, layout, of):
+    """More than a thousand elements in the last two."""
+    rng = np.random.default_rng(of)
+    shape = (3, 4, 35, 36)
+    arrays = [values(rng, shape, mx.float32, positive) for positive in (False, False, False, True)]
+    arrays[of] = layout(rng, shape, mx.float32, of == 3)
+    check(assert_equal, *arrays)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("layout", [row_major, transposed, sliced])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_hundreds_of_units_of_work(assert_equal, layout, threads):
+    rng = np.random.default_rng(1)
+    shape = {row_major: (2_300_000,), transposed: (1500, 1501), sliced: (901, 900)}[layout]
+    w, m, v = (values(rng, shape, mx.float32, positive) for positive in (False, False, True))
+    g = values(rng, shape[::-1], mx.float32).T if layout is transposed else layout(rng, shape, mx.float32, False)
+    before = fused.num_threads()
+    try:
+        fused.set_num_threads(threads)
+        check(assert_equal, w, g, m, v)
+    finally:
+        fused.set_num_threads(before)
+
+
 def test_linear_weight_gradients_are_column_major():
     """The premise of the tiled kernels: what MLX's autograd hands over for nn.Linear."""
     import mlx.nn as nn

@@ -1,4 +1,6 @@
-"""Sharing work among threads (csrc/cpu/threads.cpp) by itself: what a body that throws does to the others."""
+"""Sharing work among threads (csrc/cpu/threads.cpp) by itself: what a body that throws does to the others, and who
+helps.
+"""
 
 import os
 import shutil
@@ -11,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_body_that_throws_is_reported_after_all_others_have_run(tmp_path):
+def test_every_body_runs_once_whatever_throws_and_never_alone(tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not compiler:
         pytest.skip("needs a C++ compiler, by CXX or as c++")

@@ -90,7 +90,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(library: Path, program: str, workers: int) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", BEGINNING + program.format(workers=workers)],
+        [
+            sys.executable,
+            "-W",
+            "error:mlx-fused-adam:RuntimeWarning",
+            "-c",
+            BEGINNING + program.format(workers=workers),
+        ],
         capture_output=True,
         text=True,
         timeout=600,

@@ -103,7 +103,7 @@ def test_float32_has_the_bits_of_mlx_optimizers(models, tmp_path, dtype, way):
     assert_same_bits(fused.weights, plain.weights)
 
 
-@pytest.mark.parametrize("options", [{}, {"master_weights": True}, {"state_dtype": "int8"}])
+@pytest.mark.parametrize("options", [{}, {"master_weights": True, "master_weight_bits": 24}, {"state_dtype": "int8"}])
 def test_full_bfloat16_learns_as_float32_does(models, tmp_path, options):
     reference = fine_tune(models["float32"], tmp_path / "float32", *WAYS["full"])
     launcher = [*LAUNCHER, "--adam-options", json.dumps(options)]

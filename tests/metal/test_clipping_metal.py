@@ -90,11 +90,109 @@ def test_parameters_that_are_not_row_major_stay(cpu_extension, emulated_extensio
         assert_same_bits(got, want)
 
 
-# ---- Faults ----
+# ---- Norms ----
 
 
 def total(extension: ModuleType, gradients: list[mx.array]) -> float:
     return sum_of_squares(extension, gradients).item()
+
+
+def many(count: int) -> list[mx.array]:
+    """More than a dispatch takes, and more partial sums than norm_total has threads; one in four between vectors.
+
+    Whole numbers, so that all sums are exact.
+    """
+    kinds = (mx.float32, mx.bfloat16, mx.float16)
+    gradients = [mx.full(1 + i % 17, 1 + i % 11, kinds[i % len(kinds)]) for i in range(60 * count)]
+    return [lay_out(g, "between vectors" if i % 4 == 1 else "linear") for i, g in enumerate(gradients)]
+
+
+def test_the_norm_of_many_gradients(emulated_extension):
+    gradients = many(5)
+    assert total(emulated_extension, gradients) == sum(g.size * g[0].item() ** 2 for g in gradients)
+
+
+def test_the_norm_of_nothing(emulated_extension):
+    assert total(emulated_extension, [mx.zeros((0, 3)), mx.zeros(0, mx.bfloat16)]) == 0
+
+
+# The emulated build cuts gradients into pieces of 2^17 elements.
+LARGE = {
+    "rows": ((3, 2**17), "strided"),
+    "long rows": ((2, 2**17 + 300), "strided"),
+    "one axis": ((2**17 + 301,), "strided"),
+    "linear": ((2**18 + 301,), "linear"),
+    "linear, between vectors": ((2**17 + 301,), "between vectors"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_norm_of_a_gradient_in_pieces(emulated_extension, monkeypatch, name):
+    monkeypatch.setenv("FUSED_ADAM_EMULATOR_ORDERS", "forward")
+    shape, layout = LARGE[name]
+    values = np.random.default_rng(3).integers(-3, 4, size=shape)
+    gradient = lay_out(mx.array(values).astype(mx.bfloat16), layout)
+    mx.eval(gradient)
+    assert total(emulated_extension, [gradient]) == np.square(values).sum()
+
+
+def test_the_norm_of_a_gradient_spread_over_more_than_2_32_elements(emulator, emulated_extension, no_memory_limit):
+    far = emulator.sparse_zeros((40, 2**27), mx.float16)
+    np.array(far, copy=False)[:, 0] = np.arange(40)
+    for gradient in (far[:, 0], far[::-1, 0]):
+        assert total(emulated_extension, [gradient]) == np.square(np.arange(40)).sum()
+
+
+def queue_slow_work() -> mx.array:
+    """A GPU runs a dispatch long after the host has encoded it; here, once this is done."""
+    x = mx.full((1000, 1000), 1e-3)
+    for _ in range(8):
+        x = x @ x
+    mx.async_eval(x)
+    return x
+
+
+def test_buffers_are_kept_until_the_gpu_has_read_them(cpu_extension, emulated_extension):
+    """Partial sums between their dispatches, and what an update alone still held."""
+    slow = queue_slow_work()
+    assert total(emulated_extension, dense(3)) == pytest.approx(total(cpu_extension, dense(3)), rel=1e-6)
+    tensors = [make(cpu_extension, (64, 96), ("float32", "bfloat16", "int8"))]
+    expected = update(cpu_extension, tensors)
+    mx.eval(expected, slow)
+    slow = queue_slow_work()
+    results = update(emulated_extension, [dict(tensors.pop())])
+    for part in ("parameter", "m", "v"):
+        assert_same_bits(results[0][part], expected[0][part])
+    mx.eval(slow)
+
+
+@pytest.fixture
+def small_threadgroups(emulator):
+    emulator.set_largest_threadgroup(128)
+    yield
+    emulator.set_largest_threadgroup(1024)
+    emulator.settle()
+
+
+TOO_FEW = "(?s)failed to load Metal kernel {} of .*this GPU supports only 128 threads per threadgroup, 256 needed"
+
+
+def test_a_gpu_with_too_few_threads_leaves_everything_as_it_was(
+    cpu_extension, emulated_extension, emulator, small_threadgroups
+):
+    tensors = [make(cpu_extension, (64, 96), ("float32",) * 3)]
+    expected = update(cpu_extension, tensors)
+    mx.eval(expected)
+    results = update(emulated_extension, tensors)
+    with pytest.raises(RuntimeError, match=TOO_FEW.format("adam_linear")):
+        mx.eval(results)
+    with pytest.raises(RuntimeError, match=TOO_FEW.format("norm_dense")):
+        total(emulated_extension, [tensors[0]["gradient"]])
+    emulator.set_largest_threadgroup(256)
+    assert_same_bits(results, expected)
+
+
+# ---- Faults ----
 
 
 def dense(count: int, size: int = 20000) -> list[mx.array]:
@@ -126,6 +224,9 @@ NORM_FAULTS = {
     "strides of one axis": (strided, "at += int64_t(rest % size) * strides[axis]",
         "at += int64_t(rest % size) * strides[0]"),
     "one thread too few": (strided, "i < end; i += kNormThreads", "i + 1 < end; i += kNormThreads"),
+    "another gradient's last": (many, "case 7: gradient = gradient_7", "case 7: gradient = gradient_6"),
+    "a span from the wrong slot": (many, "args.group_ends[which - 1]", "args.group_ends[which / 2]"),
+    "as many partials as threads": (many, "i < args.partials; i +=", "i < min(args.partials, 256u); i +="),
     "partials left out": (dense, "i < args.partials; i += kNormThreads", "i + 1 < args.partials; i += kNormThreads"),
 }  # fmt: skip
 

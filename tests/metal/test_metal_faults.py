@@ -144,7 +144,8 @@ PLANTED_IN_ROUNDING = {
     "the bits of v for m": ("linear", ALL, "random_half(of_state, 16u,", "random_half(of_state, 0u,"),
     "m with v": ("linear", "parameter_and_v", "results & kRoundM) != 0u, r", "results & kRoundV) != 0u, r"),
     "v with m": ("linear", "parameter_and_v", "results & kRoundV) != 0u, r", "results & kRoundM) != 0u, r"),
-    "parameter with m": ("linear", "parameter_and_v", "results & kRoundParameter) != 0u, of", "results & kRoundM) != 0u, of"),
+    "parameter with m": ("linear", "parameter_and_v", "results & kRoundParameter) != 0u, of",
+        "results & kRoundM) != 0u, of"),
 }  # fmt: skip
 
 
@@ -165,7 +166,9 @@ def test_a_fault_planted_in_the_rounding_is_seen(emulated_extension, plant, name
 
 
 CODES = ("bfloat16", "bfloat16", "int8")
+PACKED = ("bfloat16", "bfloat16", "int4")
 MASTER = ("master", "bfloat16", "bfloat16")
+MASTER24 = ("master24", "bfloat16", "bfloat16")
 # Formats, shape, which array has which layout; the text replaced, the replacement, and what must be seen of it.
 PLANTED_IN_FORMATS = {
     "a shuffle left out": (CODES, (64, 96), ("gradient", "linear"), "x = max(x, simd_shuffle_xor(x, 1));", "",
@@ -183,8 +186,8 @@ PLANTED_IN_FORMATS = {
         "run.count > 0u) {\n    stored", "data race"),
     "scale of the block before": (CODES, (64, 96), ("gradient", "linear"), "*t.auxiliary.new_m_scale = ushort",
         "t.auxiliary.new_m_scale[run.element > 31u ? -1 : 0] = ushort", "data race|no thread writes|differs"),
-    "scale of v for m": (CODES, (64, 96), ("gradient", "linear"), "load_int8(run.m[k], old_m_scale)",
-        "load_int8(run.m[k], old_v_scale)", "differs"),
+    "scale of v for m": (CODES, (64, 96), ("gradient", "linear"), "load_m_of(format, run.m, k, old_m_scale)",
+        "load_m_of(format, run.m, k, old_v_scale)", "differs"),
     "rows not told apart": (CODES, (64, 70), ("gradient", "linear"), "row = thread_in_tensor / row_threads;",
         "row = 0u;", "no thread writes|ends at|differs"),
     "row length off by one": (CODES, (64, 70), ("gradient", "linear"), "row * row_length + column",
@@ -198,25 +201,42 @@ PLANTED_IN_FORMATS = {
         "min(N, columns - column - 1u)", "no thread writes|differs"),
     "codes past the end of a row": (CODES, (64, 70), ("gradient", "linear"),
         "if (k < count) {\n      values[k]", "if (true) {\n      values[k]", "ends at|data race"),
-    "half of the codes of a vector": (CODES, (64, 96), ("gradient", "linear"), "words[k / V::elements_per_word] >>",
-        "words[0] >>",
-        "differs"),
+    "half of the codes of a vector": (CODES, (64, 96), ("gradient", "linear"),
+        "word_of(words, k / V::elements_per_word)", "word_of(words, 0)", "differs"),
     "codes that do not go on from step to step": (CODES, (64, 96), ("gradient", "linear"), "tensor.advance)", "0u)",
         "differs"),
     "codes with the draws of floats": (CODES, (64, 96), ("gradient", "linear"),
         "number, scalars, step, Format<S>::is_quantized", "number, scalars, step, false", "differs"),
     "one draw for a run of codes": (CODES, (64, 96), ("gradient", "linear"),
-        "element + k);\n    run.m[k] = int8_t",
-        "element);\n    run.m[k] = int8_t", "differs"),
+        "element + k);\n    store_m_of", "element);\n    store_m_of", "differs"),
     "one block for all columns of a tile": (CODES, (70, 96), ("gradient", "column-major"),
-        "row_blocks + column / kBlockElements", "row_blocks", "data race|no thread writes|differs"),
-    "blocks of a tile's rows": (CODES, (70, 96), ("gradient", "column-major"), "parameter_strides[2 * args.axes + 1]",
+        "Index(row_blocks) + Index(column / kBlockElements)", "Index(row_blocks)",
+        "data race|no thread writes|differs"),
+    "rows of a tile": (CODES, (40, 3, 70), ("gradient", "all axes reversed"), "parameter_strides[2 * args.axes + 1]",
         "1",
         "data race|no thread writes|differs"),
     "blocks of a batch": (CODES, (3, 40, 70), ("gradient", "column-major"),
-        "first_block += i * parameter_strides[args.axes + 1 + axis];", "", "data race|no thread writes|differs"),
-    "blocks of general rows": (CODES, (13, 70), ("gradient", "strided"), "row * row_blocks + Index", "row + Index",
+        "first_of_rows += i * parameter_strides[args.axes + 1 + axis];", "", "data race|no thread writes|differs"),
+    "blocks of general rows": (CODES, (13, 70), ("gradient", "strided"), "row * Index(row_blocks) +", "row +",
         "data race|no thread writes|differs"),
+    "halves exchanged": (PACKED, (64, 96), ("gradient", "linear"), "packed[k / 2] >> (4 * (k % 2))",
+        "packed[k / 2] >> (4 - 4 * (k % 2))", "differs"),
+    "halves of one byte alone": (PACKED, (64, 96), ("gradient", "column-major"),
+        "k % 2 == 0 ? 0u : uint(packed[k / 2])", "0u", "differs"),
+    "a packed row without its last byte": (PACKED, (64, 71), ("gradient", "strided"),
+        "row * Index((columns + neighbours - 1) / neighbours)", "row * Index(columns / neighbours)",
+        "data race|no thread writes|differs"),
+    "the byte of the second column": (PACKED, (64, 70), ("gradient", "column-major"), "Index(column / neighbours)",
+        "Index(column)", "ends at|data race|no thread writes|differs"),
+    "half of a last byte not stored": (PACKED, (13, 71), ("gradient", "linear"),
+        "return (run.count + neighbours - 1) / neighbours", "return run.count / neighbours",
+        "no thread writes|differs"),
+    "four bytes as two": (PACKED, (64, 96), ("gradient", "linear"), "N * sizeof(T) == 4 ? 1 : 2", "2",
+        "not a multiple of 8"),
+    "packed codes to nearest": (PACKED, (64, 70), ("gradient", "linear"),
+        "store_int4(x, inverse, rounding)", "store_int4(x, inverse, Rounding{false, 0u})", "differs"),
+    "a packed v that becomes 0": (PACKED, (64, 70), ("gradient", "linear"),
+        "store_uint4(x, inverse, rounding)", "0", "differs"),
     "stride of the gradient": (CODES, (13, 70), ("gradient", "strided"), "gradient_at, gradient_strides[last]",
         "gradient_at, 1",
         "differs"),
@@ -235,6 +255,12 @@ PLANTED_IN_FORMATS = {
         "tensor.parameter = parameter + parameter_at;",
         "tensor.parameter = parameter + parameter_at;\n  tensor.auxiliary.correction = correction + parameter_at;",
         "ends at|differs"),
+    "correction of 8 bits read as 16": (MASTER24, (64, 96), ("gradient", "linear"),
+        "join_24(run.parameter[k], run.correction[k])", "join(run.parameter[k], run.correction[k])", "differs"),
+    "24 bits to nearest": (MASTER24, (64, 70), ("gradient", "column-major"),
+        "split_24(x, rounding)", "split_24(x, Rounding{false, 0u})", "differs"),
+    "24 bits by other random bits": (MASTER24, (13, 70), ("gradient", "strided"),
+        "rounding.random >> 8 :", "(rounding.random & 0xFFu) :", "differs"),
 }  # fmt: skip
 
 
@@ -288,6 +314,24 @@ def test_one_array_of_a_tiled_update_between_vectors(update, which):
         inputs[which] = lay_out(inputs[which], "between vectors")
     mx.eval(inputs)
     assert_same_bits(update(*inputs), expected)
+
+
+def test_matrices_of_a_tiled_update_between_vectors(update):
+    """But for the first; their lines are aligned to each other."""
+    inputs = tensors((3, 32, 40))
+    expected = run_update(_ext, *inputs)
+    padded = mx.pad(inputs[1].swapaxes(1, 2).reshape(3, -1), [(0, 0), (0, 1)])
+    inputs[1] = mx.as_strided(padded, (3, 32, 40), (32 * 40 + 1, 1, 32))
+    mx.eval(inputs)
+    assert_same_bits(update(*inputs), expected)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (0, 0), (0, 5), (5, 0, 0, 7)], ids=str)
+def test_empty_tensors(emulated_extension, sizes):
+    """Alone and in company: a dispatch of no threads is an error on Metal."""
+    each = [tensors((n,)) for n in sizes]
+    results = run_updates(emulated_extension, *map(list, zip(*each, strict=True)))
+    assert_same_bits(list(zip(*results, strict=True)), [tuple(run_update(_ext, *x)) for x in each])
 
 
 @pytest.mark.parametrize("which", range(4), ids=ARRAYS)
@@ -405,14 +449,6 @@ OVERFLOWS = {
 }
 
 
-@pytest.fixture
-def no_memory_limit():
-    """Results this large pass MLX's limit, upon which it may wait for tasks that failed in another test, for ever."""
-    before = mx.set_memory_limit(1 << 50)
-    yield
-    mx.set_memory_limit(before)
-
-
 def last_elements(emulator, update, layout: str, **rounding) -> list[np.ndarray]:
     emulator.run_only_threadgroups(*LAST_THREADGROUPS[layout])
     try:
@@ -485,12 +521,21 @@ LARGE_ROWS = {
 
 
 @pytest.mark.usefixtures("no_memory_limit")
+@pytest.mark.parametrize("bits_of_codes", [8, 4])
 @pytest.mark.parametrize("name", LARGE_ROWS)
-def test_quantized_state_of_more_than_one_dispatch(cpu_extension, emulated_extension, emulator, name):
+def test_quantized_state_of_more_than_one_dispatch(cpu_extension, emulated_extension, emulator, name, bits_of_codes):
     """Their last elements, from zeros: values, and the scales that the last dispatch writes at its place."""
     shape, stride, end, threadgroups = LARGE_ROWS[name]
-    dtypes = {"parameter": mx.float16, "gradient": mx.float16, "m": mx.int8, "v": mx.uint8}
-    tensor = {part: emulator.sparse_zeros(shape, dtype) for part, dtype in dtypes.items()}
+    dtypes = {"parameter": mx.float16, "gradient": mx.float16}
+    dtypes |= {"m": mx.int8 if bits_of_codes == 8 else mx.uint8, "v": mx.uint8}
+    bits_of = {"m": bits_of_codes, "v": bits_of_codes}
+
+    def columns(part: str, count: int) -> int:
+        return -(-count * bits_of.get(part, 8) // 8)
+
+    tensor = {
+        part: emulator.sparse_zeros((*shape[:-1], columns(part, shape[-1])), dtype) for part, dtype in dtypes.items()
+    }
     scales = (*shape[:-1], -(-shape[-1] // 32))
     for part in ("m_scale", "v_scale"):
         tensor[part] = emulator.sparse_zeros(scales, mx.bfloat16)
@@ -500,7 +545,7 @@ def test_quantized_state_of_more_than_one_dispatch(cpu_extension, emulated_exten
     tensor["gradient"] = emulator.sparse_zeros(in_memory, mx.float16)
     np.array(tensor["gradient"], copy=False).reshape(-1)[::stride][-end:] = values
     tensor["gradient"] = tensor["gradient"][..., ::stride]
-    small = {part: mx.zeros(end, dtype) for part, dtype in dtypes.items()}
+    small = {part: mx.zeros(columns(part, end), dtype) for part, dtype in dtypes.items()}
     small |= {f"{x}_scale": mx.zeros(-(-end // 32), mx.bfloat16) for x in "mv"}
     expected = stored_tensors.update(cpu_extension, [small | {"gradient": mx.array(values)}], rounding="nearest")[0]
     emulator.run_only_threadgroups(*threadgroups)

@@ -26,7 +26,8 @@ from support.training import train
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
 MIXED = [("float32", "bfloat16", "int8"), ("master", "float32", "float32")]
-MIXED += [("master", "float32", "int8"), ("float16", "float32", "int8")]
+MIXED += [("master", "float32", "int8"), ("float16", "float32", "int8"), ("master24", "float16", "int8")]
+MIXED += [("float16", "bfloat16", "int4"), ("master", "float32", "int4")]
 # Whole vectors and not, whole blocks and not, rows that share no block, a block's last code alone.
 ROW_MAJOR = [(64, 96), (64, 100), (130, 70), (5, 33, 45), (4097,), (2, 4096), (3, 1), (31, 33)]
 TILED = [(64, 96), (64, 104), (130, 70), (129, 257), (3, 40, 45), (2, 3, 32, 64)]
@@ -65,7 +66,8 @@ def test_strided_gradients(extensions, formats):
 
 
 WITH_EXTRAS = [("bfloat16", "bfloat16", "int8"), ("master", "bfloat16", "bfloat16")]
-WITH_EXTRAS += [("master", "bfloat16", "int8")]
+WITH_EXTRAS += [("master", "bfloat16", "int8"), ("master24", "bfloat16", "int8")]
+WITH_EXTRAS += [("float32", "float32", "int4"), ("master24", "bfloat16", "int4")]
 
 
 @pytest.mark.parametrize("formats", WITH_EXTRAS, ids=named)
@@ -111,11 +113,13 @@ def test_roundings(extensions, formats, rounding):
 
 
 @pytest.mark.parametrize("formats", WITH_EXTRAS, ids=named)
-def test_indices_of_64_bits(extensions, formats):
+def test_indices_of_64_bits(extensions, emulator, formats):
     cpu, emulated = extensions
+    before = emulator.dispatches().get("adam_general_64", 0)
     tensor = make(cpu, (13, 70), formats)
     expected = steps(cpu, [tensor], "strided")[0]
     assert_same_bits(steps(emulated, [tensor], "strided", wide_indices=True)[0], expected)
+    assert emulator.dispatches()["adam_general_64"] == before + 2
 
 
 @pytest.mark.parametrize("formats", WITH_EXTRAS, ids=named)
@@ -143,14 +147,15 @@ def test_special_values(extensions, formats):
 @pytest.mark.parametrize("formats", FORMATS + MIXED, ids=named)
 def test_the_self_check_passes(extensions, formats):
     parameter, gradient, state = formats
-    dtypes = (DTYPES.get(parameter, mx.bfloat16), DTYPES[gradient], DTYPES.get(state, mx.int8))
-    if parameter == "master":
-        dtypes = (*dtypes, mx.int16)
+    of_codes = {"int8": mx.int8, "int4": mx.uint8}
+    dtypes = (DTYPES.get(parameter, mx.bfloat16), DTYPES[gradient], (DTYPES | of_codes)[state])
+    if parameter.startswith("master"):
+        dtypes = (*dtypes, mx.int8 if parameter == "master24" else mx.int16)
     assert _self_check.run(extensions[1], mx.cpu, dtypes) is None
 
 
-@pytest.mark.parametrize("stochastic", [None, True])
-def test_optimizer(extensions, monkeypatch, stochastic):
+@pytest.mark.parametrize(("stochastic", "state_dtype"), [(None, "int8"), (True, "int8"), (None, "int4")])
+def test_optimizer(extensions, monkeypatch, stochastic, state_dtype):
     """From its first step on, on parameters that have codes, remainders, both or neither."""
     cpu, emulated = extensions
     start = {
@@ -166,7 +171,8 @@ def test_optimizer(extensions, monkeypatch, stochastic):
     for extension, name in ((cpu, "cpu"), (emulated, "metal (emulated)")):
         use_extension(monkeypatch, extension)
         monkeypatch.setattr(_backends, "_known", {})
-        optimizer = fused.AdamW(1e-2, state_dtype="int8", stochastic_rounding=stochastic, master_weights=True, seed=7)
+        options = dict(state_dtype=state_dtype, stochastic_rounding=stochastic, master_weights=True, seed=7)
+        optimizer = fused.AdamW(1e-2, **options)
         new = train(optimizer, parameters, [gradients] * 3)
         assert optimizer.backend == name
         results.append({path: {"parameter": new[path]} | optimizer.state[path] for path in start})

@@ -101,6 +101,35 @@ def test_a_sum_beyond_float32_is_infinite(extension):
     assert math.isfinite(sum_of_squares(extension, [x]).item())
 
 
+def test_small_gradients_beside_a_large_one_count(extension):
+    """In one gradient, in units of their own, and in one of any layout: float32 would lose 1 beside 2**24."""
+    ones = [mx.ones(1) for _ in range(1000)]
+    np.testing.assert_allclose(sum_of_squares(extension, [mx.array([4096.0]), *ones]).item(), 2**24 + 1000, rtol=1e-6)
+    for shape in ((65536,), (256, 300), (1000, 64)):
+        x = mx.where(mx.arange(int(np.prod(shape))) == 0, 4096.0, 1.0).reshape(shape)
+        for layout in LAYOUTS[:4] if len(shape) > 1 else ("linear", "strided"):
+            total = sum_of_squares(extension, [lay_out(x, layout)]).item()
+            np.testing.assert_allclose(total, 2**24 + x.size - 1, rtol=1e-5, err_msg=f"{shape}, {layout}")
+
+
+@pytest.mark.cpu_only
+def test_gradients_of_other_dtypes_count_by_their_size(extension):
+    """Which mlx.optimizers train: complex, float64 and integers."""
+    three = {mx.complex64: mx.array([3 + 4j, 0, 1j]), mx.float64: mx.array([3, 4, 1], mx.float64)}
+    three[mx.int32] = mx.array([3, -4, 1])
+    for dtype, x in three.items():
+        assert x.dtype == dtype
+        assert sum_of_squares(extension, [x]).item() == 26, dtype
+        assert sum_of_squares(extension, [x, mx.ones(2), x]).item() == 54, dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_kernel_the_squares_are_float32_too(extension, dtype):
+    gradients = [random(np.random.default_rng(1), shape, dtype) for shape in [(70, 90), (7,), ()]]
+    total = extension.sum_of_squares(gradients, uses_kernel=lambda _: False)
+    np.testing.assert_allclose(total.item(), exact_norm(gradients) ** 2, rtol=1e-5)
+
+
 @pytest.mark.cpu_only
 def test_threads_change_no_bit(extension):
     rng = np.random.default_rng(2)
@@ -186,6 +215,16 @@ def test_clipping_is_the_update_of_scaled_gradients(dtype, options, is_hostile):
     assert_same_training(parameters, optimizer, expected, reference)
 
 
+@pytest.mark.parametrize("limit", [1e-6, 1e-7])
+def test_the_norm_s_eps_is_that_of_clip_grad_norm(limit):
+    """It counts where norms are as small."""
+    gradients = {"w": mx.full(4, 1e-6)}
+    optimizer = fused.Adam(1e-2, max_grad_norm=limit)
+    run(optimizer, gradients, [gradients])
+    clipped, _ = optim.clip_grad_norm(gradients, limit)
+    np.testing.assert_allclose(np.array(optimizer.state["w"]["m"]), 0.1 * np.array(clipped["w"]), rtol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1e9}, {"skip_nonfinite": True}], ids=str)
 def test_what_needs_no_clipping_changes_no_bit(options):
     rng = np.random.default_rng(6)
@@ -231,6 +270,7 @@ FORMATS = [
     (mx.float32, {}), (mx.float32, {"state_dtype": "int8"}), (mx.float32, {"state_dtype": "bfloat16"}),
     (mx.bfloat16, {}), (mx.bfloat16, {"stochastic_rounding": True}), (mx.bfloat16, {"master_weights": True}),
     (mx.bfloat16, {"state_dtype": "int8", "master_weights": True}), (mx.float16, {}),
+    (mx.bfloat16, {"master_weights": True, "master_weight_bits": 24, "state_dtype": "int4"}),
     (mx.float16, {"state_dtype": "int8", "stochastic_rounding": True}),
 ]  # fmt: skip
 
@@ -267,7 +307,7 @@ def test_a_bad_step_is_as_if_it_had_not_been(dtype, options, compiled):
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("layout", ["column-major", "strided", "reversed"])
-@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"state_dtype": "int4"}], ids=str)
 def test_a_bad_step_with_gradients_in_any_layout(options, layout, bad):
     """Old arrays that somebody holds, and parameters that are not row-major themselves."""
     rng = np.random.default_rng(9)
@@ -376,6 +416,19 @@ def test_parameters_that_fall_back_obey_too(name):
     assert optimizer.state["skipped"].item() == 2
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32, mx.int32], ids=str)
+def test_gradients_of_parameters_that_fall_back_are_clipped_in_their_own_dtype(dtype):
+    """As clip_grad_norm does, here to a number that bfloat16 rounds; integers become float32."""
+    parameters, gradients = {"w": mx.array([1.0], mx.float64)}, {"w": mx.array([3.0], dtype)}
+    optimizer = fused.Adam(1e-2, max_grad_norm=0.7)
+    run(optimizer, parameters, [gradients])
+    scaled = gradients["w"] * (mx.array(0.7) / (3 + mx.array(1e-6)))
+    reference = optim.Adam(1e-2)
+    run(reference, parameters, [{"w": scaled if dtype == mx.int32 else scaled.astype(dtype)}])
+    assert_same_bits(optimizer.state["w"], reference.state["w"])
+
+
 def test_filtered_decay_clips_and_skips_as_a_whole():
     rng = np.random.default_rng(12)
     start, gradients = tree(rng), tree(rng)
@@ -460,10 +513,23 @@ def test_a_parameter_of_the_records_name_is_rejected(name, options):
     with pytest.raises(ValueError, match=rf"\[Adam\] parameters must not be named '{name}'"):
         optimizer.apply_gradients(parameters, parameters)
     assert optimizer.state[name].size == 1 and optimizer.step.item() == 0
-    fused.Adam(1e-2).apply_gradients(parameters, parameters)
+    # Without the option it is a parameter like any other, in later inits too.
+    plain = fused.Adam(1e-2)
+    plain.apply_gradients(parameters, parameters)
+    plain.init(parameters)
+    assert mx.all(plain.state[name]["m"] > 0) and mx.all(fused.stock_state(plain)[name]["m"] > 0)
     # Further down it stands in nobody's way.
     nested = {"inner": parameters}
     optimizer.apply_gradients(nested, nested)
+
+
+def test_the_records_come_and_go_with_their_options():
+    """At the assignment, so that a logger may read them before the next update."""
+    optimizer = fused.Adam(1e-2)
+    optimizer.max_grad_norm, optimizer.skip_nonfinite = 1.0, True
+    assert optimizer.state["grad_norm"].item() == optimizer.state["skipped"].item() == 0
+    optimizer.max_grad_norm = None
+    assert "grad_norm" not in optimizer.state and "skipped" in optimizer.state
 
 
 def test_a_state_of_mlx_optimizers_is_adopted_and_given_back():

@@ -57,7 +57,7 @@ def test_decay_applies_to_what_the_filter_says(name):
 
 
 @pytest.mark.parametrize("options", [{}, {"stochastic_rounding": True}, {"state_dtype": "int8"},
-                                     {"master_weights": True}], ids=str)  # fmt: skip
+                                     {"state_dtype": "int4"}, {"master_weights": True}], ids=str)  # fmt: skip
 def test_a_filter_changes_no_random_bit(options):
     rng = np.random.default_rng(1)
     parameters, gradients = tree(rng, mx.bfloat16), [tree(rng, mx.bfloat16) for _ in range(2)]
@@ -75,6 +75,22 @@ def test_parameters_that_fall_back_obey_too():
     new = fused.AdamW(**SETTINGS, decay_filter="a").apply_gradients(gradients, parameters)
     mx.eval(new)
     assert mx.all(new["a"] < 1) and mx.all(new["b"] == 1)
+
+
+@pytest.mark.cpu_only
+def test_a_filter_reads_the_paths_of_a_tree_whose_leaves_part():
+    """Some fall back, some do not; each is asked for by its own path."""
+    dtypes = {"a": mx.float64, "b": mx.float32, "c": mx.bfloat16, "d": mx.float64, "e": mx.float32}
+    parameters = {k: mx.ones(3, dtype) for k, dtype in dtypes.items()}
+    for wanted in dtypes:
+        asked = {}
+        optimizer = fused.AdamW(
+            **SETTINGS, decay_filter=lambda path, x, w=wanted, a=asked: (a.update({path: x.dtype}), path == w)[1]
+        )
+        new = optimizer.apply_gradients({k: x * 0 for k, x in parameters.items()}, parameters)
+        mx.eval(new)
+        assert [k for k, x in new.items() if mx.all(x < 1)] == [wanted]
+        assert asked == dtypes
 
 
 def test_compiled_steps_obey():
@@ -106,6 +122,15 @@ def test_an_expression_that_matches_nothing_is_told_once():
             optimizer.init(parameters) if by_init else optimizer.apply_gradients(parameters, parameters)
             optimizer.init(parameters)
         assert len(told) == 1
+
+
+def test_what_an_earlier_init_has_seen_is_matched_too(recwarn):
+    """Parameters that are frozen by now, or trained in a later stage."""
+    parameters = tree(np.random.default_rng(5))
+    optimizer = fused.AdamW(**SETTINGS, decay_filter="embed")
+    optimizer.init(parameters)
+    optimizer.init({"large": parameters["large"]})
+    assert not [x for x in recwarn if "matches none" in str(x.message)]
 
 
 def test_adam_has_no_decay_to_filter():

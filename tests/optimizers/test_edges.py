@@ -33,8 +33,8 @@ def train(optimizer, parameters, seeds):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("state_dtype", "int8"), ("state_dtype", "bfloat16"), ("stochastic_rounding", True), ("seed", 7),
-    ("master_weights", True), ("max_grad_norm", 0.1), ("skip_nonfinite", True), ("decay_filter", ["b"]),
+    ("state_dtype", "int8"), ("state_dtype", "int4"), ("state_dtype", "bfloat16"), ("stochastic_rounding", True),
+    ("seed", 7), ("master_weights", True), ("max_grad_norm", 0.1), ("skip_nonfinite", True), ("decay_filter", ["b"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_an_option_that_is_assigned_counts_from_the_next_update(name, value, dtype):
@@ -53,7 +53,7 @@ def test_an_option_that_is_assigned_counts_from_the_next_update(name, value, dty
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("state_dtype", "int5", "state_dtype must be"), ("max_grad_norm", -1, "max_grad_norm must be greater than 0"),
     ("skip_nonfinite", 1, "skip_nonfinite must be True or False"),
-    ("decay_filter", "(", "decay_filter must be regular"),
+    ("decay_filter", "(", "decay_filter must be regular"), ("master_weight_bits", 16, "must be 32 or 24 but got 16"),
     ("shard_group", 1, "shard_group must be a group"),
 ])  # fmt: skip
 def test_a_bad_option_that_is_assigned_is_an_error_and_changes_nothing(name, value, message):

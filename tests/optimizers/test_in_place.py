@@ -59,9 +59,11 @@ OPTIONS = [
     (mx.float32, {}),
     (mx.bfloat16, {}),
     (mx.float32, {"state_dtype": "int8"}),
+    (mx.float32, {"state_dtype": "int4"}),
     (mx.float32, {"state_dtype": "bfloat16"}),
     (mx.bfloat16, {"stochastic_rounding": True}),
     (mx.bfloat16, {"master_weights": True}),
+    (mx.bfloat16, {"master_weights": True, "master_weight_bits": 24}),
     (mx.bfloat16, {"state_dtype": "int8", "master_weights": True}),
 ]
 

@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import mlx_fused_adam as fused
+from mlx_fused_adam import _clipping
 from support.mlx_release import since_mlx
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -63,6 +64,7 @@ def test_subclass_with_the_same_signature(name):
         "stochastic_rounding": None,
         "seed": 0,
         "master_weights": False,
+        "master_weight_bits": 32,
         "max_grad_norm": None,
         "skip_nonfinite": False,
         "shard_group": None,
@@ -226,6 +228,17 @@ def test_tuples_within_tuples():
     assert_same_tree(new, expected)
 
 
+def test_stock_state_keeps_tuples_as_they_are():
+    x = mx.ones(2)
+    parameters = {"a": ((x,),), "b": Pair(Pair(x, x), [x])}
+    optimizer, reference = both("Adam", 0.1)
+    for o in (optimizer, reference):
+        o.apply_gradients(parameters, parameters)
+    kinds = lambda tree: tree_map(lambda _: 0, tree)  # noqa: E731
+    found = fused.stock_state(optimizer)
+    assert repr(kinds({k: found[k] for k in "ab"})) == repr(kinds({k: reference.state[k] for k in "ab"}))
+
+
 def test_a_rejected_step_in_a_mixed_tree_leaves_no_trace():
     """Neither half of the tree moves when the other is rejected, nor do step and schedule."""
     with mx.stream(mx.cpu):
@@ -307,10 +320,21 @@ def test_options_as_yaml_may_say_them(option):
     assert_same_tree(new, fused.AdamW(0.1, **plain).apply_gradients(gradients, parameters))
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64, mx.array, str])
+def test_hyperparameters_may_be_assigned_as_any_number(kind):
+    parameters, gradients = {"w": mx.ones(3)}, {"w": mx.ones(3)}
+    optimizer = fused.AdamW(0.1)
+    optimizer.weight_decay, optimizer.eps, optimizer.betas = kind(0.5), kind(1.0), [kind(0.5)] * 2
+    new = optimizer.apply_gradients(gradients, parameters)
+    expected = fused.AdamW(0.1, [0.5, 0.5], 1.0, 0.5).apply_gradients(gradients, parameters)
+    assert_same_tree(new, expected)
+
+
 def test_a_schedule_may_return_a_number():
     parameters, gradients = {"w": mx.ones(3)}, {"w": mx.ones(3)}
     optimizer = fused.Adam(lambda step: 0.1)
     new = optimizer.apply_gradients(gradients, parameters)
+    assert optimizer.learning_rate.dtype == mx.float32
     assert_same_tree(new, fused.Adam(0.1).apply_gradients(gradients, parameters))
 
 
@@ -385,12 +409,15 @@ BAD_OPTIONS = [
     ({"eps": None}, "eps must be a number but got None"),
     ({"state_dtype": "float16"}, "state_dtype must be .* but got 'float16', since float16 cannot"),
     ({"state_dtype": mx.float16}, "state_dtype must be .* but got 'float16', since float16 cannot"),
-    ({"state_dtype": "int4"}, "state_dtype must be None, 'float32', 'bfloat16' or 'int8' but got 'int4'"),
+    ({"state_dtype": "int5"}, "state_dtype must be None, 'float32', 'bfloat16', 'int8' or 'int4' but got 'int5'"),
+    ({"state_dtype": mx.uint8}, "state_dtype must be .* but got 'uint8'"),
     ({"state_dtype": 16}, "state_dtype must be a string or a dtype but got 16"),
     ({"stochastic_rounding": "yes"}, "stochastic_rounding must be None, True or False but got"),
     ({"stochastic_rounding": 1}, "stochastic_rounding must be None, True or False but got 1"),
     ({"state_dtype": "int8", "stochastic_rounding": False},
      "stochastic_rounding must be None or True with state_dtype='int8' but got False"),
+    ({"state_dtype": "int4", "stochastic_rounding": False},
+     "stochastic_rounding must be None or True with state_dtype='int4' but got False"),
     ({"master_weights": None}, "master_weights must be True or False but got None"),
     ({"master_weights": "yes"}, "master_weights must be True or False but got 'yes'"),
     ({"seed": -1}, r"seed must be from 0 to 2\*\*64 - 1 but got -1"),
@@ -498,6 +525,16 @@ def test_what_an_option_rejects_changes_nothing(case, device):
             assert_same_tree(optimizer.state, reference.state)
 
 
+@pytest.mark.parametrize("option", ["max_grad_norm", "skip_nonfinite"])
+def test_init_rejects_parameters_named_as_a_record(option):
+    name = {"max_grad_norm": "grad_norm", "skip_nonfinite": "skipped"}[option]
+    optimizer = fused.AdamW(0.1, **{option: True if option == "skip_nonfinite" else 1.0})
+    with pytest.raises(ValueError, match=f"parameters must not be named '{name}'"):
+        optimizer.init({name: mx.ones(3)})
+    optimizer.init({"w": mx.ones(3)})
+    fused.AdamW(0.1).init({name: mx.ones(3)})
+
+
 def test_numpy_parameters_without_a_state_are_taken(device):
     parameters = {"a": np.full(3, 0.5, np.float32), "b": mx.full((3,), 0.5)}
     gradients = {k: mx.full((3,), 0.1) for k in parameters}
@@ -584,6 +621,40 @@ def test_a_rejected_step_of_a_subclass_is_rolled_back(fresh):
     assert_same_tree(optimizer.state, before)
     new = optimizer.apply_gradients(parameters, parameters)
     assert_same_tree(new, reference.apply_gradients(parameters, parameters))
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["first step", "later step"])
+def test_an_error_after_the_moments_were_written_takes_them_back(fresh, monkeypatch):
+    optimizer = fused.AdamW(optim.exponential_decay(0.1, 0.5), max_grad_norm=1.0, skip_nonfinite=True)
+    parameters = {"a": mx.ones(3), "b": [mx.ones(2)]}
+    if not fresh:
+        optimizer.apply_gradients(parameters, parameters)
+    before = flat(optimizer.state)
+
+    def interrupted(clipping, state):
+        assert fresh or state["a"]["m"] is not before["a.m"], "the moments are not written yet"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_clipping.Clipping, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.apply_gradients(parameters, parameters)
+    after = flat(optimizer.state)
+    assert after.keys() == before.keys() and all(after[k] is x for k, x in before.items())
+
+
+def test_the_state_of_a_subclass_is_that_of_its_parameters():
+    """Whatever dtype the gradients of its first step have."""
+    optimizer = Doubled(0.1)
+    optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2, mx.bfloat16)})
+    assert optimizer.state["w"]["m"].dtype == mx.bfloat16
+    assert fused.stock_state(optimizer)["w"]["m"].dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("wrong", [None, "no"])
+def test_what_is_no_array_is_named_by_its_path_to_a_subclass_too(wrong):
+    parameters = {"a": {"w": mx.ones(2)}}
+    with pytest.raises(TypeError, match="gradient of a.w must be an array but got"):
+        Doubled(0.1).apply_gradients({"a": {"w": wrong}}, parameters)
 
 
 class Needy(tuple):

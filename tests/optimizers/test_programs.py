@@ -39,6 +39,8 @@ from mlx.utils import tree_flatten
 import mlx_fused_adam as fused
 from support.mlx_release import is_before
 from support.programs import (
+    BITS_OF_CODES,
+    CODED,
     LAYOUTS,
     Model,
     Options,
@@ -102,9 +104,9 @@ def filtered(name: str) -> dict[str, Any]:
 
 # What may be assigned, or differ between a file and an optimizer: fields of Options.
 CHANGES: list[dict[str, Any]] = [
-    *({"state_dtype": x} for x in (None, "float32", "bfloat16", "int8")),
+    *({"state_dtype": x} for x in (None, "float32", "bfloat16", "int8", "int4")),
     *({"stochastic_rounding": x} for x in (None, True, False)),
-    *({"master_weights": x} for x in (False, True)),
+    *({"master_weights": x, "master_weight_bits": bits} for x, bits in ((False, 32), (True, 32), (True, 24))),
     *({"max_grad_norm": x} for x in (None, 1.0)),
     *({"skip_nonfinite": x} for x in (False, True)),
     *map(filtered, FILTERS), {"seed": 7}, {"eps": 1e-4}, {"betas": (0.7, 0.8)}, {"weight_decay": 0.05},
@@ -113,7 +115,7 @@ CHANGES: list[dict[str, Any]] = [
 
 def is_forbidden(options: Options) -> bool:
     """Whether two options conflict."""
-    return options.state_dtype == "int8" and options.stochastic_rounding is False
+    return options.state_dtype in CODED and options.stochastic_rounding is False
 
 
 class Adds:
@@ -158,8 +160,8 @@ CONTAINERS: dict[str, Callable[..., list]] = {
     "ints": lambda *words: [int(x) if x.isdigit() else x for x in words],
     "digits": lambda *words: list(words),
     "flat": lambda *words: [".".join(words)],  # no levels, but dots in keys
-    # The names of moments, and two parameters with one path.
-    "odd": lambda *words: {"norm": ["m"], "head": ["v", "", "weight"], "embed": ["blocks.1", "weight"]}.get(
+    # The names of moments, an empty one, and a dot.
+    "odd": lambda *words: {"norm": ["m"], "head": ["v", "", "weight"], "embed": ["a.0", "weight"]}.get(
         words[0], list(words)
     ),
 }
@@ -269,10 +271,10 @@ class Programs(RuleBasedStateMachine):
         eps=st.sampled_from([1e-8, 1e-3]),
         weight_decay=st.sampled_from([0.0, 0.1]),
         bias_correction=st.booleans(),
-        state_dtype=st.sampled_from([None, None, "float32", "bfloat16", "int8"]),
+        state_dtype=st.sampled_from([None, None, "float32", "bfloat16", "int8", "int4"]),
         stochastic_rounding=st.sampled_from([None, True, False]),
         seed=st.sampled_from([0, 3, 2**40 + 5]),
-        master_weights=st.booleans(),
+        master_weight_bits=st.sampled_from([None, None, 32, 24]),
         max_grad_norm=st.sampled_from([None, None, 1.0, 1e4]),
         skip_nonfinite=st.booleans(),
         decay_filter=st.sampled_from(sorted(FILTERS)),
@@ -285,17 +287,17 @@ class Programs(RuleBasedStateMachine):
         self, *, dtypes: str, has_schedule: bool, shapes: list[tuple[int, ...]], large: tuple[int, ...],
         begins_with_init: bool, decay_filter: str, containers: str, **drawn: Any,
     ) -> None:  # fmt: skip
-        if drawn["state_dtype"] == "int8" and drawn["stochastic_rounding"] is False:
+        drawn["master_weights"] = drawn["master_weight_bits"] is not None
+        drawn["master_weight_bits"] = drawn["master_weight_bits"] or 32
+        if drawn["state_dtype"] in CODED and drawn["stochastic_rounding"] is False:
             drawn["stochastic_rounding"] = None
         if not self.has_exact_scalars:
             drawn["bias_correction"] = False
-        if containers == "odd" and dtypes == "mixed":
-            dtypes = "bfloat16"  # stock_state knows dtypes by path
         if drawn["adds"] == "a rule":
             drawn |= {"max_grad_norm": None, "skip_nonfinite": False}
             decay_filter = "none"
         elif drawn["adds"] == "float32 moments":
-            drawn["master_weights"] = False
+            drawn |= {"master_weights": False, "master_weight_bits": 32}
         if self.is_small and int(np.prod(large)) > 5000:
             large = (128, 32)
         options = Options(
@@ -697,7 +699,7 @@ class Programs(RuleBasedStateMachine):
         state = states[path]
         layout = layout_for(state[name].shape, layout)
         dtype, tensor = state[name].dtype, self.model.tensors[path]
-        if tensor.state_dtype == mx.int8 or name == "remainder":
+        if tensor.state_dtype in BITS_OF_CODES or name == "remainder":
             # Eager updates make these row-major; a compiled one that is not rejects (test_stress.py).
             is_evaluated = True
             self.turned.add(path)
@@ -731,6 +733,8 @@ class Programs(RuleBasedStateMachine):
             self.reject(lambda: setattr(self.optimizer, name, value))
             return self.count("rejected option")
         setattr(self.optimizer, name, value)
+        if "master_weight_bits" in change:
+            self.optimizer.master_weight_bits = change["master_weight_bits"]
         self.model.set_options(options)
         self.forget_compiled()
         if name not in ("betas", "eps", "weight_decay", "decay_filter"):

@@ -2,6 +2,8 @@
 mlx.optimizers.
 """
 
+import threading
+import time
 import warnings
 
 import mlx.core as mx
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 
 import mlx_fused_adam as fused
-from mlx_fused_adam import _backends, _self_check, _step
+from mlx_fused_adam import _backends, _clipping, _operation, _self_check, _step
 from support.extension import use_extension
-from support.mlx_release import since_mlx
+from support.mlx_release import errors_in_tasks_are_raised, since_mlx
 from support.processes import run_python
 
 pytestmark = pytest.mark.usefixtures("device", "unchecked")
@@ -110,11 +112,97 @@ def test_a_kernel_that_ignores_clipping_or_skipping_fails(extension, monkeypatch
     assert "kernel is off by" in _self_check.run(faulty, mx.default_device().type, (mx.float32,) * 3)
 
 
+class Inexact(Faulty):
+    """Multiplies the last element of one of the results (0: parameters, 1: m, 2: v) in steps with some settings."""
+
+    def __init__(self, extension, which, factor, where=lambda settings: True):
+        super().__init__(extension, self._spoil)
+        self._which, self._factor, self._where = which, factor, where
+
+    def AdamStep(self, learning_rate, step=None, **kwargs):
+        self._is_wrong = self._where(kwargs)
+        return super().AdamStep(learning_rate, step, **kwargs)
+
+    def _spoil(self, results, step, wide):
+        if self._is_wrong:
+            results[self._which] = [self._spoilt(x) for x in results[self._which]]
+        return results
+
+    def _spoilt(self, x):
+        factors = mx.where(mx.arange(x.size).reshape(x.shape) == x.size - 1, self._factor, 1.0)
+        return (x.astype(mx.float32) * factors).astype(x.dtype)
+
+
+def verdict(extension, *dtypes):
+    return _self_check.run(extension, mx.default_device().type, dtypes)
+
+
+RESULTS = ("parameter", "m", "v")
+
+
+@pytest.mark.parametrize("which", range(3), ids=RESULTS)
+def test_a_skipped_step_that_changes_one_array_fails(extension, which):
+    faulty = Inexact(extension, which, 0.5, lambda settings: settings["is_applied"] is not None)
+    assert "linear, skipped kernel is off by inf" in verdict(faulty, *[mx.float32] * 3)
+
+
+STOCHASTIC = [((mx.bfloat16,) * 3, range(3)), ((mx.float32, mx.float32, mx.bfloat16), (1, 2)),
+    ((mx.float16, mx.float32, mx.float32), (0,)), ((mx.bfloat16, mx.bfloat16, mx.int8), (0,))]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "which"), [(dtypes, i) for dtypes, some in STOCHASTIC for i in some], ids=lambda x: str(x)[-30:]
+)
+def test_stochastic_rounding_that_is_wrong_fails(extension, dtypes, which):
+    """Where nothing else is."""
+    faulty = Inexact(extension, which, 0.5, lambda settings: settings["rounding"] == "all")
+    assert "linear, stochastic kernel is off by" in verdict(faulty, *dtypes)
+
+
+@pytest.mark.parametrize("kernel", ["group", "column-major"])
+def test_one_kernel_that_ignores_clipping_fails(extension, kernel):
+    class Faulty:
+        def __getattr__(self, name):
+            return getattr(extension, name)
+
+        def AdamStep(self, *args, gradient_scale, **kwargs):
+            self._unclipped = extension.AdamStep(*args, **kwargs)
+            return extension.AdamStep(*args, gradient_scale=gradient_scale, **kwargs)
+
+        def adam_update(self, parameters, gradients, states, step, **kwargs):
+            met = "group" if len(parameters) > 1 else "column-major" if parameters[0].shape == (170, 150) else ""
+            step = self._unclipped if met == kernel else step
+            return extension.adam_update(parameters, gradients, states, step, **kwargs)
+
+    assert f"self-check of the {kernel} kernel is off by" in verdict(Faulty(), *[mx.float32] * 3)
+
+
+# Errors just beyond what rounding explains.
+@pytest.mark.parametrize("which", range(3), ids=RESULTS)
+@pytest.mark.parametrize(("dtype", "error"), [(mx.float32, 1.7e-5), (mx.bfloat16, 0.01), (mx.float16, 0.0025)], ids=str)
+def test_small_errors_fail(extension, dtype, error, which):
+    assert "linear kernel is off by" in verdict(Inexact(extension, which, 1 + error), *[dtype] * 3)
+
+
+def finite_at(index, gradients, total):
+    """The total without such an element of the second gradient that is not finite."""
+    element = gradients[len(gradients) > 1].reshape(-1)[index]
+    return mx.where(mx.isfinite(element), total, 1.0)
+
+
+def most_negative(gradients):
+    return mx.min(mx.stack([mx.min(g) for g in gradients if g.size]))
+
+
 NORM_FAULTS = {
     "raises": lambda gradients, total: 1 / 0,
     "last gradient left out": lambda gradients, total: total - gradients[-1].square().sum(),
     "NaN not seen": lambda gradients, total: mx.where(mx.isnan(total), 1.0, total),
     "infinity not seen": lambda gradients, total: mx.where(mx.isinf(total), 1.0, total),
+    "first element not looked at": lambda gradients, total: finite_at(0, gradients, total),
+    "last element not looked at": lambda gradients, total: finite_at(-1, gradients, total),
+    "-infinity not seen": lambda gradients, total: mx.where(most_negative(gradients) == -mx.inf, 1.0, total),
+    "off by 2e-5": lambda gradients, total: total * (1 + 2e-5),
     "NaN": lambda gradients, total: total * mx.nan,
 }
 
@@ -161,7 +249,9 @@ def test_the_kernel_passes(backend_name):
 @pytest.mark.parametrize("dtypes", [
     (mx.float32, mx.bfloat16, mx.float32), (mx.bfloat16,) * 3, (mx.float16, mx.float16, mx.bfloat16),
     (mx.float32, mx.float32, mx.int8), (mx.bfloat16, mx.bfloat16, mx.int8),
+    (mx.float32, mx.float32, mx.uint8), (mx.bfloat16, mx.float16, mx.uint8, mx.int8),
     (mx.bfloat16, mx.bfloat16, mx.bfloat16, mx.int16), (mx.bfloat16, mx.float32, mx.int8, mx.int16),
+    (mx.bfloat16, mx.bfloat16, mx.float32, mx.int8), (mx.bfloat16, mx.bfloat16, mx.int8, mx.int8),
 ], ids=_self_check.names)  # fmt: skip
 def test_kernels_pass_in_16_bits(extension, dtypes):
     assert _self_check.run(extension, mx.default_device().type, dtypes) is None
@@ -181,6 +271,8 @@ def test_a_broken_kernel_falls_back(broken):
             parameters = new
             new = optimizer.apply_gradients(gradients, parameters)
         assert optimizer.backend.startswith("stock (self-check ")
+        (reason,) = _backends.reasons()
+        assert reason.startswith(f"{mx.default_device().type.name}: self-check ")
         if broken == "does not compile":
             assert "shader does not compile" in optimizer.backend
         x = mx.ones(3)
@@ -224,14 +316,20 @@ def lose(name):
     return fault
 
 
+@pytest.mark.parametrize(("remainder", "m"), [(mx.int16, mx.int8), (mx.int8, mx.int8), (mx.int8, mx.uint8)], ids=str)
 @pytest.mark.parametrize("name", ["remainder", "m_scale", "v_scale"])
-def test_a_kernel_that_stores_scales_or_corrections_wrongly_fails(extension, name):
-    dtypes = (mx.bfloat16, mx.bfloat16, mx.int8, mx.int16)
+def test_a_kernel_that_stores_scales_or_corrections_wrongly_fails(extension, name, m, remainder):
+    dtypes = (mx.bfloat16, mx.bfloat16, m, remainder)
     faulty = Faulty(extension, lose(name))
     assert "kernel is off by" in _self_check.run(faulty, mx.default_device().type, dtypes)
 
 
-OPTIONS = [{"state_dtype": "int8"}, {"master_weights": True}]
+OPTIONS = [
+    {"state_dtype": "int8"},
+    {"state_dtype": "int4"},
+    {"master_weights": True},
+    {"master_weights": True, "master_weight_bits": 24},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -252,6 +350,124 @@ def test_what_mlx_cannot_store_falls_back_to_the_cpu(monkeypatch, options):
     assert mx.array_equal(new["w"], expected["w"])
     gpu.verdicts[(mx.float32,) * 3] = None
     assert gpu.description.startswith("metal (but the CPU for bfloat16 ")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_no_device_can_store_is_an_error(monkeypatch, options):
+    """The CPU is checked before tensors of a GPU fall back to it."""
+    gpu = _backends.Backend("metal", None, mx.gpu)
+    gpu.place = lambda asked: asked
+    monkeypatch.setattr(_step, "backend_of", lambda: gpu)
+    monkeypatch.setattr(_self_check, "run", lambda ext, kind, dtypes: f"it is broken on the {kind.name}")
+    parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
+    optimizer = fused.AdamW(0.1, **options)
+    with (
+        pytest.warns(RuntimeWarning, match="fall back to the CPU: it is broken on the gpu"),
+        pytest.raises(RuntimeError, match="must have a kernel, .* but got: it is broken on the cpu"),
+    ):
+        optimizer.apply_gradients(parameters, parameters)
+    assert optimizer.step.item() == 0
+
+
+@errors_in_tasks_are_raised
+def test_a_check_that_failed_leaves_no_error_to_the_next(extension, device, monkeypatch):
+    if device == "gpu":
+        pytest.skip("MLX factorizes matrices on the CPU only")
+
+    class Failing(Faulty):
+        def sum_of_squares(self, gradients, **kwargs):
+            mx.async_eval(mx.linalg.inv(mx.zeros((3, 3))))
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(_self_check, "_streams", {})
+    assert verdict(Failing(extension, None), mx.float32) == "self-check failed: broken"
+    assert verdict(extension, mx.float32) is None
+
+
+def test_the_description_says_what_has_no_kernel():
+    backend = _backends.Backend("cpu", None, mx.cpu)
+    backend.verdicts = {(mx.float32,) * 3: None, (mx.float32, mx.float32, mx.int8): "it is broken"}
+    what = "float32 with float32 gradients and int8 moments"
+    assert backend.description == f"cpu (but no kernel for {what}: it is broken)"
+    backend.verdicts |= {(mx.bfloat16,) * 3: "it is, too"}
+    assert backend.description == f"cpu (but stock for bfloat16 and no kernel for {what}: it is broken)"
+
+
+def test_what_is_known_of_the_back_end_is_what_has_been_checked(backend_name, monkeypatch):
+    assert _backends.known_backend() is None
+    backend = _backends.backend_of()
+    assert backend.uses_kernel(*[mx.bfloat16] * 3)
+    assert _backends.known_backend() is None and list(backend.verdicts) == [(mx.bfloat16,) * 3]
+    assert fused.Adam(0.1).backend == _backends.known_backend() == backend_name
+    stock = _backends.Backend(None, "as asked", mx.cpu)
+    monkeypatch.setattr(_backends, "_known", {mx.default_device().type: stock})
+    assert _backends.known_backend() == "stock (as asked)"
+
+
+def run_in_threads(function, count=4):
+    """The results of as many calls that begin together."""
+    barrier = threading.Barrier(count)
+    results = []
+
+    def call():
+        barrier.wait()
+        results.append(function())
+
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_threads_share_one_check(monkeypatch):
+    calls = []
+
+    def check(extension, kind, dtypes):
+        calls.append(dtypes)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(_self_check, "run", check)
+    backend = _backends.Backend("cpu", None, mx.cpu)
+    assert run_in_threads(lambda: backend.uses_kernel(*[mx.float32] * 3)) == [True] * 4
+    assert calls == [(mx.float32,) * 3]
+
+
+def test_threads_share_one_back_end(monkeypatch):
+    def slow(kind):
+        time.sleep(0.1)
+        return "cpu", None
+
+    monkeypatch.setattr(_backends, "kernel_of", slow)
+    found = run_in_threads(lambda: _backends.backend_of(mx.cpu))
+    assert len(found) == 4 and len(set(map(id, found))) == 1
+
+
+def test_updates_and_norms_run_where_the_back_end_says(extension, monkeypatch):
+    """As a forced one does, which may be another device's."""
+    asked = []
+    backend = _backends.Backend("cpu", None, mx.cpu, is_forced=True)
+    monkeypatch.setattr(backend, "place", lambda place: asked.append(place) or mx.cpu)
+    for module in (_step, _clipping, _operation):
+        monkeypatch.setattr(module, "backend_of", lambda place=None: backend)
+    places = []
+
+    class Watched(Faulty):
+        def sum_of_squares(self, gradients, *, stream, **kwargs):
+            places.append(stream)
+            return self._extension.sum_of_squares(gradients, stream=stream, **kwargs)
+
+        def adam_update(self, *args, stream=None, **kwargs):
+            places.append(stream)
+            return self._extension.adam_update(*args, stream=stream, **kwargs)
+
+    backend.verdicts = {(mx.float32,) * 3: None, (mx.float32,): None}
+    use_extension(monkeypatch, Watched(extension, None))
+    x = mx.ones(3)
+    fused.AdamW(0.1, max_grad_norm=1.0).apply_gradients({"w": x}, {"w": x})
+    fused.adam_update(x, x, x, x, 0.1, stream=mx.cpu)
+    assert places == [mx.cpu] * 3 and asked == [None, None, mx.cpu]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

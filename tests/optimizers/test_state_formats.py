@@ -1,4 +1,4 @@
-"""State in 8 bits and exact master weights: bit for bit against a reference in NumPy, and against training in
+"""State in 8 and 4 bits and exact master weights: bit for bit against a reference in NumPy, and against training in
 float32.
 """
 
@@ -22,7 +22,9 @@ from support.training import copied, train
 
 pytestmark = pytest.mark.usefixtures("device")
 
-STATE_DTYPES = ["float32", "bfloat16", "int8"]
+STATE_DTYPES = ["float32", "bfloat16", "int8", "int4"]
+QUANTIZED = pytest.mark.parametrize("state_dtype", ["int8", "int4"])
+BITS = {"int8": 8, "int4": 4}
 SETTINGS = dict(learning_rate=1e-2, weight_decay=0.1, bias_correction=True)
 LAYOUTS = ["linear", "all axes reversed", "strided columns"]
 
@@ -35,16 +37,22 @@ def full_value(parameter: mx.array, state: dict) -> np.ndarray:
     return joined(bits(parameter), np.array(state["remainder"]).astype(np.int64))
 
 
-# ---- 8-bit codes ----
+# ---- Codes ----
 
 
-def assert_codes_are_right(parameter: mx.array, gradients: list[mx.array], seed: int) -> None:
+def decoded(state: dict, name: str, columns: int | None = None) -> np.ndarray:
+    """A quantized moment; of 4 bits by default of an even row."""
+    bits = 4 if state["m"].dtype == mx.uint8 else 8
+    return decode(name, np.array(state[name]), to_numpy(state[f"{name}_scale"]), bits, columns)
+
+
+def assert_codes_are_right(parameter: mx.array, gradients: list[mx.array], seed: int, state_dtype: str) -> None:
     """Every step of an optimizer against float32 arithmetic between the reference's load and store."""
-    optimizer = fused.AdamW(**SETTINGS, state_dtype="int8", seed=seed)
+    optimizer = fused.AdamW(**SETTINGS, state_dtype=state_dtype, seed=seed)
     optimizer.init({"w": parameter})
     state = optimizer.state["w"]
     for step, g in enumerate(gradients, 1):
-        before = [mx.array(decode(k, np.array(state[k]), to_numpy(state[f"{k}_scale"]))) for k in "mv"]
+        before = [mx.array(decoded(state, k, parameter.shape[-1])) for k in "mv"]
         exact = fused.adam_update(parameter.astype(mx.float32), g.astype(mx.float32), *before, step=step, **SETTINGS)
         parameter = optimizer.apply_gradients({"w": g}, {"w": parameter})["w"]
         draws = draws_of_step(seed, step, 0, parameter.shape)
@@ -53,21 +61,22 @@ def assert_codes_are_right(parameter: mx.array, gradients: list[mx.array], seed:
             w = rounded(w, bits_of_step(seed, step, 0, w.size)["parameter"].reshape(w.shape), parameter.dtype)
         np.testing.assert_array_equal(to_numpy(parameter), w, f"w, step {step}")
         for name, x in zip("mv", exact[1:], strict=True):
-            codes, scales = encode(name, np.array(x), draws[name])
+            codes, scales = encode(name, np.array(x), draws[name], BITS[state_dtype])
             where = f"{name} of {parameter.shape}, step {step}"
             np.testing.assert_array_equal(to_numpy(state[f"{name}_scale"]), scales, where)
             np.testing.assert_array_equal(np.array(state[name]), codes, where)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(128, 40), (64, 64), (4, 33, 40), (4097,), (2, 2050), (33, 150)], ids=str)
+@pytest.mark.parametrize("shape", [(128, 40), (64, 64), (4, 33, 40), (4097,), (2, 2050), (33, 151)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_quantized_state_is_that_of_the_reference(dtype, shape, layout):
+@QUANTIZED
+def test_quantized_state_is_that_of_the_reference(state_dtype, dtype, shape, layout):
     rng = np.random.default_rng(0)
     gradients = [lay_out(random(rng, shape, dtype), layout) for _ in range(3)]
     gradients[1] = gradients[1] * mx.array(np.exp(rng.normal(size=shape) * 3).astype(np.float32))
     gradients[1] = lay_out(mx.clip(gradients[1], -1e3, 1e3).astype(dtype), layout)
-    assert_codes_are_right(random(rng, shape, dtype), gradients, seed=2**40 + 5)
+    assert_codes_are_right(random(rng, shape, dtype), gradients, 2**40 + 5, state_dtype)
 
 
 @pytest.mark.cpu_only
@@ -78,80 +87,87 @@ def test_quantized_state_is_that_of_the_reference(dtype, shape, layout):
     layout=st.sampled_from(LAYOUTS),
     scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e15]),
     seed=st.integers(0, 2**64 - 1),
+    state_dtype=st.sampled_from(["int8", "int4"]),
 )
-def test_quantized_state_of_any_shape_and_scale(row, extra, outer, layout, scale, seed):
+def test_quantized_state_of_any_shape_and_scale(row, extra, outer, layout, scale, seed, state_dtype):
     shape = (*outer, -(-4096 // row) + extra, row)
     rng = np.random.default_rng(seed % 1000)
     gradients = [lay_out(random(rng, shape) * scale, layout) for _ in range(2)]
-    assert_codes_are_right(random(rng, shape), gradients, seed)
+    assert_codes_are_right(random(rng, shape), gradients, seed, state_dtype)
 
 
 @pytest.mark.cpu_only
-@given(exponents=st.lists(st.integers(-149, 127), min_size=1, max_size=32), seed=st.integers(0, 99))
-def test_conversion_is_to_nearest_and_back(exponents, seed, extension):
+@given(
+    exponents=st.lists(st.integers(-149, 127), min_size=1, max_size=45),
+    seed=st.integers(0, 99),
+    bits=st.sampled_from([8, 4]),
+)
+def test_conversion_is_to_nearest_and_back(exponents, seed, bits, extension):
     rng = np.random.default_rng(seed)
     x = np.ldexp(rng.uniform(0.5, 1, (8, len(exponents))), exponents).astype(np.float32)
     for name in "mv":
         values = x * np.where(rng.random(x.shape) < 0.5, -1, 1) if name == "m" else x
-        codes, scales = extension.quantize_moment(mx.array(values.astype(np.float32)), name == "v")
-        expected = encode(name, values.astype(np.float32), np.full(x.shape, 0x8000))
+        codes, scales = extension.quantize_moment(mx.array(values.astype(np.float32)), name == "v", bits)
+        expected = encode(name, values.astype(np.float32), np.full(x.shape, 0x8000), bits)
         np.testing.assert_array_equal(np.array(codes), expected[0], name)
         np.testing.assert_array_equal(to_numpy(scales), expected[1], name)
-        decoded = np.array(extension.dequantize_moment(codes, scales))
-        np.testing.assert_array_equal(decoded, decode(name, *expected), name)
+        columns = x.shape[-1]
+        found = np.array(extension.dequantize_moment(codes, scales, name == "v", columns if bits == 4 else None))
+        np.testing.assert_array_equal(found, decode(name, *expected, bits, columns), name)
         if name == "v":
-            assert ((decoded > 0) == (x > 0)).all()
+            assert ((found > 0) == (x > 0)).all()
 
 
-def test_a_gradient_that_is_not_finite_spoils_its_own_weight_alone():
+@QUANTIZED
+def test_a_gradient_that_is_not_finite_spoils_its_own_weight_alone(state_dtype):
     shape = (128, 40)
     for bad in (np.inf, -np.inf, np.nan):
         g = np.full(shape, 0.5, np.float32)
         g[3, 7] = bad
-        optimizer = fused.Adam(1e-2, state_dtype="int8")
+        optimizer = fused.Adam(1e-2, state_dtype=state_dtype)
         parameters = train(optimizer, {"w": mx.ones(shape)}, [{"w": mx.array(g)}] * 3)
         finite = np.isfinite(np.array(parameters["w"]))
         assert not finite[3, 7] and finite.sum() == finite.size - 1
         state = optimizer.state["w"]
         for name in "mv":
-            values = decode(name, np.array(state[name]), to_numpy(state[f"{name}_scale"]))
-            assert np.isfinite(values).all(), name
+            assert np.isfinite(decoded(state, name)).all(), name
 
 
-def test_zero_gradients_move_nothing():
+@QUANTIZED
+def test_zero_gradients_move_nothing(state_dtype):
     parameters = {"w": random(np.random.default_rng(0), (70, 90))}
-    optimizer = fused.Adam(1e-2, state_dtype="int8")
+    optimizer = fused.Adam(1e-2, state_dtype=state_dtype)
     new = train(optimizer, parameters, [{"w": mx.zeros((70, 90))}] * 4)
     assert mx.array_equal(new["w"], parameters["w"])
     assert not mx.any(optimizer.state["w"]["m"]) and not mx.any(optimizer.state["w"]["v"])
 
 
 @pytest.mark.cpu_only
-def test_weights_whose_gradients_stop_come_to_rest():
+@QUANTIZED
+def test_weights_whose_gradients_stop_come_to_rest(state_dtype):
     """Beside others that go on, so that their block's scales stay."""
     rng = np.random.default_rng(0)
     alive = np.arange(64) % 2 == 0
     parameters = {"w": mx.zeros((64, 64))}
-    optimizer = fused.Adam(1e-2, state_dtype="int8")
+    optimizer = fused.Adam(1e-2, state_dtype=state_dtype)
     both = [{"w": random(rng, (64, 64))} for _ in range(20)]
     half = [{"w": g["w"] * mx.array(alive.astype(np.float32))} for g in both]
     parameters = train(optimizer, parameters, both + half * 30)
-    m = np.array(optimizer.state["w"]["m"])
+    m, v = (decoded(optimizer.state["w"], name) for name in "mv")
     assert not m[:, ~alive].any() and m[:, alive].any()
-    v = np.array(optimizer.state["w"]["v"])
     assert v[:, ~alive].all()
 
 
 @pytest.mark.cpu_only
-def test_quantized_v_reaches_its_value():
+@QUANTIZED
+def test_quantized_v_reaches_its_value(state_dtype):
     ones = mx.ones((64, 64))
-    optimizer = fused.Adam(1e-3, state_dtype="int8")
+    optimizer = fused.Adam(1e-3, state_dtype=state_dtype)
     parameters = {"w": ones}
     for _ in range(6000):
         parameters = optimizer.apply_gradients({"w": ones}, parameters)
         mx.eval(parameters, optimizer.state)
-    state = optimizer.state["w"]
-    v = decode("v", np.array(state["v"]), to_numpy(state["v_scale"]))
+    v = decoded(optimizer.state["w"], "v")
     assert abs(v.mean() / 0.9975 - 1) < 0.02
 
 
@@ -161,13 +177,16 @@ def test_quantized_v_reaches_its_value():
      ((8, 16, 32), True), ((0, 64), False)],
     ids=str,
 )  # fmt: skip
-def test_small_parameters_keep_bfloat16(shape, is_coded):
-    optimizer = fused.Adam(1e-3, state_dtype="int8")
+@QUANTIZED
+def test_small_parameters_keep_bfloat16(state_dtype, shape, is_coded):
+    optimizer = fused.Adam(1e-3, state_dtype=state_dtype)
     parameters = train(optimizer, {"w": mx.ones(shape)}, [{"w": mx.ones(shape)}])
     state = optimizer.state["w"]
     assert parameters["w"].shape == shape
     if is_coded:
-        assert state["m"].dtype == mx.int8 and state["v"].dtype == mx.uint8
+        assert state["m"].dtype == {"int8": mx.int8, "int4": mx.uint8}[state_dtype] and state["v"].dtype == mx.uint8
+        packed = (*shape[:-1], -(-shape[-1] * BITS[state_dtype] // 8))
+        assert state["m"].shape == state["v"].shape == packed
         scales = (*shape[:-1], -(-shape[-1] // 32))
         assert state["m_scale"].shape == state["v_scale"].shape == scales
     else:
@@ -175,7 +194,8 @@ def test_small_parameters_keep_bfloat16(shape, is_coded):
 
 
 @pytest.mark.cpu_only
-def test_quantized_state_does_not_depend_on_the_number_of_threads():
+@QUANTIZED
+def test_quantized_state_does_not_depend_on_the_number_of_threads(state_dtype):
     rng = np.random.default_rng(2)
     parameters = {"w": random(rng, (300, 501), mx.bfloat16)}
     gradients = [{"w": lay_out(random(rng, (300, 501), mx.bfloat16), x)} for x in LAYOUTS]
@@ -183,7 +203,7 @@ def test_quantized_state_does_not_depend_on_the_number_of_threads():
     try:
         for count in (1, 3):
             fused.set_num_threads(count)
-            optimizer = fused.AdamW(**SETTINGS, state_dtype="int8", master_weights=True)
+            optimizer = fused.AdamW(**SETTINGS, state_dtype=state_dtype, master_weights=True)
             train(optimizer, parameters, gradients)
             states.append(optimizer.state)
     finally:
@@ -280,6 +300,9 @@ OPTIONS = {
     "int8": dict(state_dtype="int8"),
     "master": dict(master_weights=True),
     "master int8": dict(master_weights=True, state_dtype="int8"),
+    "24-bit master": dict(master_weights=True, master_weight_bits=24),
+    "int4": dict(state_dtype="int4"),
+    "24-bit master int4": dict(master_weights=True, master_weight_bits=24, state_dtype="int4"),
 }
 BYTES = {
     "float32": 2 + 8,
@@ -287,6 +310,9 @@ BYTES = {
     "int8": 2 + 2 + 4 / 32,
     "master": 2 + 4 + 2,
     "master int8": 2 + 2 + 4 / 32 + 2,
+    "24-bit master": 2 + 4 + 1,
+    "int4": 2 + 1 + 4 / 32,
+    "24-bit master int4": 2 + 1 + 4 / 32 + 1,
 }
 
 
@@ -364,7 +390,9 @@ def test_any_state_is_adopted(given_by, to, is_saved, tmp_path):
         for k in "mv":
             found, old = value_of(node, k), values[path][k]
             if node[k].dtype in (mx.int8, mx.uint8):
-                np.testing.assert_allclose(found, old, rtol=0.5, atol=1e-4 * np.abs(old).max())
+                is_4_bit = node["m"].dtype == mx.uint8
+                rtol, atol = (1.0, 0.02) if is_4_bit else (0.5, 1e-4)
+                np.testing.assert_allclose(found, old, rtol=rtol, atol=atol * np.abs(old).max())
             else:
                 np.testing.assert_array_equal(found, to_numpy(mx.array(old).astype(node[k].dtype)))
     train(optimizer, parameters, gradients)
@@ -373,7 +401,7 @@ def test_any_state_is_adopted(given_by, to, is_saved, tmp_path):
 
 def value_of(state: dict, name: str) -> np.ndarray:
     if f"{name}_scale" in state:
-        return decode(name, np.array(state[name]), to_numpy(state[f"{name}_scale"]))
+        return decoded(state, name)
     return to_numpy(state[name])
 
 
@@ -412,6 +440,16 @@ def test_stock_state_needs_parameters_that_were_seen():
         fused.stock_state(optim.Adam(1e-2))
 
 
+def test_stock_state_knows_all_parameters_that_init_has_seen():
+    """Also those that the last init did not have, being frozen."""
+    optimizer = fused.Adam(1e-2)
+    parameters = {"a": mx.ones(3, mx.float16), "b": mx.ones(3, mx.bfloat16)}
+    optimizer.init(parameters)
+    optimizer.init({"b": parameters["b"]})
+    tree = fused.stock_state(optimizer)
+    assert {k: tree[k]["m"].dtype for k in parameters} == {"a": mx.float16, "b": mx.bfloat16}
+
+
 def broken(key: str, value) -> dict:
     optimizer = fused.Adam(1e-2, state_dtype="int8", master_weights=True)
     optimizer.init({"a": {"w": mx.ones((64, 64), mx.bfloat16)}})
@@ -422,14 +460,15 @@ def broken(key: str, value) -> dict:
 
 WRONG = [
     ("m", mx.ones((64, 64), mx.int32), "m of a.w must be floating or mlx.core.int8 with a scale but got"),
-    ("m", mx.ones((64, 64), mx.uint8), "m of a.w must be floating or mlx.core.int8 with a scale but got"),
+    ("m", mx.ones((64, 64), mx.uint8), r"m of a.w must have shape \(64, 32\), two values to a byte, but got \(64, 64"),
+    ("m", mx.ones((64, 32), mx.uint8), r"v of a.w must have shape \(64, 32\), two values to a byte, but got \(64, 64"),
     ("v", mx.ones((64, 64), mx.int8), "v of a.w must be floating or mlx.core.uint8 with a scale but"),
     ("v", None, "state of a.w must hold v but got nothing"),
     ("m_scale", None, "m_scale of a.w must be there, since m is mlx.core.int8, but got nothing"),
     ("v_scale", mx.ones((64, 3), mx.bfloat16), r"v_scale of a.w must be bfloat16 of shape \(64, 2\)"),
     ("m_scale", mx.ones((64, 2)), "m_scale of a.w must be bfloat16 of shape .* but got mlx.core.float32"),
     ("m_scale", "1", "m_scale of a.w must be an array but got '1'"),
-    ("remainder", mx.ones((64, 64)), "remainder of a.w must be int16 but got mlx.core.float32"),
+    ("remainder", mx.ones((64, 64)), "remainder of a.w must be int16, or int8 for 24 bits, but got mlx.core.float32"),
     ("remainder", mx.ones(3, mx.int16), r"remainder of a.w must have the parameter's shape \(64, 64\)"),
     ("m", mx.ones((64, 65)), "m of a.w must have the parameter's shape"),
     ("v", mx.ones((64, 65), mx.uint8), "v of a.w must have the parameter's shape"),
@@ -456,7 +495,8 @@ def test_a_state_that_does_not_fit_is_rejected_by_its_path(key, value, message):
     ("m_scale", mx.ones((64, 3), mx.bfloat16), "m_scale of a.w must be .*bfloat16 of shape"),
     ("m_scale", None, "m_scale of a.w must be an array of .*bfloat16 but got nothing"),
     ("remainder", None, "state of a.w must hold a remainder for master_weights but got none"),
-    ("remainder", mx.ones((64, 64), mx.int8), "remainder of a.w must be .*int16 of shape"),
+    ("remainder", mx.ones((64, 64), mx.int8), "remainder of a.w must be .*int16 for master_weight_bits=32 but got"),
+    ("remainder", mx.ones((64, 3), mx.int16), "remainder of a.w must be .*int16 of shape"),
     ("m", mx.ones((64, 64)), "v of a.w must be float32, bfloat16 or float16 but got uint8"),
 ])  # fmt: skip
 def test_a_state_spoilt_between_updates_is_rejected_too(key, value, message):
@@ -483,6 +523,19 @@ def test_a_rejected_init_leaves_no_state_behind():
     assert set(optimizer.state["a"]) == {"m", "v", "remainder"}
 
 
+def test_a_rejected_init_leaves_none_in_the_containers_of_before():
+    optimizer = fused.AdamW(1e-3, master_weights=True)
+    parameters = {"a": {"w": mx.ones(3, mx.bfloat16)}, "l": [{"w": mx.ones(3)}]}
+    optimizer.init(parameters)
+    before = dict(tree_flatten(optimizer.state))
+    more = {"a": parameters["a"] | {"b": mx.ones(3)}, "l": [parameters["l"][0] | {"h": mx.ones(3, mx.float16)}]}
+    for use in (optimizer.init, lambda p: optimizer.apply_gradients(p, p)):
+        with pytest.raises(ValueError, match="h"):
+            use(more)
+        after = dict(tree_flatten(optimizer.state))
+        assert after.keys() == before.keys() and all(after[k] is x for k, x in before.items())
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_optimizer_can_be_copied_and_pickled(name):
     parameters = {"a": mx.ones((64, 70), mx.bfloat16)}
@@ -502,8 +555,12 @@ def test_quantized_state_of_parameters_that_become_float64_is_dequantized_by_ini
     parameters = train(optimizer, parameters, [{"w": mx.full((128, 32), 1e-3)}] * 20)
     expected = value_of(optimizer.state["w"], "m")
     wide = {"w": parameters["w"].astype(mx.float64)}
-    with pytest.raises(ValueError, match="state of w must not be quantized for a parameter of .*float64"):
-        optimizer.apply_gradients(wide, wide)
+    quantized = dict(optimizer.state["w"])
+    for plain in ({}, {"m": wide["w"]}, {"v": wide["w"]}):
+        optimizer.state["w"].update(quantized | plain)
+        with pytest.raises(ValueError, match="state of w must not be quantized for a parameter of .*float64"):
+            optimizer.apply_gradients(wide, wide)
+    optimizer.state["w"].update(quantized)
     optimizer.init(wide)
     assert optimizer.state["w"]["m"].dtype == mx.float64
     np.testing.assert_array_equal(np.array(optimizer.state["w"]["m"]), expected)
@@ -590,7 +647,9 @@ def test_a_compiled_update_of_quantized_state_that_is_not_row_major_is_an_error(
 
 def test_derivatives_and_vmap_are_rejected():
     parameter = mx.ones((64, 64), mx.bfloat16)
-    for options, word in (({"state_dtype": "int8"}, "int8"), ({"master_weights": True}, "master")):
+    for options, word in (
+        ({"state_dtype": "int8"}, "int8"), ({"state_dtype": "int4"}, "int4"), ({"master_weights": True}, "master"),
+    ):  # fmt: skip
         optimizer = fused.Adam(1e-2, **options)
         optimizer.init({"w": parameter})
         state = dict(optimizer.state["w"])

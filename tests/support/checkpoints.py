@@ -19,6 +19,8 @@ OPTIONS = {
     "int8": {"state_dtype": "int8"},
     "master": {"master_weights": True, "stochastic_rounding": True},
     "master int8": {"master_weights": True, "state_dtype": "int8"},
+    "24-bit master": {"master_weights": True, "master_weight_bits": 24},
+    "int4": {"state_dtype": "int4"},
     "filter": {"decay_filter": ["b", "^a"]},
 }
 

@@ -17,10 +17,12 @@ import numpy as np
 
 from support import oracle
 from support.rounding_reference import bits_of_step, rounded
-from support.storage_reference import decode, draws_of_step, encode, joined, upper_half
+from support.storage_reference import decode, draws_of_step, encode, joined, rounded_to_24, upper_half
 from support.stored_tensors import lay_out
 
 MOMENTS = ("m", "v")
+CODED = {"int8": mx.int8, "int4": mx.uint8}  # the dtypes of m
+BITS_OF_CODES = {mx.int8: 8, mx.uint8: 4}
 NEAREST = 0x8000  # the draw with which codes are rounded to nearest
 SMALLEST_CODED, SHORTEST_CODED_ROW = 4096, 32
 
@@ -41,6 +43,11 @@ def to_dtype(x: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
 def halves(x: np.ndarray) -> np.ndarray:
     """The bits of bfloat16 values."""
     return np.asarray(x.astype(ml_dtypes.bfloat16)).view(np.uint16)
+
+
+def unit_of(remainder: np.ndarray) -> int:
+    """What one of a correction counts for in the lower bits of a float32."""
+    return 256 if remainder.dtype == np.int8 else 1
 
 
 def at_random(x: np.ndarray, draws: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
@@ -64,21 +71,22 @@ class Tensor:
     dtype: mx.Dtype
     value: np.ndarray
     state: Mapping[str, np.ndarray] | None = None
-    state_dtype: mx.Dtype | None = None  # int8 stands for codes
+    state_dtype: mx.Dtype | None = None  # int8 stands for codes of 8 bits, uint8 for those of 4
     count: int = 0  # of updates by a subclass's own rule
 
     def moment(self, name: str) -> np.ndarray:
         """The float32 values that are stored."""
         assert self.state is not None
-        if self.state_dtype == mx.int8:
-            return decode(name, self.state[name], self.state[f"{name}_scale"])
+        if bits := BITS_OF_CODES.get(self.state_dtype):
+            return decode(name, self.state[name], self.state[f"{name}_scale"], bits, self.value.shape[-1])
         return self.state[name]
 
     @property
     def weight(self) -> np.ndarray:
         """The float32 value that is updated."""
         if self.state is not None and "remainder" in self.state:
-            return np.asarray(joined(halves(self.value), self.state["remainder"].astype(np.int64)))
+            remainder = self.state["remainder"]
+            return np.asarray(joined(halves(self.value), remainder.astype(np.int64) * unit_of(remainder)))
         return self.value
 
 
@@ -98,6 +106,7 @@ class Options:
     stochastic_rounding: bool | None = None
     seed: int = 0
     master_weights: bool = False
+    master_weight_bits: int = 32
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     decay_filter: Any = None
@@ -116,10 +125,10 @@ class Options:
         """The dtype in which a tensor's moments are to be stored."""
         if self.adds == "float32 moments":
             return mx.float32
-        if self.state_dtype == "int8":
+        if self.state_dtype in CODED:
             shape = tensor.value.shape
             is_large = tensor.value.size >= SMALLEST_CODED and shape[-1] >= SHORTEST_CODED_ROW
-            return mx.int8 if is_large else mx.bfloat16
+            return CODED[self.state_dtype] if is_large else mx.bfloat16
         if self.state_dtype is not None:
             return getattr(mx, self.state_dtype)
         return mx.float32 if tensor.dtype == mx.float32 else mx.bfloat16
@@ -195,24 +204,27 @@ class Model:
         if self.options.adds == "float32 moments" and tensor.state is not None:
             return tensor
         shape = tensor.value.shape
+        wanted_bits = BITS_OF_CODES.get(wanted)
         state: dict[str, np.ndarray] = {}
         for name in MOMENTS:
-            if tensor.state is None and wanted == mx.int8:
-                blocks = (*shape[:-1], -(-shape[-1] // 32))
-                state[name] = np.zeros(shape, np.int8 if name == "m" else np.uint8)
-                state[f"{name}_scale"] = np.zeros(blocks, np.float32)
+            if tensor.state is None and wanted_bits:
+                state[name] = encode(name, np.zeros(shape, np.float32), np.full(shape, NEAREST), wanted_bits)[0]
+                state[f"{name}_scale"] = np.zeros((*shape[:-1], -(-shape[-1] // 32)), np.float32)
             elif tensor.state is None:
                 state[name] = np.zeros(shape, np.float32)
-            elif wanted == mx.int8 and tensor.state_dtype == mx.int8:
+            elif wanted_bits and tensor.state_dtype == wanted:
                 state |= {k: tensor.state[k] for k in (name, f"{name}_scale")}
-            elif wanted == mx.int8:
-                codes = encode(name, tensor.state[name], np.full(shape, NEAREST))
+            elif wanted_bits:
+                codes = encode(name, tensor.moment(name), np.full(shape, NEAREST), wanted_bits)
                 state[name], state[f"{name}_scale"] = codes
             else:
                 state[name] = to_dtype(tensor.moment(name), wanted)
         if self.options.master_weights and tensor.dtype == mx.bfloat16:
-            zeros = np.zeros(shape, np.int16)
-            state["remainder"] = (tensor.state or {}).get("remainder", zeros)
+            kind = np.int8 if self.options.master_weight_bits == 24 else np.int16
+            old = (tensor.state or {}).get("remainder", np.zeros(shape, kind))
+            wide = old.astype(np.float64) * unit_of(old)
+            state["remainder"] = np.clip(np.round(wide / 256), -128, 127) if kind == np.int8 else wide
+            state["remainder"] = np.asarray(state["remainder"].astype(kind))
         count = tensor.count if tensor.state else 0
         return dataclasses.replace(tensor, state=state, state_dtype=wanted, count=count)
 
@@ -286,10 +298,10 @@ class Model:
         options, shape = self.options, tensor.value.shape
         bits = bits_of_step(options.seed, self.step, number, w.size)
         state: dict[str, np.ndarray] = {}
-        if tensor.state_dtype == mx.int8:
+        if bits_of_codes := BITS_OF_CODES.get(tensor.state_dtype):
             draws = draws_of_step(options.seed, self.step, number, shape)
             for name, x in (("m", m), ("v", v)):
-                state[name], state[f"{name}_scale"] = encode(name, x, draws[name])
+                state[name], state[f"{name}_scale"] = encode(name, x, draws[name], bits_of_codes)
         else:
             for name, x, is_random in (
                 ("m", m, options.stochastic_rounding is True),
@@ -303,11 +315,13 @@ class Model:
         if "remainder" in tensor.state:
             is_special = ~np.isfinite(w)
             clean = np.where(is_special, np.float32(0), w)
+            if options.master_weight_bits == 24:
+                draws = bits["parameter"].reshape(shape)
+                clean = rounded_to_24(clean, None if options.stochastic_rounding is False else draws)
             halves_of_w = upper_half(clean).astype(np.uint32) << 16
             value = np.where(is_special, w, np.asarray(halves_of_w).view(np.float32))
-            state["remainder"] = np.where(is_special, 0, clean.view(np.uint32) & 0xFFFF).astype(
-                np.uint16
-            ).view(np.int16)  # fmt: skip
+            lower = np.where(is_special, 0, clean.view(np.uint32) & 0xFFFF).astype(np.uint16).view(np.int16)
+            state["remainder"] = lower if options.master_weight_bits == 32 else (lower >> 8).astype(np.int8)
         elif options.stochastic_rounding is not False:
             value = at_random(w, bits["parameter"], tensor.dtype)
         else:
@@ -383,15 +397,16 @@ def assert_array(actual: mx.array, expected: np.ndarray, dtype: mx.Dtype, what: 
 
 def state_dtypes(tensor: Tensor) -> dict[str, mx.Dtype]:
     """The dtypes of all that a state holds."""
-    is_coded = tensor.state_dtype == mx.int8
+    is_coded = tensor.state_dtype in BITS_OF_CODES
     dtypes = {
         "m": tensor.state_dtype,
         "v": mx.uint8 if is_coded else tensor.state_dtype,
         "m_scale": mx.bfloat16,
         "v_scale": mx.bfloat16,
-        "remainder": mx.int16,
     }
     assert tensor.state is not None
+    if (remainder := tensor.state.get("remainder")) is not None:
+        dtypes["remainder"] = mx.int8 if remainder.dtype == np.int8 else mx.int16
     return {name: dtype for name, dtype in dtypes.items() if name in tensor.state}
 
 

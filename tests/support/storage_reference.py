@@ -1,4 +1,4 @@
-"""8-bit codes and remainders in NumPy, written anew from docs/state-codes.md and docs/numerics.md, knowing no
+"""Codes of 8 and 4 bits and remainders in NumPy, written anew from docs/state-codes.md and docs/numerics.md, knowing no
 kernel.
 """
 
@@ -7,7 +7,9 @@ import numpy as np
 from support.rounding_reference import bits_of_step
 
 BLOCK = 32
-TOP = {"m": 135, "v": 262}
+# How far m and v are shifted along the power, and their largest codes, by the number of bits.
+SHIFT = {8: {"m": 8, "v": 7}, 4: {"m": 5, "v": 3}}
+MOST = {8: {"m": 127, "v": 255}, 4: {"m": 7, "v": 15}}
 
 
 def power(n: np.ndarray) -> np.ndarray:
@@ -31,38 +33,65 @@ def unblocked(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(rows[:, : shape[-1]]).reshape(shape)
 
 
-def decode(name: str, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Codes (int8 of m, uint8 of v) and scales (float32) to float32."""
-    k = blocks(codes).astype(np.int64)
+def decode(name: str, codes: np.ndarray, scales: np.ndarray, bits: int = 8, columns: int | None = None) -> np.ndarray:
+    """Codes (int8 of m, uint8 of v; of 4 bits two to a byte, by default of an even row) and scales (float32) to
+    float32.
+    """
+    if bits == 4:
+        codes = unpacked(codes, columns or 2 * codes.shape[-1])
+        if name == "m":
+            codes = np.where(codes & 8, codes.astype(np.int8) - 16, codes.astype(np.int8))
+    k, shift = blocks(codes).astype(np.int64), SHIFT[bits][name]
     if name == "m":
-        values = np.sign(k) * (power(np.abs(k) + 8) - np.float32(4096))
+        values = np.sign(k) * (power(np.abs(k) + shift) - power(shift))
     else:
-        values = np.where(k > 0, power(k + 7), 0)
+        values = np.where(k > 0, power(k + shift), 0)
     scaled = values.astype(np.float32) * scales.reshape(-1, 1).astype(np.float32)
     return unblocked(scaled.astype(np.float32), codes.shape)
 
 
-def encode(name: str, x: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def encode(name: str, x: np.ndarray, draws: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """float32 to codes and scales; `draws` are 16 bits for each element."""
     values, draws = blocks(x), blocks(draws).astype(np.int64)
-    base = np.float32(4096 if name == "m" else 0)
-    top = power(TOP[name]) - base
+    shift, most = SHIFT[bits][name], MOST[bits][name]
+    base = power(shift) if name == "m" else np.float32(0)
+    top = power(most + shift) - base
     cap = np.float32(2.0 ** (63 if name == "m" else 127))
     counted = np.minimum(np.nan_to_num(np.abs(values), nan=0.0), cap)
-    largest = counted.max(axis=1, keepdims=True).astype(np.float32)
-    exponent = np.ceil(np.log2(np.maximum(largest, 1e-45).astype(np.float64) / np.float64(top)))
-    scale = np.exp2(np.maximum(exponent, -126)).astype(np.float32)
+    least = counted.max(axis=1, keepdims=True).astype(np.float32) * (np.float32(1) / top)
+    if bits == 4 and name == "m":  # the next bfloat16
+        upper = (least.view(np.uint32).astype(np.int64) + 0xFFFF) >> 16
+        scale = (upper << 16).astype(np.uint32).view(np.float32)
+    else:
+        exponent = np.ceil(np.log2(np.maximum(least, 1e-45).astype(np.float64)))
+        scale = np.exp2(np.maximum(exponent, -126)).astype(np.float32)
+    scale = np.maximum(scale, np.float32(2.0**-126))
     u = ((draws >> 1) / 32768).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         y = np.abs(values) * (np.float32(1) / scale)
         t = root((y + base).astype(np.float32))
-        t = t if name == "m" else np.maximum(t, np.float32(8))
-        n = np.minimum((t + u).astype(np.float32), np.float32(TOP[name] + 0.5)).astype(np.int64)
-    if name == "m":
-        codes = np.where(values < 0, -(n - 8), n - 8).astype(np.int8)
+        t = t if name == "m" else np.maximum(t, np.float32(shift + 1))
+        n = np.minimum((t + u).astype(np.float32), np.float32(most + shift + 0.5)).astype(np.int64)
+    k = n - shift
+    if name == "v":
+        codes = np.where(values == 0, 0, k).astype(np.uint8)
+    elif bits == 8:
+        codes = np.where(values < 0, -k, k).astype(np.int8)
     else:
-        codes = np.where(values == 0, 0, n - 7).astype(np.uint8)
-    return unblocked(codes, x.shape), unblocked_scales(scale, x.shape)
+        codes = (np.where(values < 0, -k, k) & 15).astype(np.uint8)
+    codes = unblocked(codes, x.shape)
+    return codes if bits == 8 else packed(codes), unblocked_scales(scale, x.shape)
+
+
+def packed(codes: np.ndarray) -> np.ndarray:
+    """Two codes of a row to a byte, the first in its lower half."""
+    even = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
+    return even[..., ::2] | even[..., 1::2] << 4
+
+
+def unpacked(codes: np.ndarray, columns: int) -> np.ndarray:
+    """The reverse."""
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)[..., :columns]
 
 
 def unblocked_scales(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -81,6 +110,24 @@ def joined(upper: np.ndarray, remainder: np.ndarray) -> np.ndarray:
     total = np.maximum(size + remainder, 0)
     total = np.where((size == 0x7F800000) & (remainder > 0), size, total)
     return (total | (sign.astype(np.int64) << 16)).astype(np.uint32).view(np.float32)
+
+
+def rounded_to_24(x: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+    """The float32 values of 24 bits that values are stored as: by `draws`, 16 bits for each, or to nearest even.
+
+    What is not finite stays; what is finite never becomes infinite.
+    """
+    x = np.asarray(x, np.float32)
+    size = np.abs(np.where(np.isfinite(x), x, 0).astype(np.float64))
+    exponent = np.maximum(np.frexp(size)[1] - 1, -126)
+    units = size / np.exp2(exponent - 15.0)
+    down = np.floor(units)
+    if draws is None:
+        found = np.round(units)
+    else:
+        found = down + (np.floor((units - down) * 256) + (draws.astype(np.int64) >> 8) >= 256)
+    found = np.minimum(found * np.exp2(exponent - 15.0), (2 - 2.0**-15) * 2.0**127)
+    return np.where(np.isfinite(x), np.copysign(found, x), x).astype(np.float32)
 
 
 def upper_half(x: np.ndarray) -> np.ndarray:

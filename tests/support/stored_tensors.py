@@ -13,12 +13,13 @@ from support.arrays import lay_out
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
-# Formats of parameter, gradient, m and v; "master" is bfloat16 with a correction.
+# Formats of parameter, gradient, m and v; "master" is bfloat16 with a correction, "master24" with one of 8 bits.
 FORMATS = [
-    (parameter, parameter.replace("master", "bfloat16"), state)
-    for parameter in ("float32", "bfloat16", "float16", "master")
-    for state in ("bfloat16", "float32", "int8")
+    (parameter, "bfloat16" if parameter.startswith("master") else parameter, state)
+    for parameter in ("float32", "bfloat16", "float16", "master", "master24")
+    for state in ("bfloat16", "float32", "int8", "int4")
 ]
+BITS = {"int8": 8, "int4": 4}
 
 Tensor = dict[str, mx.array]
 PARTS = ("parameter", "gradient", "m", "v", "remainder", "m_scale", "v_scale")
@@ -43,13 +44,15 @@ def make(extension: ModuleType, shape: tuple[int, ...], formats: tuple[str, str,
         "parameter": values(0, 1).astype(DTYPES.get(parameter, mx.bfloat16)),
         "gradient": values(1.5, 0.1).astype(DTYPES[gradient]),
     }
-    if parameter == "master":
-        remainder = mx.array(rng.integers(-(2**15), 2**15, size=shape, dtype=np.int16))
+    if parameter.startswith("master"):
+        kind = mx.int8 if parameter == "master24" else mx.int16
+        largest = 2 ** (8 * kind.size - 1)
+        remainder = mx.array(rng.integers(-largest, largest, size=shape))
         # Beside 0 it would be a subnormal float32.
-        tensor["remainder"] = mx.where(tensor["parameter"] == 0, 0, remainder).astype(mx.int16)
+        tensor["remainder"] = mx.where(tensor["parameter"] == 0, 0, remainder).astype(kind)
     for name, x in (("m", values(1.5, 0.1)), ("v", mx.square(values(1.5, 0.1)))):
-        if state == "int8":
-            tensor[name], tensor[f"{name}_scale"] = extension.quantize_moment(x, name == "v")
+        if bits := BITS.get(state):
+            tensor[name], tensor[f"{name}_scale"] = extension.quantize_moment(x, name == "v", bits)
         else:
             tensor[name] = x.astype(DTYPES[state])
     mx.eval(tensor)

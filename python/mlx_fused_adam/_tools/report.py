@@ -24,7 +24,7 @@ from .._compatibility import installed_mlx
 from .._threads import default_num_threads
 from .timing import measure
 
-# The usual combinations of dtypes: parameter, gradient, m and v, and remainder.
+# The usual combinations of dtypes: parameter, gradient, m and v (uint8: 4 bits), and remainder.
 _CHECKED: list[_self_check.Dtypes] = [
     (mx.float32, mx.float32, mx.float32),
     (mx.bfloat16, mx.bfloat16, mx.bfloat16),
@@ -32,7 +32,9 @@ _CHECKED: list[_self_check.Dtypes] = [
     (mx.float32, mx.bfloat16, mx.float32),
     (mx.float32, mx.float32, mx.int8),
     (mx.bfloat16, mx.bfloat16, mx.int8),
+    (mx.bfloat16, mx.bfloat16, mx.uint8),
     (mx.bfloat16, mx.bfloat16, mx.bfloat16, mx.int16),
+    (mx.bfloat16, mx.bfloat16, mx.int8, mx.int8),
     # The norm of gradients:
     (mx.float32,),
     (mx.bfloat16,),

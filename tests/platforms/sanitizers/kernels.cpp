@@ -15,21 +15,27 @@ KernelSet kernels();
 
 namespace {
 
-const Format kFormats[] = {Format::float32, Format::bfloat16, Format::float16, Format::bfloat16_correction,
-                           Format::int8,    Format::uint8};
+const Format kFormats[] = {Format::float32,
+                           Format::bfloat16,
+                           Format::float16,
+                           Format::bfloat16_correction_16,
+                           Format::bfloat16_correction_8,
+                           Format::int8,
+                           Format::uint8,
+                           Format::int4,
+                           Format::uint4};
 
-size_t bytes_of(Format format) {
-  return format == Format::float32 ? 4 : format == Format::int8 || format == Format::uint8 ? 1 : 2;
+size_t auxiliary_bytes(Format format, size_t n) {
+  size_t corrections = n * correction_bytes(format);
+  return corrections ? corrections : 2 * ((n + kBlockElements - 1) / kBlockElements);
 }
 
 // Exactly the bytes of n elements and of the format's auxiliary array. All zeros but for every third byte, a small
 // number.
 struct Array {
   Array(Format format, size_t n)
-      : values(new char[n * bytes_of(format)]()),
-        auxiliary(new char[format == Format::bfloat16_correction ? 2 * n
-                                                                 : 2 * ((n + kBlockElements - 1) / kBlockElements)]()) {
-    for (size_t i = 0; i < n * bytes_of(format); i += 3) values[i] = char(i % 61);
+      : values(new char[bytes_of(format, n)]()), auxiliary(new char[auxiliary_bytes(format, n)]()) {
+    for (size_t i = 0; i < bytes_of(format, n); i += 3) values[i] = char(i % 61);
   }
   Source source() const { return {values.get(), auxiliary.get()}; }
   Target target() const { return {values.get(), auxiliary.get()}; }
@@ -69,10 +75,10 @@ int main(int argument_count, char**) {
   for (size_t n = 1; n < 6 * kBlockElements; n += n % kBlockElements < 2 ? 1 : 10) {
     if (argument_count > 1 && n % kBlockElements > 0) continue;
     for (auto parameter : kFormats) {
-      if (parameter == Format::int8 || parameter == Format::uint8) continue;
-      auto gradient = parameter == Format::bfloat16_correction ? Format::bfloat16 : parameter;
-      for (auto state : {Format::float32, Format::bfloat16, Format::float16, Format::int8}) {
-        auto v = state == Format::int8 ? Format::uint8 : state;
+      if (value_bits(parameter) < 16) continue;
+      auto gradient = correction_bytes(parameter) ? Format::bfloat16 : parameter;
+      for (auto state : {Format::float32, Format::bfloat16, Format::float16, Format::int8, Format::int4}) {
+        auto v = state == Format::int8 ? Format::uint8 : state == Format::int4 ? Format::uint4 : state;
         for (unsigned results : {0, int(kRoundV), kRoundParameter | kRoundM | kRoundV}) {
           update(set, {parameter, gradient, state, v}, n, results);
         }

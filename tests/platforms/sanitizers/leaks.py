@@ -16,6 +16,7 @@ OPTIONS = [
     {},
     {"state_dtype": "bfloat16"},
     {"state_dtype": "int8"},
+    {"state_dtype": "int4"},
     {"master_weights": True},
     {"max_grad_norm": 1.0, "skip_nonfinite": True},
 ]

@@ -24,6 +24,7 @@ OPTIONS = [
     {"bias_correction": True},
     {"state_dtype": "bfloat16"},
     {"state_dtype": "int8"},
+    {"state_dtype": "int4"},
     {"master_weights": True},
     {"max_grad_norm": 1.0, "skip_nonfinite": True},
 ]

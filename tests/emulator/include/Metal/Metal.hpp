@@ -10,6 +10,7 @@
 namespace emulator {
 struct Kernel;
 struct Library;
+size_t largest_threadgroup();
 }  // namespace emulator
 
 namespace NS {
@@ -33,7 +34,7 @@ class ComputePipelineState {
  public:
   std::shared_ptr<emulator::Library> library;
   const emulator::Kernel* kernel = nullptr;
-  NS::UInteger maxTotalThreadsPerThreadgroup() const { return 1024; }
+  NS::UInteger maxTotalThreadsPerThreadgroup() const { return emulator::largest_threadgroup(); }
   NS::UInteger threadExecutionWidth() const { return 32; }
 };
 

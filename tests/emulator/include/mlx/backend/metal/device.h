@@ -31,10 +31,14 @@ class CommandEncoder {
   CommandEncoder(const CommandEncoder&) = delete;
   CommandEncoder& operator=(const CommandEncoder&) = delete;
 
-  // Dispatches are run one after the other, so that none depends on the barriers that this would leave out.
+  // MLX puts no barriers between the dispatches of such a block. Here they run one after the other all the same, but
+  // one that touches what an earlier one of the block has written, or writes what it has touched, is an error.
   struct ConcurrentContext {
-    explicit ConcurrentContext(CommandEncoder&) {}
-    ~ConcurrentContext() {}
+    explicit ConcurrentContext(CommandEncoder& encoder);
+    ~ConcurrentContext();
+
+   private:
+    CommandEncoder& encoder_;
   };
   ConcurrentContext start_concurrent() { return ConcurrentContext(*this); }
   void maybeInsertBarrier() {}
@@ -80,8 +84,18 @@ class CommandEncoder {
   void set_raw_bytes(const void* data, size_t size, int index);
   void bind(const array& a, int index, int64_t offset, bool is_output);
 
+  void note_concurrent(const emulator::Dispatch& dispatch);
+
+  struct Touched {
+    const char* begin;
+    const char* end;
+    bool is_written;
+  };
+
   Stream stream_;
   std::unique_ptr<emulator::Dispatch> next_;  // what has been set for the dispatch to come
+  bool is_concurrent_ = false;
+  std::vector<Touched> touched_;  // by the dispatches of a concurrent block
 };
 
 class Device {
