@@ -1,9 +1,10 @@
 """Measures what 16-bit weights and smaller states cost in loss: `pip install '.[bench]' && python bench/precision.py`.
 
-A small character model (accuracy/character_model.py) is trained on the same batches with float32 (the reference, and
-other seeds of its parameters for the noise), with mlx.optimizers' and the fused 16-bit training, and with each option.
-Compared are the losses, and the bytes of parameters and state. With 16-bit parameters, the whole model works in 16
-bits. `--publish` writes bench/results/precision.* and the table in docs/options.md, in about 20 minutes on two cores.
+A small character model (accuracy/character_model.py) is trained with float32 (the reference), with mlx.optimizers and
+with each option, in two regimes: from scratch, and fine-tuning on other text at a small learning rate, where rounding
+to nearest loses updates. Each has three seeds; a difference from float32 counts where it is larger than the spread of
+float32's seeds. `--publish` writes bench/results/precision.* and the table in docs/options.md, in about
+ten minutes on two cores.
 """
 
 import argparse
@@ -32,38 +33,54 @@ if __name__ in ("__main__", "__mp_main__") and not __package__:
     sys.path[0] = str(ROOT)  # run as a script: import the package `bench`, not its modules
 
 from bench.accuracy.training_runs import (  # noqa: E402
+    BEFORE,
+    REGIMES,
+    SEEDS,
     SETTINGS,
     STEPS_OF_A_MEAN,
     Rejected,
+    final_steps,
     train,
+    train_before,
     use_one_thread,
 )
 from bench.tables import documents, plots, precision, text  # noqa: E402
 
 Run = dict[str, Any]
-STEPS, QUICK_STEPS = 450, 6
+QUICK_STEPS = 6
 
 
 def run(options: argparse.Namespace, console: Console) -> tuple[list[Run], list[str]]:
-    """The results of all runs in the order of SETTINGS, and why some were rejected."""
-    found: dict[str, Run] = {}
+    """The results of all runs in the order of REGIMES, SETTINGS and SEEDS, and why some were rejected."""
+    found: dict[tuple, Run] = {}
     rejected = []
+    wanted = [(setting, regime, seed) for regime in REGIMES for setting in SETTINGS for seed in options.seeds]
     with (
         ProcessPoolExecutor(options.jobs, get_context("spawn"), use_one_thread) as pool,
         Progress(console=console, transient=True) as progress,
     ):
+        before = pool.submit(train_before, options.steps or BEFORE.steps, options.device, options.quick)
         jobs = {
-            pool.submit(train, setting, options.steps, options.device, options.quick): setting for setting in SETTINGS
+            pool.submit(
+                train,
+                *key,
+                options.steps or key[1].steps,
+                options.device,
+                options.quick,
+                before.result() if key[1].is_trained_before else None,
+            ): key
+            for key in wanted
         }
         for job in progress.track(as_completed(jobs), total=len(jobs), description="runs"):
-            name = jobs[job].name
+            setting, regime, seed = jobs[job]
             try:
-                found[name] = job.result()
+                found[jobs[job]] = job.result()
             except Rejected as reason:
                 rejected.append(str(reason))
             else:
-                console.print(f"{name}: final loss {found[name]['final_loss']:.4f}")
-    return [found[s.name] for s in SETTINGS if s.name in found], rejected
+                loss = found[jobs[job]]["final_loss"]
+                console.print(f"{regime.name}, {setting.name}, seed {seed}: final loss {loss:.4f}")
+    return [found[key] for key in wanted if key in found], rejected
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -74,7 +91,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=["cpu", "gpu"], default="gpu" if mx.metal.is_available() else "cpu")
-    add("--steps", type=int, metavar="N", help=f"of each run (default: {STEPS})")
+    add("--steps", type=int, metavar="N", help="of each run")
     add("--jobs", type=int, metavar="N", help="runs at once (default: one on each core)")
     add("--json", type=Path, metavar="FILE", help="save the results")
     add("--markdown", type=Path, metavar="FILE", help="save the table as Markdown")
@@ -92,13 +109,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         options.markdown = documents.RESULTS / f"{stem}.md"
         options.plot = documents.RESULTS / f"{stem}.png"
     options.is_whole = options.steps is None and not options.quick
-    if options.steps is None:
-        options.steps = QUICK_STEPS if options.quick else STEPS
+    if options.quick and options.steps is None:
+        options.steps = QUICK_STEPS
+    options.seeds = SEEDS[:2] if options.quick else SEEDS
     if options.jobs is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options.jobs = 1 if options.device == "gpu" else cores or 1
     for name in ("steps", "jobs"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1 but got {getattr(options, name)}")
     if options.plot and options.plot.suffix not in plots.SUFFIXES:
         parser.error(f"{options.plot} must end in one of {', '.join(plots.SUFFIXES)}")
@@ -128,14 +146,22 @@ def main(arguments: list[str] | None = None) -> int:
         "settings": {
             "command": " ".join(["python bench/precision.py", *arguments]),
             "date": datetime.now(timezone.utc).date().isoformat(),
-            "steps": options.steps,
             "steps_of_a_mean": STEPS_OF_A_MEAN,
-            "final_steps": max(1, options.steps // 9),
+            "regimes": [
+                {
+                    "name": regime.name,
+                    "steps": options.steps or regime.steps,
+                    "final_steps": final_steps(options.steps or regime.steps),
+                    "learning_rate": regime.learning_rate,
+                }
+                for regime in REGIMES
+            ],
             "not_publishable": reasons,
         },
         "runs": found,
     }
-    table = Table(*precision.COLUMNS, title="Loss and memory of each option", title_justify="left")
+    columns = precision.columns(results)
+    table = Table(*columns, title="Loss and memory of each option", title_justify="left")
     for row in precision.rows(results):
         table.add_row(*row)
     console.print(table)

@@ -1,6 +1,8 @@
-"""A small character-level transformer and its text (Python's language reference), which accuracy runs train."""
+"""A small character-level transformer, and its texts: prose of Python's language reference, and code of its library."""
 
+import asyncio
 import textwrap
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -53,15 +55,15 @@ class Transformer(nn.Module):
 class Text:
     """Characters as ids, the last tenth held out; batches of (inputs, targets) one character apart."""
 
-    def __init__(self, context: int):
-        from pydoc_data.topics import topics
-
-        paragraphs = (textwrap.dedent(p) for topic in topics.values() for p in topic.split("\n\n"))
-        text = "\n\n".join(p for p in paragraphs if _is_prose(p))
+    def __init__(self, context: int, name: str = "prose"):
+        text = prose = _prose()
         self.context = context
-        characters = sorted(set(text))
+        characters = sorted(set(prose))
         self.vocabulary = len(characters)
         ids = {character: i for i, character in enumerate(characters)}
+        if name == "code":
+            files = sorted(Path(asyncio.__file__).parent.glob("*.py"))
+            text = "".join(c for file in files for c in file.read_text(encoding="utf-8") if c in ids)
         tokens = mx.array([ids[character] for character in text], mx.uint32)
         held_out = len(text) // 10
         self.train, self.held_out = tokens[:-held_out], tokens[-held_out:]
@@ -70,6 +72,13 @@ class Text:
         starts = mx.random.randint(0, tokens.size - self.context, (size, 1))
         windows = tokens[starts + mx.arange(self.context + 1)]
         return windows[:, :-1], windows[:, 1:]
+
+
+def _prose() -> str:
+    from pydoc_data.topics import topics
+
+    paragraphs = (textwrap.dedent(p) for topic in topics.values() for p in topic.split("\n\n"))
+    return "\n\n".join(p for p in paragraphs if _is_prose(p))
 
 
 def _is_prose(paragraph: str) -> bool:

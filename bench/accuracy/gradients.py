@@ -1,4 +1,4 @@
-"""Sequences of gradients for bench/int8_state.py: recorded from training, and synthetic.
+"""Sequences of gradients for bench/quantized_state.py: recorded from training, and synthetic.
 
 Each is an array (steps, blocks, 32) of float32: 32 neighbours along a parameter's last axis share a scale.
 """

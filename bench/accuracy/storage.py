@@ -1,4 +1,4 @@
-"""Ways to store m and v in 8 or 16 bits, simulated in NumPy for bench/int8_state.py: values, scale of a block,
+"""Ways to store m and v in 4, 8 or 16 bits, simulated in NumPy for bench/quantized_state.py: values, scale of a block,
 rounding.
 
 A quantized state is a table of its non-negative values, in units of the block's scale; m also has a sign. `Stored.put`
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..speed.decode import M_OF_CODE, V_OF_CODE
+from ..speed.decode import M_OF_CODE, M_OF_HALF, V_OF_CODE, V_OF_HALF, bent_fourth_power
 
 GOLDEN = 0x9E3779B9 / 2**32  # multiples of it, modulo 1, fill the unit interval evenly
 
@@ -41,6 +41,11 @@ V_TABLES = {
     "bent 4th power": V_OF_CODE,
     "8th power": power(8, 255),
     "float e5m3": floating(3, 255),
+    "4 bits": V_OF_HALF,
+    "4 bits, shifted by 1": bent_fourth_power(15, 1, from_zero=False),
+    "4 bits, 4th power": power(4, 15),
+    "4 bits, square": power(2, 15),
+    "4 bits, float e3m1": floating(1, 15),
 }
 M_TABLES = {
     "square": power(2, 127),
@@ -48,6 +53,8 @@ M_TABLES = {
     "bent 4th power": M_OF_CODE,
     "softsign": softsign(127),
     "float e4m3": floating(3, 127),
+    "4 bits": M_OF_HALF,
+    "4 bits, square": power(2, 7),
 }
 
 

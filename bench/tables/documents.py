@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import finetuning, int8_state, precision, scale, speed, text
+from . import finetuning, plan, precision, quantized_state, speed, text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -45,8 +45,9 @@ TABLES: dict[str, Table] = {
         origin=speed.origin,
     ),
     **_of("bench/precision.py --publish", "precision", "cpu", options=precision.options),
-    **_of("bench/int8_state.py --publish", "int8_state", int8_state=int8_state.markdown),
-    **_of("bench/scale.py", **scale.TABLES),
+    **_of("bench/quantized_state.py --publish", "int8_state", int8_state=quantized_state.markdown),
+    **_of("bench/quantized_state.py --bits 4 --publish", "int4_state", int4_state=quantized_state.markdown),
+    **_of("bench/write_tables.py", **plan.TABLES),
 }
 
 

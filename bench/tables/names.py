@@ -11,22 +11,32 @@ FORWARD_BACKWARD = "forward + backward"  # a training step without any update
 
 BF16_STATE = "fused, bfloat16 state"
 INT8_STATE = "fused, int8 state"
+INT4_STATE = "fused, int4 state"
+NEAREST = "fused, rounding to nearest"
 STOCHASTIC = "fused, stochastic rounding"
 INT8_STOCHASTIC = "fused, int8 state, stochastic rounding"
 MASTER = "fused, master weights"
 MASTER_FP32 = "fused, master weights, float32 state"
 MASTER_INT8 = "fused, master weights, int8 state"
+MASTER_24 = "fused, 24-bit master weights"
+MASTER_24_INT8 = "fused, 24-bit master weights, int8 state"
+MASTER_24_INT4 = "fused, 24-bit master weights, int4 state"
 CLIPPING = "fused, clipping + skipping"
 
 # What Adam or AdamW is given for each.
 OPTIONS: dict[str, dict[str, Any]] = {
     BF16_STATE: {"state_dtype": "bfloat16"},
     INT8_STATE: {"state_dtype": "int8"},
+    INT4_STATE: {"state_dtype": "int4"},
+    NEAREST: {"stochastic_rounding": False},
     STOCHASTIC: {"stochastic_rounding": True},
     INT8_STOCHASTIC: {"state_dtype": "int8", "stochastic_rounding": True},
     MASTER: {"master_weights": True},
     MASTER_FP32: {"master_weights": True, "state_dtype": "float32"},
     MASTER_INT8: {"master_weights": True, "state_dtype": "int8"},
+    MASTER_24: {"master_weights": True, "master_weight_bits": 24},
+    MASTER_24_INT8: {"master_weights": True, "master_weight_bits": 24, "state_dtype": "int8"},
+    MASTER_24_INT4: {"master_weights": True, "master_weight_bits": 24, "state_dtype": "int4"},
     # So large a norm clips nothing: results are those of a plain step.
     CLIPPING: {"max_grad_norm": 1e6, "skip_nonfinite": True},
 }

@@ -1,5 +1,10 @@
-"""Metrics and tables of a run of bench/precision.py, made from its results."""
+"""Metrics and tables of a run of bench/precision.py, made from its results.
 
+A row is a dtype and an implementation. Each of its runs is compared with float32's of the same regime and seed. The
+mean of the differences counts where it is larger than float32's own spread over seeds; else the row is called equal.
+"""
+
+from statistics import mean, stdev
 from typing import Any
 
 from .metrics import ratio
@@ -10,8 +15,23 @@ from .text import number, percent, table
 
 Results = dict[str, Any]  # the content of the JSON file: machine, settings, runs
 Run = dict[str, Any]
+Row = tuple[str, str]  # dtype and implementation
 
+REFERENCE: Row = ("float32", FUSED)
 MODEL_OF_TIMES = "SmolLM-135M"  # whose updates give the options' times
+
+
+def rows_of(results: Results) -> list[Row]:
+    return list(dict.fromkeys((x["dtype"], x["implementation"]) for x in results["runs"]))
+
+
+def regimes(results: Results) -> list[str]:
+    return list(dict.fromkeys(x["regime"] for x in results["runs"]))
+
+
+def runs_of(results: Results, row: Row, regime: str) -> dict[int, Run]:
+    """The row's runs by seed."""
+    return {x["seed"]: x for x in results["runs"] if (x["dtype"], x["implementation"]) == row and x["regime"] == regime}
 
 
 def stored_bytes(run: Run) -> float:
@@ -19,88 +39,92 @@ def stored_bytes(run: Run) -> float:
     return run["parameter_bytes_per_parameter"] + run["state_bytes_per_parameter"]
 
 
-def is_float32(run: Run) -> bool:
-    """True for plain float32 runs: the reference, and those from other initial parameters."""
-    return run["dtype"] == "float32" and run["implementation"] == FUSED
+def bytes_of(results: Results, row: Row) -> float:
+    return next(stored_bytes(x) for x in results["runs"] if (x["dtype"], x["implementation"]) == row)
 
 
-def reference(results: Results) -> Run | None:
-    return next((x for x in results["runs"] if is_float32(x) and not x["seed"]), None)
+def differences(results: Results, row: Row, regime: str, key: str = "final_loss") -> list[float]:
+    """By which part each seed's loss is above that of float32 with the same seed."""
+    base = runs_of(results, REFERENCE, regime)
+    return [x[key] / base[seed][key] - 1 for seed, x in runs_of(results, row, regime).items() if seed in base]
 
 
-def over_reference(results: Results, run: Run, key: str = "final_loss") -> float | None:
-    """The part by which a loss is above the reference's."""
-    base = reference(results)
-    return run[key] / base[key] - 1 if base else None
+def spread(results: Results, regime: str, key: str = "final_loss") -> float | None:
+    """The largest distance of a float32 seed's loss from their mean, as a part of it."""
+    losses = [x[key] for x in runs_of(results, REFERENCE, regime).values()]
+    return max(abs(x / mean(losses) - 1) for x in losses) if losses else None
 
 
-def noise(results: Results, key: str = "final_loss") -> float | None:
-    """The largest difference of float32 runs of other seeds from the reference, as a part of its loss."""
-    others = [over_reference(results, x, key) for x in results["runs"] if is_float32(x) and x["seed"]]
-    return max((abs(x) for x in others if x is not None), default=None)
+def is_equal(results: Results, row: Row, regime: str, key: str = "final_loss") -> bool:
+    """Whether seeds make more of a difference than the row does."""
+    found, limit = differences(results, row, regime, key), spread(results, regime, key)
+    return bool(found) and limit is not None and abs(mean(found)) <= limit
 
 
-def difference(results: Results, run: Run, key: str = "final_loss") -> str:
-    return percent(over_reference(results, run, key), digits=2, sign="+")
-
-
-OPTION_COLUMNS = [
-    "parameters", "optimizer", "B/param", "loss against float32", "update's time, × fused",
-]  # fmt: skip
+def difference(results: Results, row: Row, regime: str, key: str = "final_loss") -> str:
+    """The mean difference from float32, and its standard deviation over seeds."""
+    found = differences(results, row, regime, key)
+    if not found:
+        return percent(None)
+    if not any(found):
+        return "identical"
+    shown = percent(mean(found), digits=2, sign="+")
+    if len(found) > 1:
+        shown += f" ± {percent(stdev(found), digits=2)}"
+    return f"equal ({shown})" if is_equal(results, row, regime, key) else shown
 
 
 def options(results: Results, speed: SpeedResults) -> str:
-    """The cost of each option in memory, loss and time; a last row has the noise of seeds."""
+    """The cost of each option in memory, loss and time; a last row has the spread of float32's seeds."""
 
-    def time(run: Run) -> float | None:
+    def time(dtype: str, implementation: str) -> float | None:
         for case in updates(speed):
-            if case["case"] == MODEL_OF_TIMES and case["dtype"] == run["dtype"]:
-                return ratio(run["implementation"], FUSED)(case)
+            if case["case"] == MODEL_OF_TIMES and case["dtype"] == dtype:
+                return ratio(implementation, FUSED)(case)
         return None
 
-    rows = [
+    names = regimes(results)
+    lines = [
         [
-            run["dtype"],
-            in_markdown(run["implementation"]),
-            number(stored_bytes(run)),
-            difference(results, run),
-            number(time(run)),
+            row[0],
+            in_markdown(row[1]),
+            number(bytes_of(results, row)),
+            *(difference(results, row, name) for name in names),
+            number(time(*row)),
         ]
-        for run in results["runs"]
-        if not run["seed"]
+        for row in rows_of(results)
     ]
-    spread = f"± {percent(noise(results), digits=2)}"
-    rows.append(["float32", "fused, other seeds", rows[0][2] if rows else "", spread, ""])
-    return table(OPTION_COLUMNS, rows, left=2)
+    last = [f"± {percent(spread(results, name), digits=2)}" for name in names]
+    lines.append(["float32", "fused, other seeds", "", *last, ""])
+    return table(["parameters", "optimizer", "B/param", *names, "update's time, × fused"], lines, left=2)
 
 
-COLUMNS = [
-    "parameters", "optimizer", "parameters, B/param", "state, B/param", "together", "final loss", "against float32",
-    "held-out loss", "against float32",
-]  # fmt: skip
+def columns(results: Results) -> list[str]:
+    losses = [f"{name}: {what}" for name in regimes(results) for what in ("final", "against float32", "held-out")]
+    return ["parameters", "optimizer", "parameters, B/param", "state, B/param", "together", *losses]
 
 
 def rows(results: Results) -> list[list[str]]:
-    return [
-        [
-            x["dtype"] + (f", seed {x['seed']}" if x["seed"] else ""),
-            in_markdown(x["implementation"]),
-            number(x["parameter_bytes_per_parameter"]),
-            number(x["state_bytes_per_parameter"]),
-            number(stored_bytes(x)),
-            f"{x['final_loss']:.4f}",
-            difference(results, x),
-            f"{x['held_out_loss']:.4f}",
-            difference(results, x, "held_out_loss"),
-        ]
-        for x in results["runs"]
-    ]
+    lines = []
+    for row in rows_of(results):
+        line = [row[0], in_markdown(row[1])]
+        first = next(x for x in results["runs"] if (x["dtype"], x["implementation"]) == row)
+        stored = (first["parameter_bytes_per_parameter"], first["state_bytes_per_parameter"])
+        line += [number(x) for x in (*stored, sum(stored))]
+        for name in regimes(results):
+            found = runs_of(results, row, name).values()
+            line += [
+                f"{mean(x['final_loss'] for x in found):.4f}" if found else "",
+                difference(results, row, name),
+                difference(results, row, name, "held_out_loss"),
+            ]
+        lines.append(line)
+    return lines
 
 
 def markdown(results: Results) -> str:
     settings, machine = results["settings"], results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    seeds = [percent(noise(results, key), digits=2) for key in ("final_loss", "held_out_loss")]
     text = [
         "# Loss and memory of each option",
         f"`{settings['command']}`, {settings['date']}; {versions}; "
@@ -109,13 +133,20 @@ def markdown(results: Results) -> str:
     if settings["not_publishable"]:
         reasons = "; ".join(settings["not_publishable"])
         text.append(f"**Provisional, not to be quoted:** {reasons}.")
+    for regime in settings["regimes"]:
+        seeds = [percent(spread(results, regime["name"], key), digits=2) for key in ("final_loss", "held_out_loss")]
+        text.append(
+            f"*{regime['name'].capitalize()}*: {regime['steps']} steps at learning rate {regime['learning_rate']:g}; "
+            f"the final loss is the mean of the last {regime['final_steps']}. "
+            f"Seeds of float32 are up to {seeds[0]} (final) and {seeds[1]} (held-out) from their mean."
+        )
     text += [
-        f"A small character model, {settings['steps']} steps on the same batches. Final loss: the mean of the last "
-        f"{settings['final_steps']} steps. Held-out loss: of text that was not trained on. "
-        "Float32 runs from other initial "
-        f"parameters differ from the reference by up to {seeds[0]} (final) and {seeds[1]} (held-out). With bfloat16 "
-        "parameters, activations and gradients are bfloat16 too; the loss itself is taken in float32.",
-        table(COLUMNS, rows(results), left=2),
-        "![Loss against float32](precision.png)",
+        "A small character model learns prose from scratch; fine-tuning starts from one that has, on source code. All "
+        "rows have the same batches with the same seed, and a difference is the mean over seeds ± its standard "
+        "deviation. *Equal*: it is below the spread of float32's seeds. Held-out: the loss on text that was not "
+        "trained on. With bfloat16 parameters, activations and gradients are bfloat16 too; the loss itself is taken "
+        "in float32.",
+        table(columns(results), rows(results), left=2),
+        "![Loss of each option](precision.png)",
     ]
     return "\n\n".join(text) + "\n"

@@ -1,57 +1,73 @@
-"""The plot of a run of bench/precision.py: how far each loss is from float32's while it trains."""
+"""The plot of a run of bench/precision.py: loss against step, one panel a regime; below it the difference from float32.
+
+Each line is the mean over seeds, smoothed.
+"""
 
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
-from .names import OPTIONS, as_code
-from .precision import Results, Run, difference, reference, stored_bytes
+from .names import FUSED, MLX, OPTIONS, as_code
+from .precision import REFERENCE, Results, Row, bytes_of, regimes, rows_of, runs_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 MEMORY = 0.8  # of the running mean
-SEEDS = "#bbbbbb"
-LIMIT = 7.5  # % of the axis at most; the first steps and other seeds may leave it
+STRONG = {("float32", FUSED): "black", ("bfloat16", MLX): "red"}
+COLORS = plt.get_cmap("tab20").colors
 
 
 def save(path: Path, results: Results) -> None:
     """Draw nothing without the reference."""
-    base = reference(results)
-    if base is None:
+    names = regimes(results)
+    if not any(runs_of(results, REFERENCE, name) for name in names):
         return
-    plot, axes = plt.subplots(figsize=(9, 6.5), layout="constrained")
-    limit = 0.1
-    for run in results["runs"]:
-        if run is base:
-            continue
-        values = _differences(run, base)
-        steps = [results["settings"]["steps_of_a_mean"] * (i + 1) for i in range(len(values))]
-        style = {"color": SEEDS} if run["seed"] else {"label": _label(results, run)}
-        axes.plot(steps, values, linewidth=1.4, **style)
-        if not run["seed"]:
-            limit = max(limit, *(1.5 * abs(x) for x in values[len(values) // 4 :]))
-    axes.axhline(0, color="black", linewidth=0.8)
-    limit = min(LIMIT, limit)
-    axes.set(xlabel="step", ylabel="% above the loss of float32", ylim=(-limit, limit))
-    axes.set_title("Training loss against float32, smoothed; grey: float32 from other seeds")
-    axes.grid(alpha=0.3)
-    plot.legend(loc="outside lower center", ncols=2, fontsize=8)
+    plot, axes = plt.subplots(
+        2,
+        len(names),
+        figsize=(11, 8),
+        layout="constrained",
+        squeeze=False,
+        sharex="col",
+    )
+    width = results["settings"]["steps_of_a_mean"]
+    for (above, below), name in zip(axes.T, names, strict=True):
+        base = _mean_losses(results, REFERENCE, name)
+        for i, row in enumerate(rows_of(results)):
+            losses = _mean_losses(results, row, name)
+            if not losses:
+                continue
+            steps = [width * (i + 1) for i in range(len(losses))]
+            style = {"label": _label(results, row), "linewidth": 1.2, "color": STRONG.get(row, COLORS[i])}
+            above.plot(steps, losses, **style)
+            below.plot(steps, _smooth([100 * (x / y - 1) for x, y in zip(losses, base, strict=True)]), **style)
+        above.set(title=name, ylabel="training loss")
+        below.set(xlabel="step", ylabel="% above float32, smoothed")
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    plot.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     plot.savefig(path, dpi=110)
     plt.close(plot)
 
 
-def _differences(run: Run, base: Run) -> list[float]:
-    """The running mean of the loss's difference from the reference's, in %."""
-    means, mean, weight = [], 0.0, 0.0
-    for mine, its in zip(run["mean_losses"], base["mean_losses"], strict=True):
-        mean = MEMORY * mean + (1 - MEMORY) * 100 * (mine / its - 1)
-        weight = MEMORY * weight + (1 - MEMORY)
-        means.append(mean / weight)
+def _mean_losses(results: Results, row: Row, regime: str) -> list[float]:
+    """The mean over seeds of each few steps' loss."""
+    return [mean(x) for x in zip(*(run["mean_losses"] for run in runs_of(results, row, regime).values()), strict=True)]
+
+
+def _smooth(values: list[float]) -> list[float]:
+    means, total, weight = [], 0.0, 0.0
+    for x in values:
+        total, weight = MEMORY * total + (1 - MEMORY) * x, MEMORY * weight + (1 - MEMORY)
+        means.append(total / weight)
     return means
 
 
-def _label(results: Results, run: Run) -> str:
-    options = OPTIONS.get(run["implementation"])
-    name = as_code(options) if options else run["implementation"]
-    return f"{run['dtype']}, {name}: {stored_bytes(run):.2f} B, loss {difference(results, run)}"
+def _label(results: Results, row: Row) -> str:
+    dtype, implementation = row
+    options = OPTIONS.get(implementation)
+    name = as_code(options) if options else implementation
+    return f"{dtype}, {name}: {bytes_of(results, row):.2f} B"

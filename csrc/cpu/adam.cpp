@@ -130,7 +130,7 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
   // released first.
   bool is_large = update->cost >= kWorthThreads;
   update.reset();
-  if (node_.has_predecessor && is_large) drain(outputs[0], stream());
+  if (node_.is_chained && is_large) drain(outputs[0], stream());
 }
 
 // Each node costs MLX a task, and each of its tensors costs time for every other: two is where the sum is least.

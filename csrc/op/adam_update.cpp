@@ -411,6 +411,7 @@ std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamS
       }
     }
     auto before = has_kernel ? chain.before(group, where) : std::nullopt;
+    node.is_chained = has_kernel && order.is_chain();
     node.has_predecessor = before.has_value();
     if (before) inputs.push_back(*before);
     auto primitive = std::make_shared<AdamUpdate>(where, std::move(node));

@@ -84,7 +84,8 @@ struct AdamNode {
   RoundingRequest rounding{};          // of those results that these formats can round
   std::vector<uint32_t> numbers = {};  // one for each tensor, if anything is rounded stochastically
   bool wide_indices = false;
-  bool has_predecessor = false;
+  bool is_chained = false;       // the next node waits for this one
+  bool has_predecessor = false;  // and this one for another
 
   std::vector<NodeTensor> tensors(const std::vector<mlx::core::array>& inputs,
                                   std::vector<mlx::core::array>* outputs = nullptr) const;

@@ -1,11 +1,9 @@
-"""python -m mlx_fused_adam: check this machine; python -m mlx_fused_adam run: train any script with the fused
-optimizers.
-"""
+"""python -m mlx_fused_adam: check this machine; run: train any script with the fused optimizers; plan: what fits."""
 
 import argparse
 import sys
 
-from ._tools import report, run
+from ._tools import plan, report, run
 
 
 def main() -> int:
@@ -22,10 +20,18 @@ def main() -> int:
         "processes build is the fused one.",
     )
     run.add_arguments(launcher)
+    planner = commands.add_parser(
+        "plan",
+        help="show which options fit a model into a Mac's memory",
+        description="Bytes of each option and the peak of a training step, and which fits.",
+    )
+    plan.add_arguments(planner)
     arguments = parser.parse_args()
+    if arguments.command and arguments.json:
+        parser.error(f"--json belongs to the report; {arguments.command} prints none")
+    if arguments.command == "plan":
+        return plan.main(arguments)
     if arguments.command == "run":
-        if arguments.json:
-            parser.error("--json belongs to the report; run prints none")
         run.run(launcher, arguments)
     return report.main(arguments.json)
 

@@ -178,6 +178,9 @@ def stock_state(optimizer: Any) -> dict[str, Any]:
         for name in MOMENTS:
             moment = state[name]
             if bits := _bits_of(name, state):
+                packed = moment.shape[-1]
+                if bits == 4 and (columns + 1) // 2 != packed:  # two parameters whose keys make one path
+                    columns = 2 * packed
                 scale = _checked_scale(name, path, (*moment.shape[:-1], columns), state)
                 new[name] = _dequantized(name, bits, moment, scale, columns, dtype)
             else:

@@ -29,6 +29,7 @@ from bench.speed.copy_bandwidth import PIECE_BYTES, CopyBandwidth  # noqa: E402
 from bench.speed.training import LanguageTask, LinearTask  # noqa: E402
 from bench.tables import names, speed, text  # noqa: E402
 from bench.tables import precision as precision_tables  # noqa: E402
+from bench.tables.names import FUSED  # noqa: E402
 
 PLAIN = {"fused", "fused, compiled", "mlx.optimizers", "mlx.optimizers, compiled"}
 UPDATES = PLAIN | {"copy"}
@@ -495,32 +496,60 @@ def quick_precision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_precision_trains_with_every_option(quick_precision: Path) -> None:
+def test_precision_trains_with_every_option_in_both_regimes(quick_precision: Path) -> None:
     found = text.load_json(quick_precision / "precision.json")
-    runs = {x["name"]: x for x in found["runs"]}
-    assert list(runs) == [setting.name for setting in training_runs.SETTINGS]
-    used = {x["implementation"] for x in found["runs"]}
-    assert used == {"fused", "mlx.optimizers", *names.OPTIONS} - {names.CLIPPING}
-    for name, x in runs.items():
-        assert 0 < x["final_loss"] < 6 and len(x["mean_losses"]) == 1, name
-        assert x["parameter_bytes_per_parameter"] == (4 if x["dtype"] == "float32" else 2), name
-    for name, state in (
-        ("float32: fused", 8),
-        ("float32: fused, bfloat16 state", 4),
-        ("bfloat16: mlx.optimizers", 4),
-        ("bfloat16: fused", 4),
-        ("bfloat16: fused, master weights", 6),
-        ("bfloat16: fused, master weights, float32 state", 10),
+    expected = [(s.dtype, s.implementation) for s in training_runs.SETTINGS]
+    assert precision_tables.rows_of(found) == expected
+    assert precision_tables.regimes(found) == [x.name for x in training_runs.REGIMES]
+    assert len(found["runs"]) == 2 * 2 * len(expected)
+    for x in found["runs"]:
+        assert 0 < x["final_loss"] < 6 and len(x["mean_losses"]) == 1, x
+        assert x["parameter_bytes_per_parameter"] == (4 if x["dtype"] == "float32" else 2), x
+    for row, total in (
+        (("float32", FUSED), 12),
+        (("float32", names.MLX), 12),
+        (("bfloat16", names.MLX), 6),
+        (("bfloat16", FUSED), 6),
+        (("bfloat16", names.NEAREST), 6),
+        (("bfloat16", names.MASTER), 8),
+        (("bfloat16", names.MASTER_24), 7),
     ):
-        assert runs[name]["state_bytes_per_parameter"] == state, name
-    for name, x in runs.items():
-        if "int8" in name:
-            whole = 5 if "master" in name else 3  # some of the tiny model's tensors are quantized
-            assert x["state_bytes_per_parameter"] < whole + 0.5, name
-    reference = runs["float32: fused"]
-    assert precision_tables.over_reference(found, reference) == 0
-    assert precision_tables.noise(found) > 0
+        assert precision_tables.bytes_of(found, row) == total, row
+    for name, total in ((names.INT8_STATE, 4.125), (names.INT4_STATE, 3.125), (names.MASTER_24_INT4, 4.125)):
+        # Small tensors are not quantized.
+        assert total <= precision_tables.bytes_of(found, ("bfloat16", name)) < total + 0.2, name
+    for regime in training_runs.REGIMES:
+        assert precision_tables.differences(found, ("float32", names.MLX), regime.name) == [0, 0]
+        assert precision_tables.difference(found, ("float32", names.MLX), regime.name) == "identical"
+        assert precision_tables.spread(found, regime.name) > 0
     assert "not all steps" in "; ".join(found["settings"]["not_publishable"])
+
+
+def test_fine_tuning_starts_from_what_was_trained_before() -> None:
+    run = (training_runs.REFERENCE, training_runs.FINE_TUNING, 0, 1, "cpu", True)
+    before = training_runs.train_before(3, "cpu", is_small=True)
+    assert training_runs.train(*run, start=before)["final_loss"] < training_runs.train(*run)["final_loss"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ((2.0, 3.0), "identical"),
+        ((2.1, 3.3), "equal (+7.50 % ± 3.54 %)"),
+        ((2.6, 4.2), "+35.00 % ± 7.07 %"),
+        ((1.2, 1.8), "−40.00 % ± 0.00 %"),
+    ],
+)
+def test_a_difference_below_the_spread_of_float32s_seeds_is_equal(losses: tuple, shown: str) -> None:
+    """Seeds of float32 are 20 % from their mean; another row is compared with the same seeds."""
+
+    def runs(implementation: str, found: tuple) -> list[dict]:
+        common = {"dtype": "float32", "regime": "from scratch", "implementation": implementation}
+        return [{**common, "seed": seed, "final_loss": loss} for seed, loss in enumerate(found)]
+
+    results = {"runs": runs(FUSED, (2.0, 3.0)) + runs("other", losses)}
+    assert precision_tables.spread(results, "from scratch") == pytest.approx(0.2)
+    assert precision_tables.difference(results, ("float32", "other"), "from scratch") == shown
 
 
 def test_precision_saves_table_and_plot(quick_precision: Path) -> None:
@@ -533,16 +562,15 @@ def test_precision_saves_table_and_plot(quick_precision: Path) -> None:
 
 
 def test_a_diverging_run_and_one_without_the_kernel_are_rejected(monkeypatch) -> None:
-    monkeypatch.setattr(training_runs, "STEPS_OF_A_MEAN", 1)
-    setting = training_runs.SETTINGS[0]
+    run = (training_runs.REFERENCE, training_runs.FROM_SCRATCH, 0, 1, "cpu", True)
     with monkeypatch.context() as patch:
         patch.setattr(training_runs, "mean_loss", lambda *_: mx.array(math.nan))
-        with pytest.raises(training_runs.Rejected, match="float32: fused diverged"):
-            training_runs.train(setting, 1, "cpu", is_small=True)
+        with pytest.raises(training_runs.Rejected, match="float32: fused, from scratch, diverged"):
+            training_runs.train(*run)
     backend = property(lambda _: "stock (of the test)")
     monkeypatch.setattr(training_runs.fused.AdamW, "backend", backend)
     with pytest.raises(training_runs.Rejected, match=r"updated by stock \(of the test\)"):
-        training_runs.train(setting, 1, "cpu", is_small=True)
+        training_runs.train(*run)
 
 
 def test_precision_with_a_rejected_run_fails_and_is_not_published(monkeypatch, capsys) -> None:

@@ -171,8 +171,8 @@ def test_shell_snippets_name_what_is_there(document: str) -> None:
                 assert module in FOREIGN_MODULES or importlib.util.find_spec(module), command
         if words[:3] == ["python", "-m", "mlx_fused_adam"]:
             ours = itertools.takewhile(lambda word: word != "-m", words[3:])
-            source = text_of("python/mlx_fused_adam/__main__.py")
-            source += text_of("python/mlx_fused_adam/_tools/run.py")
+            tools = ("__main__", "_tools/run", "_tools/plan")
+            source = "".join(text_of(f"python/mlx_fused_adam/{tool}.py") for tool in tools)
             for word in ours:
                 assert not word.startswith("--") or f'"{word}"' in source, command
         if words[0] == "pytest":

@@ -181,21 +181,22 @@ def test_headline_has_three_optimizers_of_bfloat16() -> None:
     assert "| 100 % |" in lines[2]
 
 
-def test_options_have_the_noise_of_seeds_and_the_time_over_fused() -> None:
+def test_options_have_the_spread_of_seeds_and_the_time_over_fused() -> None:
     def training_run(name: str, loss: float, seed: int = 0) -> dict:
         return {
-            "dtype": "float32", "implementation": name, "seed": seed, "final_loss": loss,
+            "dtype": "float32", "implementation": name, "regime": "from scratch", "seed": seed, "final_loss": loss,
             "parameter_bytes_per_parameter": 4, "state_bytes_per_parameter": 8,
         }  # fmt: skip
 
     runs = [
-        training_run(FUSED, 2.0),
+        training_run(FUSED, 2.02),
         training_run(FUSED, 1.98, seed=1),
-        training_run(CLIPPING, 2.01),
+        training_run(CLIPPING, 2.0301),
+        training_run(MLX, 2.222),
     ]
     case = record("SmolLM-135M", "float32", "autograd", **{FUSED: 1.0, CLIPPING: 1.5})
     lines = precision_tables.options({"runs": runs}, {"cases": [case]}).splitlines()[2:]
-    assert [line.split(" | ")[3] for line in lines] == ["+0.00 %", "+0.50 %", "± 1.00 %"]
+    assert [line.split(" | ")[3] for line in lines] == ["identical", "equal (+0.50 %)", "+10.00 %", "± 1.00 %"]
     assert lines[1].endswith("| 1.50 |") and lines[0].endswith("| 1.00 |")
 
 

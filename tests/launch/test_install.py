@@ -198,7 +198,7 @@ def test_who_wraps_the_classes_too_is_left_in_place(monkeypatch):
     [
         ({"max_gradnorm": 1.0}, TypeError, "unexpected keyword argument 'max_gradnorm'"),
         ({"learning_rate": 1e-3}, TypeError, "'learning_rate', which the code sets itself"),
-        ({"state_dtype": "int5"}, ValueError, "int5"),
+        ({"state_dtype": "int2"}, ValueError, "int2"),
         ({"bias_correction": "false"}, TypeError, "must be True or False"),
         ({"decay_filter": ["("]}, ValueError, "decay_filter"),
     ],

@@ -345,7 +345,7 @@ def test_an_option_that_nothing_took_is_said_at_the_end(script):
     "options, message",
     [
         ('{"max_grad_nrom": 1}', "unexpected keyword argument 'max_grad_nrom'"),
-        ('{"state_dtype": "int5"}', "int5"),
+        ('{"state_dtype": "int2"}', "int2"),
         ('{"learning_rate": 1}', "learning_rate"),
         ("[1]", "must be a JSON object"),
         (

@@ -1,15 +1,16 @@
-"""The table of bench/int8_state.py: errors of each way to store m and v in 8 bits."""
+"""The tables of bench/quantized_state.py: errors of each way to store m and v in 8 or 4 bits."""
 
 from typing import Any
 
-from .text import table
+from .text import percent, table
 
-CHOSEN = '`state_dtype="int8"`'
+CHOSEN = {bits: f'`state_dtype="int{bits}"`' for bits in (8, 4)}
 
 
 def columns_and_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     candidates = found["candidates"]
-    sources = list(candidates[CHOSEN]["mean_error"])
+    first = next(iter(candidates.values()))
+    sources, regimes = list(first["mean_error"]), list(first.get("over_float32", ()))
     rows = [
         [
             name,
@@ -17,11 +18,12 @@ def columns_and_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]
             _times(x["worst_update"]),
             f"{x['v_after_ones']:.4f}",
             f"{x['update_without_gradient']:.2g}",
+            *(percent(x["over_float32"][regime], digits=1, sign="+") for regime in regimes),
         ]
         for name, x in candidates.items()
     ]
     last = ["worst update", "v after 1s", "update without gradient"]
-    return ["stored as", *sources, *last], rows
+    return ["stored as", *sources, *last, *(f"loss, {name}" for name in regimes)], rows
 
 
 def markdown(found: dict[str, Any]) -> str:

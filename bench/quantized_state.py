@@ -1,8 +1,10 @@
-"""Compares ways to store m and v in 8 bits: `pip install '.[bench]' && python bench/int8_state.py`.
+"""Compares ways to store m and v in 8 or 4 bits: `pip install '.[bench]' && python bench/quantized_state.py`.
 
 m and v are stored in each candidate after every step, and the update m / (sqrt(v) + eps) of float32 arithmetic is
-compared with float64's, on gradients recorded from training and on synthetic ones (accuracy/gradients.py). `--publish`
-writes bench/results/int8_state.json and the table in docs/state-codes.md, in about ten minutes.
+compared with float64's, on gradients recorded from training and on synthetic ones (accuracy/gradients.py). In 4 bits,
+where noise is no longer small, a model is trained with each too (accuracy/stored_training.py). `--publish` writes
+bench/results/int8_state.json or, with `--bits 4`, int4_state.json, and a table in docs/state-codes.md, in about ten
+minutes each.
 """
 
 import argparse
@@ -17,7 +19,7 @@ try:
     from rich.progress import track
     from rich.table import Table
 except ImportError as error:
-    sys.exit(f"int8_state.py: {error}; install what it needs with: pip install '.[bench]'")
+    sys.exit(f"quantized_state.py: {error}; install what it needs with: pip install '.[bench]'")
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__" and not __package__:
@@ -25,8 +27,10 @@ if __name__ == "__main__" and not __package__:
 
 from bench.accuracy import gradients as gradient_sources  # noqa: E402
 from bench.accuracy.storage import Storage, simulate_m, simulate_v  # noqa: E402
+from bench.accuracy.stored_training import REGIMES, held_out_loss  # noqa: E402
+from bench.accuracy.training_runs import Weights, train_before  # noqa: E402
 from bench.speed.reference import Settings, adam  # noqa: E402
-from bench.tables import documents, int8_state, text  # noqa: E402
+from bench.tables import documents, quantized_state, text  # noqa: E402
 
 EPS = 1e-8
 BETAS = (0.9, 0.999)
@@ -34,11 +38,11 @@ BETAS = (0.9, 0.999)
 BF16 = Storage("bfloat16")
 M = V = Storage("bent 4th power", "even")
 SOFTSIGN, SQUARE = Storage("softsign", scale="maximum"), Storage("square", scale="maximum")
-CHOSEN = int8_state.CHOSEN
-CANDIDATES: dict[str, tuple[Storage, Storage]] = {
+CHOSEN = quantized_state.CHOSEN
+IN_8_BITS: dict[str, tuple[Storage, Storage]] = {
     "bfloat16, nearest": (BF16, BF16),
     "bfloat16, v stochastic": (BF16, replace(BF16, rounding="random")),
-    CHOSEN: (M, V),
+    CHOSEN[8]: (M, V),
     "… fresh random numbers": (replace(M, rounding="random"), replace(V, rounding="random")),
     "… m to nearest": (replace(M, rounding="nearest"), V),
     "… both to nearest": (replace(M, rounding="nearest"), replace(V, rounding="nearest")),
@@ -51,6 +55,24 @@ CANDIDATES: dict[str, tuple[Storage, Storage]] = {
     "FlashOptim's: softsign, square": (SOFTSIGN, replace(SQUARE, keeps_nonzero=False)),
     "… where non-zero v stays so": (SOFTSIGN, SQUARE),
 }
+
+M4, V4 = Storage("4 bits", "even", "bf16"), Storage("4 bits", "even")
+IN_4_BITS: dict[str, tuple[Storage, Storage]] = {
+    CHOSEN[8]: (M, V),
+    CHOSEN[4]: (M4, V4),
+    "… m alone": (M4, V),
+    "… v alone": (M, V4),
+    "… fresh random numbers": (replace(M4, rounding="random"), replace(V4, rounding="random")),
+    "… both to nearest": (replace(M4, rounding="nearest"), replace(V4, rounding="nearest")),
+    "… powers of two as scales": (replace(M4, scale="power of 2"), V4),
+    "… bfloat16 scales": (M4, replace(V4, scale="bf16")),
+    "… squares, 4th powers": (replace(M4, table="4 bits, square"), replace(V4, table="4 bits, 4th power")),
+    "… v: shifted by 1": (M4, replace(V4, table="4 bits, shifted by 1")),
+    "… v: square": (M4, replace(V4, table="4 bits, square")),
+    "… v: float e3m1": (M4, replace(V4, table="4 bits, float e3m1")),
+}
+SIZES = {8: (1500, 40, 400, 400, 6000, 0), 4: (400, 10, 150, 150, 2000, 160)}
+CANDIDATES = {8: IN_8_BITS, 4: IN_4_BITS}
 
 
 def exact_updates(gradients: np.ndarray) -> np.ndarray:
@@ -109,7 +131,12 @@ def update_without_gradient(m: Storage, v: Storage, steps: int, beta1: float = B
     return total / (steps - settled)
 
 
-def measure(settings: dict[str, int], console: Console) -> dict[str, Any]:
+def losses(m: Storage, v: Storage, steps: int, start: Weights) -> dict[str, float]:
+    """The held-out loss after each regime."""
+    return {regime.name: held_out_loss(regime, m, v, steps, start) for regime in REGIMES}
+
+
+def measure(bits: int, settings: dict[str, int], console: Console) -> dict[str, Any]:
     """The content of the JSON file."""
     console.print("recording gradients of training")
     sources = gradient_sources.recorded(settings["recorded_steps"], settings["recorded_blocks"])
@@ -117,7 +144,12 @@ def measure(settings: dict[str, int], console: Console) -> dict[str, Any]:
     exact = {name: exact_updates(gradients) for name, gradients in sources.items()}
     found = {}
     constant_steps = settings["constant_steps"]
-    for name, (m, v) in track(CANDIDATES.items(), "candidates", console=console, transient=True):
+    training_steps = settings["training_steps"]
+    if bits == 4:
+        console.print("training before fine-tuning")
+        start = train_before(2 * training_steps, "cpu")
+        plain = losses(Storage("float32"), Storage("float32"), training_steps, start)
+    for name, (m, v) in track(CANDIDATES[bits].items(), "candidates", console=console, transient=True):
         of_sources = {k: errors(gradients, exact[k], m, v) for k, gradients in sources.items()}
         found[name] = {
             "mean_error": {k: x["mean"] for k, x in of_sources.items()},
@@ -125,11 +157,14 @@ def measure(settings: dict[str, int], console: Console) -> dict[str, Any]:
             "v_after_ones": limit_of_v(v, constant_steps),
             "update_without_gradient": update_without_gradient(m, v, 2 * constant_steps),
         }
+        if bits == 4:
+            found[name]["over_float32"] = {k: x / plain[k] - 1 for k, x in losses(m, v, training_steps, start).items()}
     return {"settings": settings, "candidates": found}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="int8_state.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="quantized_state.py", description=__doc__)
+    parser.add_argument("--bits", type=int, choices=[8, 4], default=8)
     parser.add_argument("--quick", action="store_true", help="few steps and blocks: a trial")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the results")
     parser.add_argument("--publish", action="store_true", help="write the published files")
@@ -137,16 +172,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick and options.publish:
         parser.error("--publish needs a whole run, not --quick")
     if options.publish:
-        options.json = documents.RESULTS / "int8_state.json"
-    names = ("steps", "blocks", "recorded_steps", "recorded_blocks", "constant_steps")
-    sizes = (20, 2, 6, 30, 20) if options.quick else (1500, 40, 400, 400, 6000)
+        options.json = documents.RESULTS / f"int{options.bits}_state.json"
+    names = ("steps", "blocks", "recorded_steps", "recorded_blocks", "constant_steps", "training_steps")
+    sizes = (20, 2, 6, 30, 20, 2) if options.quick else SIZES[options.bits]
     console = Console()
     console.width = max(console.width, 180)  # a column for each source
-    found = measure(dict(zip(names, sizes, strict=True)), console)
-    columns, rows = int8_state.columns_and_rows(found)
+    found = measure(options.bits, dict(zip(names, sizes, strict=True)), console)
+    columns, rows = quantized_state.columns_and_rows(found)
     shown = Table(*columns)
     for row in rows:
-        shown.add_row(*row, style="bold" if row[0] == CHOSEN else "")
+        shown.add_row(*row, style="bold" if row[0] == CHOSEN[options.bits] else "")
     console.print(shown)
     if options.json:
         text.save_json(options.json, found)
