@@ -478,7 +478,8 @@ def _fitting_state(path: Path, read: dict[str, Any], optimizer: Any) -> dict[str
     unknown = found.keys() - known.keys() or fit.unused
     for names, got in ((missing, "none"), (unknown, "one that the optimizer lacks")):
         if names:
-            _reject(path, f"the optimizer's state of {min(names)}", got)
+            way = "load it before init, which takes the file's parameters first and then others"
+            _reject(path, f"the optimizer's state of {min(names)}", f"{got}; {way}")
     fitting = by_name(fit.state)
     for name in sorted(known):
         own_shape, found_shape = shapes_of(name)

@@ -152,14 +152,14 @@ class Step(NamedTuple):
         for i, (parameter, state) in enumerate(zip(leaves.parameters, leaves.states, strict=True)):
             if reason := options.why_not(parameter):
                 raise ValueError(f"[{options.op}] parameter of {name(i)} {reason}")
-            if not options.has_correction(parameter):
-                continue
-            if "remainder" not in state:
+            has_correction = options.has_correction(parameter)
+            if has_correction != ("remainder" in state):
+                wanted, got = ("a", "none") if has_correction else ("no", f"one beside {parameter.dtype}")
                 raise ValueError(
-                    f"[{options.op}] state of {name(i)} must hold a remainder for master_weights but "
-                    "got none: call init(parameters) after a change of parameters' dtypes"
+                    f"[{options.op}] state of {name(i)} must hold {wanted} remainder for master_weights but "
+                    f"got {got}: call init(parameters) after a change of parameters' dtypes"
                 )
-            if state["remainder"].dtype != options.correction_dtype:
+            if has_correction and state["remainder"].dtype != options.correction_dtype:
                 raise ValueError(
                     f"[{options.op}] remainder of {name(i)} must be {options.correction_dtype} for "
                     f"master_weight_bits={options.master_weight_bits} but got {state['remainder'].dtype}: call "

@@ -242,6 +242,18 @@ def test_a_rule_for_single_parameters_is_refused_where_it_would_need_paths():
     assert optimizer.step.item() == 0
 
 
+@pytest.mark.parametrize(("before", "after"), [(mx.float32, mx.bfloat16), (mx.bfloat16, mx.float32)], ids=str)
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+def test_parameters_of_another_dtype_need_init_with_master_weights(before, after):
+    optimizer = fused.AdamW(1e-2, master_weights=True)
+    train(optimizer, tree(0, before), [1])
+    with pytest.raises(ValueError, match=r"\[AdamW\] state of . must hold .* remainder .* but got .* call init"):
+        train(optimizer, tree(0, after), [2])
+    optimizer.init(tree(0, after))
+    train(optimizer, tree(0, after), [2])
+    assert ("remainder" in optimizer.state["b"]) is (after == mx.bfloat16)
+
+
 def test_a_subclass_may_have_its_own_init():
     class Own(fused.Adam):
         def init(self, parameters):

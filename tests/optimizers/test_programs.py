@@ -160,8 +160,8 @@ CONTAINERS: dict[str, Callable[..., list]] = {
     "ints": lambda *words: [int(x) if x.isdigit() else x for x in words],
     "digits": lambda *words: list(words),
     "flat": lambda *words: [".".join(words)],  # no levels, but dots in keys
-    # The names of moments, and two parameters with one path.
-    "odd": lambda *words: {"norm": ["m"], "head": ["v", "", "weight"], "embed": ["blocks.1", "weight"]}.get(
+    # The names of moments, an empty one, and a dot.
+    "odd": lambda *words: {"norm": ["m"], "head": ["v", "", "weight"], "embed": ["a.0", "weight"]}.get(
         words[0], list(words)
     ),
 }
@@ -293,8 +293,6 @@ class Programs(RuleBasedStateMachine):
             drawn["stochastic_rounding"] = None
         if not self.has_exact_scalars:
             drawn["bias_correction"] = False
-        if containers == "odd" and dtypes == "mixed":
-            dtypes = "bfloat16"  # stock_state knows dtypes by path
         if drawn["adds"] == "a rule":
             drawn |= {"max_grad_norm": None, "skip_nonfinite": False}
             decay_filter = "none"
