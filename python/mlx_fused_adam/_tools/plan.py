@@ -55,7 +55,10 @@ CHOICES = [
     Choice("float32", {"state_dtype": "int8"}),
     Choice("bfloat16", {"master_weights": True, "state_dtype": "int8"}),
     Choice("bfloat16", {}),
+    Choice("bfloat16", {"master_weights": True, "master_weight_bits": 24, "state_dtype": "int8"}),
     Choice("bfloat16", {"state_dtype": "int8"}),
+    Choice("bfloat16", {"master_weights": True, "master_weight_bits": 24, "state_dtype": "int4"}),
+    Choice("bfloat16", {"state_dtype": "int4"}),
 ]
 
 
