@@ -159,9 +159,10 @@ class Step(NamedTuple):
                     f"[{options.op}] state of {name(i)} must hold {wanted} remainder for master_weights but "
                     f"got {got}: call init(parameters) after a change of parameters' dtypes"
                 )
-            if has_correction and state["remainder"].dtype != options.correction_dtype:
+            correction = state.get("remainder")
+            if isinstance(correction, mx.array) and correction.dtype != options.correction_dtype:
                 raise ValueError(
                     f"[{options.op}] remainder of {name(i)} must be {options.correction_dtype} for "
-                    f"master_weight_bits={options.master_weight_bits} but got {state['remainder'].dtype}: call "
+                    f"master_weight_bits={options.master_weight_bits} but got {correction.dtype}: call "
                     "init(parameters) to convert it"
                 )

@@ -131,8 +131,8 @@ ROUNDED = {
 }
 # Which of ROUNDED, which results are rounded stochastically, the text replaced and the replacement.
 PLANTED_IN_ROUNDING = {
-    "one draw for a run": ("linear", ALL, "element_rounding(step.rounding, element + k)",
-        "element_rounding(step.rounding, element)"),
+    "one draw for a run": ("linear", ALL, "element_rounding(step.rounding, at.element + k)",
+        "element_rounding(step.rounding, at.element)"),
     "one draw for single elements": ("linear, unaligned", ALL, "first_element + element)", "first_element)"),
     "one number for a group": ("group", ALL, "args.numbers[which]", "args.numbers[0]"),
     "column for element of a tile": ("tiled", ALL, "!= 0, uint(element))", "!= 0, column)"),
