@@ -1,7 +1,7 @@
 """A Llama-type model with random weights, its tokenizer and some text, in files as mlx-lm reads them; nothing is
 downloaded.
 
-For tests and for finetuning.py. Run: python bench/llama_files.py FOLDER [--size tiny|smollm-135m] [--dtype
+For tests and for finetuning.py. Run: python bench/llama_files.py FOLDER [--size tiny|smollm-135m|llama-3.2-1b] [--dtype
 float32|bfloat16]. Needs pip install '.[integration]'.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 try:
     from mlx_lm.models import llama
@@ -24,23 +24,24 @@ try:
 except ImportError as error:
     sys.exit(f"llama_files.py: {error}; install what it needs with: pip install '.[cpu,integration]'")
 
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(ROOT)  # run as a script: import the package `bench`, not its modules
+
+from bench.speed.shapes import LLAMA3_2_1B, SMOLLM_135M, LlamaSizes  # noqa: E402
+
 _BYTES = 256
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=_BYTES + 2,
-    ),
-    "smollm-135m": dict(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=49152,
-    ),
-}  # fmt: skip
+SIZES = {
+    "tiny": LlamaSizes(_BYTES + 2, 64, 160, 2, 4, 2, 16),
+    "smollm-135m": SMOLLM_135M,
+    "llama-3.2-1b": LLAMA3_2_1B,
+}
 _WORDS = "one pass over memory in place and safe by default the gradient of each parameter".split()
 
 
-def write_model(folder: Path, size: str, dtype: str, seed: int = 0) -> None:
-    """A model and a tokenizer whose tokens are bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
+def model_of(size: str, dtype: str, seed: int = 0) -> tuple[llama.Model, dict[str, Any]]:
+    """A model, not yet evaluated, and its configuration."""
+    sizes = SIZES[size]
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -51,13 +52,27 @@ def write_model(folder: Path, size: str, dtype: str, seed: int = 0) -> None:
         "bos_token_id": _BYTES,
         "eos_token_id": _BYTES + 1,
         "torch_dtype": dtype,
-        **SIZES[size],
+        "hidden_size": sizes.dims,
+        "intermediate_size": sizes.feed_forward,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dims,
+        "vocab_size": sizes.vocabulary,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(config))
-    weights = tree_map(lambda x: x.astype(getattr(mx, dtype)), model.parameters())
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(weights)), metadata={"format": "mlx"})
+    model.set_dtype(getattr(mx, dtype))
+    return model, config
+
+
+def write_model(folder: Path, size: str, dtype: str) -> None:
+    """A model and a tokenizer whose tokens are bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, config = model_of(size, dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)} | {
         "<s>": _BYTES,

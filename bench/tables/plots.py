@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-from . import names
+from . import finetuning, names
 from .metrics import Case, measured
 from .speed import Results, machine_text, updates
 from .text import bytes_text, percent, seconds_text
@@ -22,7 +22,7 @@ COLOURS = {
     names.MLX_COMPILED: "#555555",
     names.COPY: "#000000",
 }
-OPTION_COLOUR = "#009e73"
+PART_COLOURS = {"weights": "#999999", "state": "#0072b2", "gradients": "#e69f00", "activations": "#009e73"}
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -136,47 +136,40 @@ def _line(axes: Any, points: list[tuple[float, float]], **style: Any) -> None:
 
 
 def save_finetuning(path: Path, results: dict[str, Any]) -> None:
-    """Peak memory of mlx-lm's full fine-tuning, a bar for each optimizer whose bytes differ."""
+    """Peak memory of mlx-lm's full fine-tuning, a bar of its parts for each optimizer."""
     settings, machine = results["settings"], results["machine"]
-    dtypes = list(dict.fromkeys(row["dtype"] for row in results["rows"]))
+    cases = list(dict.fromkeys((row["model"], row["dtype"]) for row in results["rows"]))
+    groups = [[row for row in results["rows"] if (row["model"], row["dtype"]) == case] for case in cases]
     plot, all_axes = plt.subplots(
-        len(dtypes), 1, figsize=(8, 5.4), layout="constrained", sharex=True, squeeze=False,
-        height_ratios=[len(_distinct(results, dtype)) for dtype in dtypes],
+        len(cases), 1, figsize=(8, 0.9 * len(cases) + 0.36 * len(results["rows"]) + 1), layout="constrained",
+        squeeze=False, height_ratios=[len(rows) + 1 for rows in groups],
     )  # fmt: skip
-    for axes, dtype in zip(all_axes[:, 0], dtypes, strict=True):
-        rows = _distinct(results, dtype)
-        base = next(row["peak_bytes"] for row in rows if row["implementation"] == names.MLX)
+    for axes, (model, dtype), rows in zip(all_axes[:, 0], cases, groups, strict=True):
         for y, row in enumerate(rows):
-            name, peak = row["implementation"], row["peak_bytes"]
-            axes.barh(y, peak / 1e9, 0.72, color=COLOURS.get(name, OPTION_COLOUR))
-            axes.text(peak / 1e9, y, f" {bytes_text(peak)}, {percent(peak / base)}", va="center")
-        labels = [_label(row["implementation"]) for row in rows]
-        axes.set_yticks(range(len(rows)), labels)
+            start = 0.0
+            for part, colour in PART_COLOURS.items():
+                length = max(0, row["parts"][part]) / 1e9
+                axes.barh(y, length, 0.72, left=start, color=colour, label=None if y else part)
+                start += length
+            note = f" {bytes_text(row['peak_bytes'])}, {percent(finetuning.share(row, results))}"
+            axes.text(start, y, note, va="center")
+        axes.set_yticks(range(len(rows)), [_label(row["options"]) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_title(f"{dtype} parameters", fontsize=11, loc="left")
+        axes.set_title(f"{model}, {dtype}", fontsize=11, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.22)
+        axes.margins(x=0.25)
     all_axes[-1, 0].set_xlabel("GB; percentages: of mlx.optimizers")
+    plot.legend(*all_axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PART_COLOURS))
     plot.suptitle(
-        f"Peak memory of full fine-tuning, {settings['model']}\n"
+        f"Peak memory of full fine-tuning, batch 1, {settings['tokens']} tokens\n"
         f"mlx-lm {settings['mlx-lm']}, mlx {machine['versions']['mlx']}, device {machine['device']}",
         fontsize=12,
     )
-    plot.savefig(path, dpi=200)
+    plot.savefig(path, dpi=160)
     plt.close(plot)
 
 
-def _distinct(results: dict[str, Any], dtype: str) -> list[dict[str, Any]]:
-    """The rows of a dtype, without stochastic rounding, which takes no memory."""
-    return [
-        row
-        for row in results["rows"]
-        if row["dtype"] == dtype and not names.OPTIONS.get(row["implementation"], {}).get("stochastic_rounding")
-    ]
-
-
-def _label(name: str) -> str:
-    if name not in names.OPTIONS:
-        return {names.FUSED: "fused, default options"}.get(name, name)
-    code = names.as_code(names.OPTIONS[name]).replace("master_weights=True, ", "master_weights=True,\n")
-    return f"fused, {code}"
+def _label(options: dict[str, Any] | None) -> str:
+    if options is None:
+        return names.MLX
+    return f"fused, {names.as_code(options)}" if options else "fused, default options"

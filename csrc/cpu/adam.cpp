@@ -22,6 +22,8 @@ namespace {
 
 // Where a node costs less than this many row-major elements, waking another thread costs more than it saves.
 constexpr size_t kWorthThreads = 1 << 15;
+// In a chain, waiting for a node that costs less than this takes longer than its gradient's memory is worth.
+constexpr size_t kWorthWaiting = 1 << 18;
 
 // Waits until the stream's thread has done all that is queued. Only where that cannot depend on work that is yet to be
 // queued, that is with a single stream in the process, and where the caller waits for the results anyway.
@@ -128,7 +130,7 @@ void AdamUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
   donation.commit_and_release();
   // MLX queues up to a hundred operations ahead, and allocates their results as it does: in a chain the gradient is
   // released first.
-  bool is_large = update->cost >= kWorthThreads;
+  bool is_large = update->cost >= kWorthWaiting;
   update.reset();
   if (node_.is_chained && is_large) drain(outputs[0], stream());
 }

@@ -24,6 +24,10 @@ namespace {
 // Larger tensors get a node each: they gain nothing from company, and freeing them one by one keeps memory flat.
 constexpr size_t kLargestGrouped = 1 << 16;
 
+// Where a step's gradients take fewer bytes than this, a chain's nodes cost more time than they are worth: a step of many
+// tiny layers takes twice as long.
+constexpr size_t kWorthChain = 1 << 24;
+
 // m of 8 bits is int8.
 bool is_packed(const mx::array& m) { return m.dtype() == mx::uint8; }
 
@@ -217,6 +221,9 @@ UpdateOrder update_order(const std::vector<AdamTensor>& tensors, const AdamStep&
   std::iota(order.tensors.begin(), order.tensors.end(), 0);
   // Clipping and skipping need all gradients before the first update.
   if (step.gradient_scale || step.is_applied) return order;
+  size_t bytes = 0;
+  for (auto& tensor : tensors) bytes += tensor.gradient.nbytes();
+  if (bytes < kWorthChain) return order;
   Depths depths;
   std::vector<size_t> found;
   for (auto& tensor : tensors) found.push_back(depths.of(tensor.gradient));

@@ -172,10 +172,20 @@ def test_the_ranks_of_mlx_launch_train_as_one(models, tmp_path, monkeypatch):
     assert_same_bits(fused.weights, plain.weights)
 
 
-def test_the_benchmark_of_memory_runs_what_it_says(models):
-    peaks = {name: finetuning.peak_bytes(models["bfloat16"], 2, name) for name in (finetuning.MLX, finetuning.FUSED)}
-    # The self-check takes more than so small a model.
-    assert all(peak > 0 for peak in peaks.values())
+def test_the_benchmark_of_memory_runs_what_it_says(models, monkeypatch):
+    monkeypatch.setattr(finetuning, "CHOICES", [finetuning.CHOICES[-1]])
+    rows = finetuning.measure(finetuning.Console(quiet=True), finetuning.TRIAL)
+    assert [row["options"] for row in rows] == [None, finetuning.CHOICES[-1].options]
+    for row in rows:  # so small a model that the package's self-check, among "gradients", takes more
+        assert sum(row["parts"].values()) == row["peak_bytes"]
+        assert min(row["parts"].values()) > 0
+
+
+def test_the_benchmark_of_memory_counts_the_state_of_what_mlx_lm_trains(models, tmp_path):
+    trained = fine_tune(models["bfloat16"], tmp_path / "out", *WAYS["full"]).weights
+    counted = finetuning.stored_bytes("tiny", "bfloat16", {})
+    assert counted["state"] == 2 * sum(x.nbytes for x in trained.values()) + 12  # step and learning rate
+    assert counted["weights"] == sum(x.nbytes for x in mx.load(str(models["bfloat16"] / "model.safetensors")).values())
 
 
 def commands(document, heading):

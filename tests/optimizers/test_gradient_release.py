@@ -17,7 +17,7 @@ import mlx_fused_adam as fused
 from mlx.utils import tree_flatten, tree_map
 
 model, how, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
-count, size = {"wide": (6, 512), "deep": (40, 300), "deep, defined in reverse": (40, 300)}[model]
+count, size = {"wide": (6, 1024), "deep": (30, 420), "deep, defined in reverse": (30, 420)}[model]
 
 class Layers(nn.Module):
     def __init__(self):
