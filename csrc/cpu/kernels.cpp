@@ -2,8 +2,6 @@
 // instruction set, with FUSED_ADAM_ISA naming it, FUSED_ADAM_HALF_HEADER its float16 conversions and
 // FUSED_ADAM_VECTOR_BYTES the width of its vectors. No standard container or algorithm may enter here: an inline
 // function compiled for a newer instruction set could be the copy that the linker keeps for everyone.
-#include "cpu/kernels.h"
-
 #include <type_traits>
 
 #include "cpu/load_store.h"
@@ -18,6 +16,7 @@ namespace {
 template <Format format>
 struct AllIn {
   static constexpr Format parameter = format, gradient = format, m = format, v = format;
+  static constexpr bool is_quantized() { return false; }
 };
 
 FUSED_ADAM_INLINE bool rounds(const TensorRounding& rounding, unsigned result) {
@@ -71,11 +70,18 @@ FUSED_ADAM_INLINE void update_chunk(const RunPointers& run, std::size_t at, std:
   store_chunk<count>(new_v, run.new_v, formats.v, at, state_bits(rounds(rounding, kRoundV), 0));
 }
 
+// Compiled once, where a run has few chunks.
 template <typename Formats>
-__attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::size_t at, std::size_t count,
-                                                  std::size_t element, const Formats& formats,
-                                                  AdamScalars<float> scalars, AdamConstants constants,
-                                                  const TensorRounding& rounding) {
+__attribute__((noinline)) void update_one_chunk(const RunPointers& run, std::size_t at, std::size_t element,
+                                                const Formats& formats, AdamScalars<float> scalars,
+                                                AdamConstants constants, const TensorRounding& rounding) {
+  update_chunk<kChunk>(run, at, element, formats, scalars, constants, rounding);
+}
+
+template <typename Formats>
+void update_short_chunk(const RunPointers& run, std::size_t at, std::size_t count, std::size_t element,
+                        const Formats& formats, AdamScalars<float> scalars, AdamConstants constants,
+                        const TensorRounding& rounding) {
   PaddedChunk parameter, gradient, m, v;
   RunPointers padded = {parameter.load(run.parameter, formats.parameter, at, count),
                         gradient.load(run.gradient, formats.gradient, at, count),
@@ -84,45 +90,50 @@ __attribute__((noinline)) void update_short_chunk(const RunPointers& run, std::s
                         parameter.target(run.new_parameter, formats.parameter, at),
                         m.target(run.new_m, formats.m, at),
                         v.target(run.new_v, formats.v, at)};
-  update_chunk<kChunk>(padded, 0, element, formats, scalars, constants, rounding);
+  update_one_chunk(padded, 0, element, formats, scalars, constants, rounding);
   parameter.store(run.new_parameter, formats.parameter, at, count);
   m.store(run.new_m, formats.m, at, count);
   v.store(run.new_v, formats.v, at, count);
 }
 
-template <std::size_t most, typename Formats>
-FUSED_ADAM_INLINE void update_as(const RunPointers& run, std::size_t first, std::size_t n, const Formats& formats,
-                                 AdamScalars<float> scalars, AdamConstants constants, const TensorRounding& rounding) {
+// An update of chunks of up to `most` elements, whose rounding of `results` is known when the kernel is compiled.
+// Never inlined: in one function with others, a loop is compiled worse.
+template <std::size_t most, unsigned results, typename Formats>
+__attribute__((noinline)) void update_as(const RunPointers& run, std::size_t first, std::size_t n,
+                                         const Formats& formats, AdamScalars<float> scalars, AdamConstants constants,
+                                         const TensorRounding& given) {
+  unsigned advance = formats.is_quantized() ? given.advance : 0u;
+  TensorRounding rounding{results, given.parameter_key, given.state_key, advance};
   std::size_t at = 0;
-  for (; most > kChunk && at + most <= n; at += most) {
+  for (; at + most <= n; at += most) {
     update_chunk<most>(run, at, first + at, formats, scalars, constants, rounding);
   }
   for (; at + kChunk <= n; at += kChunk) {
-    update_chunk<kChunk>(run, at, first + at, formats, scalars, constants, rounding);
+    update_one_chunk(run, at, first + at, formats, scalars, constants, rounding);
   }
   if (at < n) {
     update_short_chunk(run, at, n - at, first + at, formats, scalars, constants, rounding);
   }
 }
 
-// The requests of the options are known when the kernel is compiled.
-template <typename Formats>
-FUSED_ADAM_INLINE void update_pairs(const RunPointers& run, std::size_t first, std::size_t n, const Formats& formats,
-                                    AdamScalars<float> scalars, AdamConstants constants,
-                                    const TensorRounding& rounding) {
-  auto with = [&](unsigned results) FUSED_ADAM_INLINE_LAMBDA {
-    TensorRounding known{results, rounding.parameter_key, rounding.state_key, 0u};
-    update_as<kChunk>(run, first, n, formats, scalars, constants, known);
-  };
+// The cases are all that options and formats ask for.
+template <std::size_t most, typename Formats>
+FUSED_ADAM_INLINE void update_with(const RunPointers& run, std::size_t first, std::size_t n, const Formats& formats,
+                                   AdamScalars<float> scalars, AdamConstants constants,
+                                   const TensorRounding& rounding) {
   switch (rounding.results) {
     case 0:
-      return with(0);
+      return update_as<most, 0>(run, first, n, formats, scalars, constants, rounding);
+    case kRoundParameter:
+      return update_as<most, kRoundParameter>(run, first, n, formats, scalars, constants, rounding);
     case kRoundV:
-      return with(kRoundV);
+      return update_as<most, kRoundV>(run, first, n, formats, scalars, constants, rounding);
+    case kRoundM | kRoundV:
+      return update_as<most, kRoundM | kRoundV>(run, first, n, formats, scalars, constants, rounding);
+    case kRoundParameter | kRoundV:
+      return update_as<most, kRoundParameter | kRoundV>(run, first, n, formats, scalars, constants, rounding);
     case kRoundParameter | kRoundM | kRoundV:
-      return with(kRoundParameter | kRoundM | kRoundV);
-    default:
-      return with(rounding.results);
+      return update_as<most, kRoundParameter | kRoundM | kRoundV>(run, first, n, formats, scalars, constants, rounding);
   }
 }
 
@@ -134,15 +145,15 @@ void update(const RunPointers& run, std::size_t first, std::size_t n, const Tens
     return formats.parameter == parameter && formats.gradient == gradient && formats.m == state && formats.v == state;
   };
   if (are(f32, f32, f32)) {
-    update_as<kChunk>(run, first, n, AllIn<f32>(), scalars, constants, TensorRounding{});
+    update_as<kChunk, 0>(run, first, n, AllIn<f32>(), scalars, constants, rounding);
   } else if (are(bf16, bf16, bf16)) {
-    update_pairs(run, first, n, InPairs<bf16, bf16>(), scalars, constants, rounding);
+    update_with<kChunk>(run, first, n, InPairs<bf16, bf16>(), scalars, constants, rounding);
   } else if (are(f16, f16, bf16)) {
-    update_pairs(run, first, n, InPairs<f16, f16>(), scalars, constants, rounding);
+    update_with<kChunk>(run, first, n, InPairs<f16, f16>(), scalars, constants, rounding);
   } else if (are(split, bf16, bf16)) {
-    update_pairs(run, first, n, InPairs<split, bf16>(), scalars, constants, rounding);
+    update_with<kChunk>(run, first, n, InPairs<split, bf16>(), scalars, constants, rounding);
   } else {
-    update_as<4 * kChunk>(run, first, n, formats, scalars, constants, rounding);
+    update_with<4 * kChunk>(run, first, n, formats, scalars, constants, rounding);
   }
 }
 

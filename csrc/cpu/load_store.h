@@ -6,17 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/vectors.h"
+//
 #include "cpu/kernels.h"
 #include FUSED_ADAM_HALF_HEADER
-
-#define FUSED_ADAM_INLINE inline __attribute__((always_inline))
-#define FUSED_ADAM_INLINE_LAMBDA __attribute__((always_inline))
-
-#if defined(__clang__)
-#define FUSED_ADAM_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FUSED_ADAM_VECTORIZE _Pragma("GCC ivdep")
-#endif
 
 namespace fused_adam::cpu {
 namespace {
@@ -51,46 +44,21 @@ FUSED_ADAM_INLINE void load_joined(Source from, std::size_t at, float* buffer, J
   for (std::size_t i = 0; i < count; ++i) buffer[i] = join_one(values[i], corrections[i]);
 }
 
-// A block's values of 4 bits, two to a byte, and as a byte each. Spelled out, since compilers do not vectorise it; by
-// whole vectors, since what is read at once had better been written so.
-typedef std::uint8_t Packed __attribute__((vector_size(kChunk / 2)));
-typedef std::uint8_t Bytes __attribute__((vector_size(kChunk)));
-
-FUSED_ADAM_INLINE void unpack(const char* values, std::uint8_t* to) {
-  Packed both;
-  __builtin_memcpy(&both, values, sizeof both);
-  Packed first = both & 0xF, second = both >> 4;
-  Bytes bytes = __builtin_shufflevector(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,  //
-                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  __builtin_memcpy(to, &bytes, sizeof bytes);
-}
-
-FUSED_ADAM_INLINE void pack(const std::uint8_t* from, char* values) {
-  Bytes bytes;
-  __builtin_memcpy(&bytes, from, sizeof bytes);
-  Packed first = __builtin_shufflevector(bytes, bytes, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  Packed second = __builtin_shufflevector(bytes, bytes, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  first |= second << 4;
-  __builtin_memcpy(values, &first, sizeof first);
-}
-
-// Where a block's quantized values are, a byte each: in place, or those of 4 bits in the buffer.
-template <unsigned bits>
-FUSED_ADAM_INLINE const char* block_bytes(const char* values, std::uint8_t* buffer) {
-  if constexpr (bits == 8) return values;
-  unpack(values, buffer);
-  return reinterpret_cast<const char*>(buffer);
-}
-
 // Loads quantized values by `load_one(q, scale)`, block by block.
 template <std::size_t count, unsigned bits, typename Quantized, typename LoadOne>
 FUSED_ADAM_INLINE void load_quantized(Source from, std::size_t at, float* buffer, LoadOne load_one) {
   for (std::size_t block = 0; block < count; block += kChunk) {
-    alignas(64) std::uint8_t bytes[kChunk];
-    auto quantized = as<Quantized>(block_bytes<bits>(from.values + (at + block) * bits / 8, bytes));
     float scale = load_bfloat16(as<std::uint16_t>(from.auxiliary)[(at + block) / kChunk]);
-    FUSED_ADAM_VECTORIZE
-    for (std::size_t i = 0; i < kChunk; ++i) buffer[block + i] = load_one(quantized[i], scale);
+    for (std::size_t i = 0; i < kChunk; i += kLanes) {
+      auto values = as<Quantized>(from.values + (at + block + i) * bits / 8);
+      Ints q;
+      if constexpr (bits == 8) {
+        q = widen(values);
+      } else {
+        q = unpack(values);
+      }
+      store_vector(buffer + block + i, load_one(q, scale));
+    }
   }
 }
 
@@ -116,16 +84,18 @@ FUSED_ADAM_INLINE const float* load_chunk(Source from, Format format, std::size_
       load_joined<count, std::int8_t>(from, at, buffer, [](int upper, int lower) { return join_24(upper, lower); });
       return buffer;
     case Format::int8:
-      load_quantized<count, 8, std::int8_t>(from, at, buffer, [](int q, float scale) { return load_int8(q, scale); });
+      load_quantized<count, 8, std::int8_t>(from, at, buffer, [](Ints q, float scale) { return load_int8(q, scale); });
       return buffer;
     case Format::uint8:
-      load_quantized<count, 8, std::uint8_t>(from, at, buffer, [](int q, float scale) { return load_uint8(q, scale); });
+      load_quantized<count, 8, std::uint8_t>(from, at, buffer,
+                                             [](Ints q, float scale) { return load_uint8(q, scale); });
       return buffer;
     case Format::int4:
-      load_quantized<count, 4, std::uint8_t>(from, at, buffer, [](int q, float scale) { return load_int4(q, scale); });
+      load_quantized<count, 4, std::uint8_t>(from, at, buffer, [](Ints q, float scale) { return load_int4(q, scale); });
       return buffer;
     case Format::uint4:
-      load_quantized<count, 4, std::uint8_t>(from, at, buffer, [](int q, float scale) { return load_uint4(q, scale); });
+      load_quantized<count, 4, std::uint8_t>(from, at, buffer,
+                                             [](Ints q, float scale) { return load_uint4(q, scale); });
       return buffer;
   }
   return buffer;
@@ -160,52 +130,9 @@ FUSED_ADAM_INLINE void store_split(Target to, std::size_t at, SplitOne split_one
   for (std::size_t i = 0; i < count; ++i) corrections[i] = Correction(lowers[i]);
 }
 
-// Stores a block's quantized values, of which those of 4 bits must be no larger.
-template <unsigned bits, typename StoreOne>
-FUSED_ADAM_INLINE void store_block(char* to, StoreOne store_one) {
-  if constexpr (bits == 8) {
-    store_each<kChunk>(as<std::uint8_t>(to), store_one);
-  } else {
-    alignas(64) std::uint8_t bytes[kChunk];
-    store_each<kChunk>(bytes, store_one);
-    pack(bytes, to);
-  }
-}
-
 // Where a chunk's float32 results go, before store_chunk.
 FUSED_ADAM_INLINE float* chunk_target(Target to, Format format, std::size_t at, float* buffer) {
   return format == Format::float32 ? as<float>(to.values) + at : buffer;
-}
-
-// In two loops, since compilers do not vectorise a maximum of what is chosen.
-FUSED_ADAM_INLINE std::uint32_t largest_magnitude(const float* x) {
-  alignas(64) std::uint32_t magnitudes[kChunk];
-  FUSED_ADAM_VECTORIZE
-  for (std::size_t i = 0; i < kChunk; ++i) magnitudes[i] = block_magnitude(x[i]);
-  std::uint32_t largest = 0;
-  FUSED_ADAM_VECTORIZE
-  for (std::size_t i = 0; i < kChunk; ++i) {
-    largest = magnitudes[i] > largest ? magnitudes[i] : largest;
-  }
-  return largest;
-}
-
-// Stores the scales of all blocks first, by `scale_of(largest magnitude)`; then values by `store_one(i, inverse
-// scale)`.
-template <std::size_t count, unsigned bits, typename ScaleOf, typename StoreOne>
-FUSED_ADAM_INLINE void store_quantized(const float* x, Target to, std::size_t at, ScaleOf scale_of,
-                                       StoreOne store_one) {
-  float inverses[count / kChunk];
-  for (std::size_t block = 0; block < count / kChunk; ++block) {
-    BlockScale scale = scale_of(largest_magnitude(x + block * kChunk));
-    as<std::uint16_t>(to.auxiliary)[at / kChunk + block] = std::uint16_t(scale.stored);
-    inverses[block] = scale.inverse;
-  }
-  for (std::size_t block = 0; block < count / kChunk; ++block) {
-    float inverse = inverses[block];
-    store_block<bits>(to.values + (at + block * kChunk) * bits / 8,
-                      [=](std::size_t i) { return store_one(block * kChunk + i, inverse); });
-  }
 }
 
 // How a chunk's values are rounded: stochastically, if there are bits for its elements.
@@ -215,7 +142,47 @@ struct ChunkRounding {
   unsigned advance = 0;
 
   FUSED_ADAM_INLINE Rounding operator[](std::size_t i) const { return {true, random_half(random[i], shift, advance)}; }
+
+  // Of the elements of a vector from `i` on.
+  FUSED_ADAM_INLINE RoundingOf<Words> vector(std::size_t i) const {
+    if (!random) return {false, Words{}};
+    return {true, random_half(load_vector<Words>(random + i), shift, advance)};
+  }
 };
+
+// The largest magnitude of a block, NaN left out: magnitudes are moved up so that NaN, past infinity, is negative.
+FUSED_ADAM_INLINE std::uint32_t largest_magnitude(const float* x) {
+  constexpr std::uint32_t move = 0x7FFFFFFFu - 0x7F800000u;
+  Ints largest = Ints{};
+  for (std::size_t i = 0; i < kChunk; i += kLanes) {
+    Ints moved = as_signed((bits_of(load_vector<Floats>(x + i)) & 0x7FFFFFFFu) + move);
+    largest = moved > largest ? moved : largest;
+  }
+  std::uint32_t most = std::uint32_t(largest_lane(largest));
+  return most > move ? most - move : 0u;
+}
+
+// Stores the scales of all blocks first, by `scale_of(largest magnitude)`; then values by `store_one(x, inverse scale,
+// rounding)`.
+template <std::size_t count, unsigned bits, typename ScaleOf, typename StoreOne>
+FUSED_ADAM_INLINE void store_quantized(const float* x, Target to, std::size_t at, ChunkRounding rounding,
+                                       ScaleOf scale_of, StoreOne store_one) {
+  float inverses[count / kChunk];
+  for (std::size_t block = 0; block < count / kChunk; ++block) {
+    BlockScale scale = scale_of(largest_magnitude(x + block * kChunk));
+    as<std::uint16_t>(to.auxiliary)[at / kChunk + block] = std::uint16_t(scale.stored);
+    inverses[block] = scale.inverse;
+  }
+  for (std::size_t i = 0; i < count; i += kLanes) {
+    Ints q = store_one(load_vector<Floats>(x + i), inverses[i / kChunk], rounding.vector(i));
+    auto values = as<std::uint8_t>(to.values + (at + i) * bits / 8);
+    if constexpr (bits == 8) {
+      narrow(q, values);
+    } else {
+      pack(q, values);
+    }
+  }
+}
 
 template <std::size_t count>
 FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std::size_t at, ChunkRounding rounding) {
@@ -251,38 +218,22 @@ FUSED_ADAM_INLINE void store_chunk(const float* x, Target to, Format format, std
         store_split<count, std::uint8_t>(to, at, [=](std::size_t i) { return split_24(x[i], nearest); });
       }
       return;
-    case Format::int8: {
-      store_quantized<count, 8>(
-          x, to, at, [](std::uint32_t largest) { return scale_of_m8(largest); },
-          [=](std::size_t i, float inverse) {
-            return store_int8(x[i], inverse, rounding.random ? rounding[i] : nearest);
-          });
-      return;
-    }
-    case Format::uint8: {
-      store_quantized<count, 8>(
-          x, to, at, [](std::uint32_t largest) { return scale_of_v8(largest); },
-          [=](std::size_t i, float inverse) {
-            return store_uint8(x[i], inverse, rounding.random ? rounding[i] : nearest);
-          });
-      return;
-    }
-    case Format::int4: {
-      store_quantized<count, 4>(
-          x, to, at, [](std::uint32_t largest) { return scale_of_m4(largest); },
-          [=](std::size_t i, float inverse) {
-            return store_int4(x[i], inverse, rounding.random ? rounding[i] : nearest);
-          });
-      return;
-    }
-    case Format::uint4: {
-      store_quantized<count, 4>(
-          x, to, at, [](std::uint32_t largest) { return scale_of_v4(largest); },
-          [=](std::size_t i, float inverse) {
-            return store_uint4(x[i], inverse, rounding.random ? rounding[i] : nearest);
-          });
-      return;
-    }
+    case Format::int8:
+      return store_quantized<count, 8>(
+          x, to, at, rounding, [](std::uint32_t largest) { return scale_of_m8(largest); },
+          [](Floats x, float inverse, RoundingOf<Words> rounding) { return store_int8(x, inverse, rounding); });
+    case Format::uint8:
+      return store_quantized<count, 8>(
+          x, to, at, rounding, [](std::uint32_t largest) { return scale_of_v8(largest); },
+          [](Floats x, float inverse, RoundingOf<Words> rounding) { return store_uint8(x, inverse, rounding); });
+    case Format::int4:
+      return store_quantized<count, 4>(
+          x, to, at, rounding, [](std::uint32_t largest) { return scale_of_m4(largest); },
+          [](Floats x, float inverse, RoundingOf<Words> rounding) { return store_int4(x, inverse, rounding); });
+    case Format::uint4:
+      return store_quantized<count, 4>(
+          x, to, at, rounding, [](std::uint32_t largest) { return scale_of_v4(largest); },
+          [](Floats x, float inverse, RoundingOf<Words> rounding) { return store_uint4(x, inverse, rounding); });
   }
 }
 

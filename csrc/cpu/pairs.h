@@ -125,6 +125,7 @@ class Pairs<Format::float16> {
 template <Format of_parameter, Format of_gradient>
 struct InPairs {
   static constexpr Format parameter = of_parameter, gradient = of_gradient, m = Format::bfloat16, v = Format::bfloat16;
+  static constexpr bool is_quantized() { return false; }
 };
 
 template <std::size_t count, Format of_parameter, Format of_gradient>

@@ -26,7 +26,8 @@ namespace adam_math = std;
 
 namespace fused_adam {
 
-// Names for bits, no arithmetic.
+// Names for bits, no arithmetic. The CPU has these and the conversions below for vectors too (cpu/vectors.h), so that
+// templates serve both.
 ADAM_FUNCTION unsigned bits_of(float x) {
 #if defined(__METAL_VERSION__)
   return as_type<unsigned>(x);
@@ -46,5 +47,14 @@ ADAM_FUNCTION float float_of(unsigned u) {
   return x;
 #endif
 }
+
+ADAM_FUNCTION float to_float(int i) { return float(i); }
+
+// Towards zero.
+ADAM_FUNCTION int to_int(float x) { return int(x); }
+
+// Of two's complement.
+ADAM_FUNCTION unsigned as_unsigned(int i) { return unsigned(i); }
+ADAM_FUNCTION int as_signed(unsigned u) { return int(u); }
 
 }  // namespace fused_adam

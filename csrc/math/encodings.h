@@ -105,10 +105,13 @@ struct BlockScale {
   float inverse;
 };
 
+// F, I and U are float, int and unsigned, or vectors of such.
+
 // The bits of a magnitude, for the search of a block's largest: integers order as floats do. NaN is left out.
-ADAM_FUNCTION unsigned block_magnitude(float x) {
-  unsigned u = bits_of(x) & 0x7FFFFFFFu;
-  return u > 0x7F800000u ? 0u : u;
+template <typename F>
+ADAM_FUNCTION auto block_magnitude(F x) -> decltype(bits_of(x)) {
+  auto u = bits_of(x) & 0x7FFFFFFFu;
+  return u > 0x7F800000u ? u & 0u : u;
 }
 
 // The least power of two that is not below x.
@@ -121,8 +124,15 @@ ADAM_FUNCTION BlockScale scale_above(float x) {
 // The fourth power of x, made piecewise linear: linear between powers of 16. A float's bits, read as an integer, are its
 // logarithm made linear between powers of two, so four times the bits are those of the power. From 4 on it is linear
 // between integers too.
-ADAM_FUNCTION float piecewise_power(float x) { return float_of(4u * bits_of(x) - 0xBE800000u); }
-ADAM_FUNCTION float piecewise_root(float y) { return float_of((bits_of(y) >> 2) + 0x2FA00000u); }
+template <typename F>
+ADAM_FUNCTION F piecewise_power(F x) {
+  return float_of(4u * bits_of(x) - 0xBE800000u);
+}
+// Its inverse, as bits. Infinity and NaN have large ones.
+template <typename F>
+ADAM_FUNCTION auto piecewise_root(F y) -> decltype(bits_of(y)) {
+  return (bits_of(y) >> 2u) + 0x2FA00000u;
+}
 
 // From the bits of a block's largest magnitude: such that the largest level reaches it. More than 2^127 counts as that
 // for v, whose largest level might pass the largest float, and more than its root for m: where v has overflowed, an
@@ -131,37 +141,43 @@ ADAM_FUNCTION float capped(unsigned largest, unsigned cap) { return float_of(lar
 ADAM_FUNCTION float capped_m(unsigned largest) { return capped(largest, 0x5F000000u); }
 ADAM_FUNCTION float capped_v(unsigned largest) { return capped(largest, 0x7F000000u); }
 
-// The integer below or above a root from 4 to 512: the upper one with the probability that makes the mean of the powers
-// right, since the power is linear between them. Infinity and NaN have large roots.
-ADAM_FUNCTION int one_of_two(float root, float largest, Rounding rounding) {
-  unsigned random = rounding.is_stochastic ? rounding.random : 0x8000u;
-  float sum = root + float(int(random >> 1)) * (1.0f / 32768.0f);
-  return int(sum < largest + 0.5f ? sum : largest + 0.5f);
+// The integer below or above a root from 4 to 512, given as bits: the upper one with the probability that makes the mean
+// of the powers right, since the power is linear between them. The bits of positive floats order as they do, and
+// compilers know the minimum of integers.
+template <typename U>
+ADAM_FUNCTION auto one_of_two(U root, unsigned largest, RoundingOf<U> rounding) -> decltype(as_signed(root)) {
+  root = root < largest ? root : U{} + largest;
+  U random = rounding.is_stochastic ? rounding.random : U{} + 0x8000u;
+  return to_int(float_of(root) + to_float(as_signed(random >> 1u)) * (1.0f / 32768.0f));
 }
 
 // m = sign(q) * (P(|q| + shift) - P(shift)) * scale, with P the power above and |q| up to `most`.
-ADAM_FUNCTION int store_m(float x, float inverse, int shift, int most, Rounding rounding) {
-  float y = float_of(bits_of(x) & 0x7FFFFFFFu) * inverse;
-  float root = piecewise_root(y + piecewise_power(float(shift)));
-  int q = one_of_two(root, float(most + shift), rounding) - shift;
+template <typename F, typename U>
+ADAM_FUNCTION auto store_m(F x, float inverse, int shift, int most, RoundingOf<U> rounding) -> decltype(to_int(x)) {
+  F y = float_of(bits_of(x) & 0x7FFFFFFFu) * inverse;
+  U root = piecewise_root(y + piecewise_power(float(shift)));
+  auto q = one_of_two(root, bits_of(float(most + shift)), rounding) - shift;
   return x < 0.0f ? -q : q;
 }
-ADAM_FUNCTION float load_m(int q, float scale, int shift) {
-  float level = piecewise_power(float((q < 0 ? -q : q) + shift)) - piecewise_power(float(shift));
-  return (q < 0 ? -level : level) * scale;
+template <typename I>
+ADAM_FUNCTION auto load_m(I q, float scale, int shift) -> decltype(to_float(q)) {
+  auto level = piecewise_power(to_float((q < 0 ? -q : q) + shift)) - piecewise_power(float(shift));
+  return float_of(bits_of(level) ^ (as_unsigned(q) & 0x80000000u)) * scale;
 }
 
 // v = P(q + shift) * scale, and 0 for q = 0, which only 0 becomes.
-ADAM_FUNCTION int store_v(float x, float inverse, int shift, int most, Rounding rounding) {
-  float least = float(shift + 1);
-  float root = piecewise_root(x * inverse);
-  root = root > least ? root : least;
-  int q = one_of_two(root, float(most + shift), rounding) - shift;
-  return x == 0.0f ? 0 : q;
+template <typename F, typename U>
+ADAM_FUNCTION auto store_v(F x, float inverse, int shift, int most, RoundingOf<U> rounding) -> decltype(to_int(x)) {
+  U root = piecewise_root(x * inverse);
+  unsigned least = bits_of(float(shift + 1));
+  root = root > least ? root : U{} + least;
+  auto q = one_of_two(root, bits_of(float(most + shift)), rounding) - shift;
+  return x == 0.0f ? q & 0 : q;
 }
-ADAM_FUNCTION float load_v(int q, float scale, int shift) {
-  float level = piecewise_power(float(q + shift));
-  return (q == 0 ? 0.0f : level) * scale;
+template <typename I>
+ADAM_FUNCTION auto load_v(I q, float scale, int shift) -> decltype(to_float(q)) {
+  auto level = bits_of(piecewise_power(to_float(q + shift)));
+  return float_of(q == 0 ? level & 0u : level) * scale;
 }
 
 // ---- 8 bits ----
@@ -173,15 +189,23 @@ ADAM_FUNCTION BlockScale scale_of_v8(unsigned largest) {
   return scale_above(capped_v(largest) * (1.0f / 4697620480.0f));
 }
 
-ADAM_FUNCTION int store_int8(float x, float inverse, Rounding rounding) {
+template <typename F, typename U>
+ADAM_FUNCTION auto store_int8(F x, float inverse, RoundingOf<U> rounding) -> decltype(to_int(x)) {
   return store_m(x, inverse, 8, 127, rounding);
 }
-ADAM_FUNCTION float load_int8(int q, float scale) { return load_m(q, scale, 8); }
+template <typename I>
+ADAM_FUNCTION auto load_int8(I q, float scale) -> decltype(to_float(q)) {
+  return load_m(q, scale, 8);
+}
 
-ADAM_FUNCTION int store_uint8(float x, float inverse, Rounding rounding) {
+template <typename F, typename U>
+ADAM_FUNCTION auto store_uint8(F x, float inverse, RoundingOf<U> rounding) -> decltype(to_int(x)) {
   return store_v(x, inverse, 7, 255, rounding);
 }
-ADAM_FUNCTION float load_uint8(int q, float scale) { return load_v(q, scale, 7); }
+template <typename I>
+ADAM_FUNCTION auto load_uint8(I q, float scale) -> decltype(to_float(q)) {
+  return load_v(q, scale, 7);
+}
 
 // ---- 4 bits ----
 
@@ -199,14 +223,22 @@ ADAM_FUNCTION BlockScale scale_of_m4(unsigned largest) {
 ADAM_FUNCTION BlockScale scale_of_v4(unsigned largest) { return scale_above(capped_v(largest) * (1.0f / 98304.0f)); }
 
 // As the lower 4 bits of q.
-ADAM_FUNCTION int store_int4(float x, float inverse, Rounding rounding) {
+template <typename F, typename U>
+ADAM_FUNCTION auto store_int4(F x, float inverse, RoundingOf<U> rounding) -> decltype(to_int(x)) {
   return store_m(x, inverse, 5, 7, rounding) & 15;
 }
-ADAM_FUNCTION float load_int4(int lower, float scale) { return load_m((lower ^ 8) - 8, scale, 5); }
+template <typename I>
+ADAM_FUNCTION auto load_int4(I lower, float scale) -> decltype(to_float(lower)) {
+  return load_m((lower ^ 8) - 8, scale, 5);
+}
 
-ADAM_FUNCTION int store_uint4(float x, float inverse, Rounding rounding) {
+template <typename F, typename U>
+ADAM_FUNCTION auto store_uint4(F x, float inverse, RoundingOf<U> rounding) -> decltype(to_int(x)) {
   return store_v(x, inverse, 3, 15, rounding);
 }
-ADAM_FUNCTION float load_uint4(int q, float scale) { return load_v(q, scale, 3); }
+template <typename I>
+ADAM_FUNCTION auto load_uint4(I q, float scale) -> decltype(to_float(q)) {
+  return load_v(q, scale, 3);
+}
 
 }  // namespace fused_adam

@@ -43,8 +43,9 @@ ADAM_FUNCTION unsigned more_random_bits(RoundingKey key, unsigned element) {
   return random_bits({key.second, key.first}, element);
 }
 
-// One half of random_bits, moved on: shift 0 for v, 16 for m.
-ADAM_FUNCTION unsigned random_half(unsigned bits, unsigned shift, unsigned advance) {
+// One half of random_bits, moved on: shift 0 for v, 16 for m. U as in RoundingOf.
+template <typename U>
+ADAM_FUNCTION U random_half(U bits, unsigned shift, unsigned advance) {
   return ((bits >> shift) + advance) & 0xFFFFu;
 }
 
@@ -79,11 +80,13 @@ ADAM_FUNCTION TensorRounding tensor_rounding(RoundingRequest request, unsigned s
   return {request.results, fresh, fixed, step * 0x9E37u};
 }
 
-// How one store rounds: with 16 random bits, or to nearest.
-struct Rounding {
+// How one store rounds: with 16 random bits, or to nearest. U is unsigned, or a vector of such.
+template <typename U>
+struct RoundingOf {
   bool is_stochastic;
-  unsigned random;
+  U random;
 };
+typedef RoundingOf<unsigned> Rounding;
 
 struct ElementRounding {
   Rounding parameter;
