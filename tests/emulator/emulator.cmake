@@ -11,6 +11,7 @@ add_library(emulator SHARED
   "${emulator_dir}/fibers.cpp"
   "${emulator_dir}/grid.cpp"
   "${emulator_dir}/inexact_scalars.cpp"
+  "${emulator_dir}/late_handlers.cpp"
   "${emulator_dir}/library.cpp"
   "${emulator_dir}/mlx_metal.cpp"
   "${emulator_dir}/relaxations.cpp")
