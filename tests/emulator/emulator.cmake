@@ -7,6 +7,7 @@ add_compile_definitions(fused_adam=fused_adam_emulated)
 
 add_library(emulator SHARED
   "${emulator_dir}/checker.cpp"
+  "${emulator_dir}/counter.cpp"
   "${emulator_dir}/dispatch.cpp"
   "${emulator_dir}/fibers.cpp"
   "${emulator_dir}/grid.cpp"
