@@ -1,7 +1,7 @@
-"""What the kernels ask of the memory system, counted by the emulator (counter.h), and the table of docs/metal.md.
+"""What the kernels ask of the memory system, counted by the emulator (counter.h), and the tables of docs/metal.md.
 
-python tests/emulator/traffic.py            prints the table
-python tests/emulator/traffic.py --write    writes it
+python tests/emulator/traffic.py            prints the tables
+python tests/emulator/traffic.py --write    writes them
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from support.arrays import lay_out
 LINE = 128
 GRADIENT = 3  # its buffer (metal/adam_args.h)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "metal.md"
-BEGIN, END = "<!-- emulator:traffic -->", "<!-- end -->"
+END = "<!-- end -->"
 
 # Formats of parameter, gradient and state, as stored_tensors.make takes them.
 FORMATS = {
@@ -144,21 +144,49 @@ def table(extension: ModuleType, emulator: ModuleType) -> Iterator[str]:
         yield f"| norm, {dtype} | " + " | ".join(cells) + " |"
 
 
-def published() -> list[str]:
-    """The lines of the table in docs/metal.md."""
-    return PAGE.read_text().split(BEGIN + "\n")[1].split("\n" + END)[0].splitlines()
+def bytes_of_element(formats: tuple[str, str, str]) -> float:
+    """That must move for an element: parameter and state in and out, the gradient in."""
+    sizes = {
+        "float32": 4,
+        "bfloat16": 2,
+        "float16": 2,
+        "master": 4,
+        "master24": 3,
+        "int8": 1 + 2 / 32,
+        "int4": 0.5 + 2 / 32,
+    }
+    parameter, gradient, state = (sizes[x] for x in formats)
+    return 2 * parameter + gradient + 4 * state
+
+
+def begin(name: str) -> str:
+    return f"<!-- emulator:{name} -->\n"
+
+
+def published(name: str) -> list[str]:
+    """The lines of a table in docs/metal.md."""
+    return PAGE.read_text().split(begin(name))[1].split("\n" + END)[0].splitlines()
+
+
+def publish(name: str, table: str) -> None:
+    before, rest = PAGE.read_text().split(begin(name))
+    PAGE.write_text(f"{before}{begin(name)}{table}\n{END}" + rest.split(END, 1)[1])
 
 
 def main(write: bool) -> None:
-    from emulator import build
+    from emulator import build, instructions
 
     os.environ["FUSED_ADAM_EMULATOR_ORDERS"] = "forward"
     mx.set_default_device(mx.cpu)
-    text = "\n".join(table(build.load_extension(), build.load_emulator()))
-    print(text)
-    if write:
-        before, rest = PAGE.read_text().split(BEGIN + "\n")
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}" + rest.split(END, 1)[1])
+    tables = {
+        "traffic": table(build.load_extension(), build.load_emulator()),
+        "instructions": instructions.table({name: bytes_of_element(formats) for name, formats in FORMATS.items()}),
+    }
+    for name, lines in tables.items():
+        text = "\n".join(lines)
+        print(text, end="\n\n")
+        if write:
+            publish(name, text)
 
 
 if __name__ == "__main__":
