@@ -175,11 +175,13 @@ def publish(name: str, table: str) -> None:
 
 def main(write: bool) -> None:
     from emulator import build, instructions
+    from platforms.cuda import cuda_times
 
     os.environ["FUSED_ADAM_EMULATOR_ORDERS"] = "forward"
     mx.set_default_device(mx.cpu)
     tables = {
         "traffic": table(build.load_extension(), build.load_emulator()),
+        "cuda": cuda_times.table(cuda_times.stored()),
         "instructions": instructions.table({name: bytes_of_element(formats) for name, formats in FORMATS.items()}),
     }
     for name, lines in tables.items():

@@ -1,4 +1,4 @@
-"""macos/compile_shaders.py, which a Mac's CI runs: with no compiler, with one that accepts, and with one that refuses."""
+"""macos/compile_shaders.py, which a Mac's CI runs: with no compiler, with one that accepts, with one that refuses."""
 
 import os
 import stat
