@@ -12,7 +12,7 @@ PARTS = ("weights", "state", "gradients", "activations")
 COLUMNS = ["model", "parameters", "optimizer", "peak memory", "of mlx.optimizers", *PARTS]
 # README's rows.
 HEADLINE_MODEL = "Llama-3.2-1B"
-HEADLINE: list[dict[str, Any] | None] = [None, {}, {"state_dtype": "int8"}]
+HEADLINE: list[dict[str, Any] | None] = [None, {}, {"state_dtype": "int8"}, {"state_dtype": "int4"}]
 
 
 def name(row: Row) -> str:

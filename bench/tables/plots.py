@@ -141,7 +141,7 @@ def save_finetuning(path: Path, results: dict[str, Any]) -> None:
     cases = list(dict.fromkeys((row["model"], row["dtype"]) for row in results["rows"]))
     groups = [[row for row in results["rows"] if (row["model"], row["dtype"]) == case] for case in cases]
     plot, all_axes = plt.subplots(
-        len(cases), 1, figsize=(8, 0.9 * len(cases) + 0.36 * len(results["rows"]) + 1), layout="constrained",
+        len(cases), 1, figsize=(8, 0.9 * len(cases) + 0.42 * len(results["rows"]) + 1), layout="constrained",
         squeeze=False, height_ratios=[len(rows) + 1 for rows in groups],
     )  # fmt: skip
     for axes, (model, dtype), rows in zip(all_axes[:, 0], cases, groups, strict=True):
@@ -157,7 +157,7 @@ def save_finetuning(path: Path, results: dict[str, Any]) -> None:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(f"{model}, {dtype}", fontsize=11, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.25)
+        axes.margins(x=0.3)  # room for the note
     all_axes[-1, 0].set_xlabel("GB; percentages: of mlx.optimizers")
     plot.legend(*all_axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PART_COLOURS))
     plot.suptitle(
@@ -172,4 +172,5 @@ def save_finetuning(path: Path, results: dict[str, Any]) -> None:
 def _label(options: dict[str, Any] | None) -> str:
     if options is None:
         return names.MLX
-    return f"fused, {names.as_code(options)}" if options else "fused, default options"
+    # Two lines where there are several options.
+    return "fused, " + names.as_code(options).replace(", state", ",\nstate") if options else "fused, default options"
