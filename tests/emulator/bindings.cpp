@@ -93,7 +93,9 @@ nb::dict stop_counting() {
   for (auto& [kernel, counts] : emulator::stop_counting()) {
     auto traffic = [](const std::map<int, emulator::Traffic>& buffers) {
       nb::dict by_buffer;
-      for (auto& [buffer, t] : buffers) by_buffer[nb::int_(buffer)] = nb::make_tuple(t.lines, t.group_lines, t.own_lines);
+      for (auto& [buffer, t] : buffers) {
+        by_buffer[nb::int_(buffer)] = nb::make_tuple(t.lines, t.group_lines, t.own_lines);
+      }
       return by_buffer;
     };
     nb::dict of_kernel;

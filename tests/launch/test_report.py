@@ -51,8 +51,10 @@ def test_the_report_as_json(process_device, process_backend):
     assert all(x > 0 for x in device["milliseconds"].values())
     peaks = device["peak_MB"]
     assert peaks.keys() == device["milliseconds"].keys()
-    # Model and state alone are 25.2 MB; MLX's compiled step holds a second copy of parameters, m and v.
-    assert 25 < peaks["fused compiled"] < 40 < peaks["mlx.optimizers compiled"]
+    # Model and state alone are 25.2 MB; MLX's compiled step holds a second copy of parameters, m and v. On a GPU a
+    # parameter that the backward pass has just read gets a new buffer, 7.3 MB in all.
+    most = 40 if process_backend == "cpu" else 45
+    assert 25 < peaks["fused compiled"] < most < peaks["mlx.optimizers compiled"]
 
 
 @pytest.fixture
