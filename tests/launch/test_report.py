@@ -112,7 +112,7 @@ def test_a_virtual_gpu_is_reported_and_not_judged(quick, monkeypatch, capsys, na
     text = capsys.readouterr().out
     assert "self-check is off" in text
     assert ("virtual, not judged" in text) == (status == 0)
-    assert ("To do:" in text) == (status == 1)
+    assert ("file an issue" in text) == (status == 1)
 
 
 def test_nothing_is_timed_on_a_virtual_gpu(quick, monkeypatch):
