@@ -164,9 +164,9 @@ def test_no_element_is_updated_twice(device, is_emulated, assert_equal, shape, d
         assert address(w) % 64 and address(transposed) % 64, "no shift where cache lines begin"
     inputs = [w, transposed.T, m, v]
     mx.eval(inputs)
-    mx.synchronize()
     del w, transposed, m, v
     before = [oracle.to_numpy(x) for x in inputs]
+    mx.synchronize()  # the casts to NumPy's dtypes hold what they have read until their handlers have run
     settings = oracle.Settings(learning_rate=0.1)
     results = fused.adam_update(*inputs, **settings.arguments(1))
     inputs.clear()
