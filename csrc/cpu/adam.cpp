@@ -21,7 +21,7 @@ namespace mx = mlx::core;
 namespace {
 
 // Where a node costs less than this many row-major elements, waking another thread costs more than it saves.
-constexpr size_t kWorthThreads = 1 << 15;
+constexpr size_t kWorthThreads = 1 << 14;
 // In a chain, waiting for a node that costs less than this takes longer than its gradient's memory is worth.
 constexpr size_t kWorthWaiting = 1 << 18;
 
