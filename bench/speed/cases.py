@@ -85,7 +85,7 @@ def buffers(quick: bool) -> Iterator[Case]:
 
 def models(quick: bool) -> Iterator[Case]:
     """Qwen2.5 without options: with all their states it would not fit into 24 GB."""
-    fp32 = (*names.OF_FLOAT32, names.CLIPPING)
+    fp32 = (*names.OF_FLOAT32, names.INT4_STATE, names.CLIPPING)
     bf16 = (*names.ALL_OF_BFLOAT16, names.CLIPPING)
     gpt2, smollm = shapes.gpt2, lambda: shapes.llama(shapes.SMOLLM_135M)
     if quick:

@@ -13,8 +13,6 @@ BF16_STATE = "fused, bfloat16 state"
 INT8_STATE = "fused, int8 state"
 INT4_STATE = "fused, int4 state"
 NEAREST = "fused, rounding to nearest"
-STOCHASTIC = "fused, stochastic rounding"
-INT8_STOCHASTIC = "fused, int8 state, stochastic rounding"
 MASTER = "fused, master weights"
 MASTER_FP32 = "fused, master weights, float32 state"
 MASTER_INT8 = "fused, master weights, int8 state"
@@ -29,8 +27,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     INT8_STATE: {"state_dtype": "int8"},
     INT4_STATE: {"state_dtype": "int4"},
     NEAREST: {"stochastic_rounding": False},
-    STOCHASTIC: {"stochastic_rounding": True},
-    INT8_STOCHASTIC: {"state_dtype": "int8", "stochastic_rounding": True},
     MASTER: {"master_weights": True},
     MASTER_FP32: {"master_weights": True, "state_dtype": "float32"},
     MASTER_INT8: {"master_weights": True, "state_dtype": "int8"},
@@ -44,7 +40,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # The storage options that make sense for parameters of a dtype.
 OF_FLOAT32 = (BF16_STATE, INT8_STATE)
 OF_BFLOAT16 = (MASTER, INT8_STATE, MASTER_INT8)
-ALL_OF_BFLOAT16 = (STOCHASTIC, INT8_STATE, INT8_STOCHASTIC, MASTER, MASTER_FP32, MASTER_INT8)
+ALL_OF_BFLOAT16 = (
+    NEAREST, INT8_STATE, INT4_STATE, MASTER, MASTER_FP32, MASTER_INT8, MASTER_24, MASTER_24_INT8, MASTER_24_INT4,
+)  # fmt: skip
 
 
 def with_threads(count: int) -> str:
