@@ -24,9 +24,11 @@ struct ShaderKernel {
 
 class ShaderLibrary {
  public:
-  // `types`, separated by commas, tell the libraries of a shader apart. `op` is for errors.
+  // `types`, separated by commas, and `definition`, a line in front of the text, tell the libraries of a shader apart.
+  // `op` is for errors.
   ShaderLibrary(mlx::core::Stream stream, const char* op, const char* name, const char* shader,
-                std::span<const ShaderKernel> kernels, const std::string& types, unsigned long threads_per_threadgroup);
+                std::span<const ShaderKernel> kernels, const std::string& types, unsigned long threads_per_threadgroup,
+                const std::string& definition = "");
 
   // Compiles the library where no kernel has been asked for yet. Throws where this GPU lacks the kernel or so many
   // threads.
@@ -40,7 +42,9 @@ class ShaderLibrary {
   const char* shader_;
   std::span<const ShaderKernel> kernels_;
   std::string types_;
+  std::string definition_;
   std::string name_;
+  std::string key_;
   unsigned long threads_;
   std::vector<MTL::ComputePipelineState*> loaded_;
 };
