@@ -37,7 +37,6 @@ constexpr ShaderKernel kShaderKernels[] = {
     {"adam_tiled", "adam_tiled"},
     {"adam_general_32", "adam_general", ", int"},
     {"adam_general_64", "adam_general", ", int64_t"},
-    // Last, since tensors with auxiliary arrays have none.
     {"adam_group", "adam_group"},
 };
 static_assert(std::size(kShaderKernels) == kKernels);
@@ -199,9 +198,8 @@ class AdamEncoder {
     encoder_.set_vector_bytes(layout.shape.empty() ? Axes{1} : layout.shape, kShape);
     encoder_.set_vector_bytes(parameter_strides, kParameterStrides);
     encoder_.set_vector_bytes(gradient_strides, kGradientStrides);
-    encoder_.dispatch_threadgroups(
-        MTL::Size(tile_columns << band, divide_up(tile_rows, 1 << band), layout.batches()),
-        MTL::Size(kThreads, 1, 1));
+    encoder_.dispatch_threadgroups(MTL::Size(tile_columns << band, divide_up(tile_rows, 1 << band), layout.batches()),
+                                   MTL::Size(kThreads, 1, 1));
   }
 
   void general(const BoundTensor& t, Kernel kernel) {
@@ -313,8 +311,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   // Every kernel before any buffer changes hands: a GPU that lacks one leaves parameters and state as they were.
   std::string types = metal_type(formats.parameter);
   for (auto format : {formats.gradient, formats.m}) types += std::string(", ") + metal_type(format);
-  ShaderLibrary library(stream(), "AdamUpdate", "fused_adam", kAdamShader,
-                        std::span(kShaderKernels).first(kKernels - formats.has_auxiliaries()), types, kThreads,
+  ShaderLibrary library(stream(), "AdamUpdate", "fused_adam", kAdamShader, kShaderKernels, types, kThreads,
                         "#define FUSED_ADAM_ROUNDED_RESULTS " + std::to_string(node_.rounding.results) + "u\n");
   if (!row_major.empty()) library.kernel(is_group ? kGroup : kLinear);
   if (!tiled.empty()) library.kernel(kTiled);

@@ -43,22 +43,20 @@ ShaderLibrary::ShaderLibrary(mx::Stream stream, const char* op, const char* name
       threads_(threads_per_threadgroup),
       loaded_(kernels.size()) {}
 
-std::string ShaderLibrary::source() const {
+std::string ShaderLibrary::source(const ShaderKernel& kernel) const {
   std::string text = definition_ + shader_;
-  for (auto& kernel : kernels_) {
-    if (!kernel.of_template) continue;
-    auto instance = std::string(kernel.of_template) + "<" + types_ + kernel.more_types + ">";
-    text += std::string("template [[host_name(\"") + kernel.name + "\")]] [[kernel]] decltype(" + instance + ") " +
-            instance + ";\n";
-  }
-  return text;
+  if (!kernel.of_template) return text;
+  auto instance = std::string(kernel.of_template) + "<" + types_ + kernel.more_types + ">";
+  return text + "template [[host_name(\"" + kernel.name + "\")]] [[kernel]] decltype(" + instance + ") " + instance +
+         ";\n";
 }
 
 MTL::ComputePipelineState* ShaderLibrary::kernel(size_t index) {
   if (loaded_[index]) return loaded_[index];
   std::string name = kernels_[index].name;
   try {
-    auto kernel = device_.get_kernel(name, device_.get_library(key_, [this] { return source(); }));
+    auto library = device_.get_library(key_ + name, [&] { return source(kernels_[index]); });
+    auto kernel = device_.get_kernel(name, library);
     auto most = kernel->maxTotalThreadsPerThreadgroup();
     if (most < threads_) {
       throw std::runtime_error("this GPU supports only " + std::to_string(most) + " threads per threadgroup, " +
