@@ -2,6 +2,12 @@
 // from memory once.
 #include "cpu/tensor_update.h"
 
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#else
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -23,12 +29,17 @@ constexpr size_t kPiecesPerUnit = 8;
 constexpr size_t kTiledCost = 2;
 constexpr size_t kGeneralCost = 4;
 constexpr size_t kCacheLine = 64;
-// Bytes of the sides of a transposed tile, a unit of tiled work: down the gradient's columns, whole cache lines,
-// several of them since memory hands out neighbours faster; along the parameter's rows, a page, since hardware
-// prefetchers take time to take up a row (prefetching rows by hand was slower than they are). So the tile fits in the
-// second-level cache.
-constexpr size_t kTileRowBytes = 4 * kCacheLine;
-constexpr size_t kTileColumnBytes = 4096;
+// A transposed tile is a unit of tiled work. Along the parameter's rows it is whole rows, where several cache lines down
+// the gradient's columns fit into the room: hardware prefetchers take time to take up a row of parameter, m and v, and
+// each line of a column lies in another page. Else it is so much of a row that four lines fit.
+constexpr size_t kMostLines = 8;
+constexpr size_t kLinesOfPartRows = 4;
+constexpr size_t kLinesOfWholeRows = 2;
+// Where the system does not tell the size of the second-level cache; and limits for what it tells, which may be a cache
+// that many cores share.
+constexpr size_t kUsualRoom = 1 << 20;
+constexpr size_t kLeastRoom = 1 << 18;
+constexpr size_t kMostRoom = 1 << 21;
 // A tensor has about so many tiles at least, so that there is work for every thread, unless they become smaller than
 // this.
 constexpr size_t kFewestTiles = 16;
@@ -47,15 +58,34 @@ int64_t offset_of(int64_t index, const std::vector<int64_t>& shape, const std::v
   return offset;
 }
 
-// A thread's own room for a transposed tile of the widest gradients, kept for its next ones: too much for the stacks
-// that macOS gives to threads.
-char* tile_buffer() {
+// Bytes for a tile: those of the second-level cache.
+size_t tile_room() {
+  static const size_t room = [] {
+    size_t bytes = 0;
+#if defined(__APPLE__)
+    size_t size = sizeof bytes;
+    if (sysctlbyname("hw.l2cachesize", &bytes, &size, nullptr, 0) != 0) bytes = 0;
+#elif defined(_SC_LEVEL2_CACHE_SIZE)
+    bytes = size_t(std::max(0L, sysconf(_SC_LEVEL2_CACHE_SIZE)));
+#endif
+    return std::clamp(bytes == 0 ? kUsualRoom : bytes, kLeastRoom, kMostRoom);
+  }();
+  return room;
+}
+
+// A thread's own memory for a transposed tile, kept for its next ones: too much for the stacks that macOS gives to
+// threads.
+char* tile_buffer(size_t bytes) {
   struct Free {
     void operator()(char* bytes) const { ::operator delete(bytes, std::align_val_t(kCacheLine)); }
   };
-  constexpr size_t kBytes = kTileRowBytes * (kTileColumnBytes / sizeof(uint16_t) + kBlockElements);
-  thread_local std::unique_ptr<char, Free> buffer(
-      static_cast<char*>(::operator new(kBytes, std::align_val_t(kCacheLine))));
+  thread_local std::unique_ptr<char, Free> buffer;
+  thread_local size_t size = 0;
+  if (bytes > size) {
+    size = 0;
+    buffer.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(kCacheLine))));
+    size = bytes;
+  }
   return buffer.get();
 }
 
@@ -148,16 +178,20 @@ void TensorUpdate::cut_into_tiles() {
   auto past_line = [](const char* values, size_t bytes) {
     return reinterpret_cast<uintptr_t>(values) % kCacheLine / bytes;
   };
-  size_t columns = layout_.columns, most_columns = kTileColumnBytes / parameter_bytes_;
-  size_t across = divide_up(columns, most_columns), line = kCacheLine / gradient_bytes_;
+  size_t rows = layout_.rows, columns = layout_.columns, line = kCacheLine / gradient_bytes_;
   tiles_.row_shift = past_line(base_.gradient.values, gradient_bytes_);
+  size_t lines = divide_up(rows + tiles_.row_shift, line), room = tile_room() / gradient_bytes_;
+  size_t wanted = std::min(std::max(size_ / kFewestTiles, kSmallestTileElements), room);
+  auto columns_beside = [&](size_t most_lines, size_t elements) {
+    return elements / (std::min(lines, most_lines) * line);
+  };
+  bool is_whole = columns <= columns_beside(kLinesOfWholeRows, room);
+  size_t across = is_whole ? 1 : divide_up(columns, columns_beside(kLinesOfPartRows, wanted));
   // Whole rows have no edges within, and tiles of quantized state begin where blocks do.
   bool is_shifted = across > 1 && !formats_.is_quantized();
   tiles_.column_shift = is_shifted ? past_line(base_.parameter.values, parameter_bytes_) : 0;
   tiles_.columns = divide_up(divide_up(columns + tiles_.column_shift, across), kBlockElements) * kBlockElements;
-  size_t most = kTileRowBytes / gradient_bytes_ * (most_columns + kBlockElements);
-  size_t wanted = std::clamp(size_ / kFewestTiles, kSmallestTileElements, most);
-  tiles_.rows = std::min(divide_up(wanted / tiles_.columns, line), most / tiles_.columns / line) * line;
+  tiles_.rows = std::min({divide_up(wanted, tiles_.columns * line), lines, kMostLines}) * line;
   tiles_.across = divide_up(columns + tiles_.column_shift, tiles_.columns);
   tiles_.down = divide_up(layout_.rows + tiles_.row_shift, tiles_.rows);
   units_ = size_t(layout_.batches()) * tiles_.down * tiles_.across;
@@ -211,7 +245,7 @@ void TensorUpdate::update_linear(size_t unit, AdamScalars<float> scalars, AdamCo
 }
 
 void TensorUpdate::update_tile(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
-  char* transposed = tile_buffer();
+  char* transposed = tile_buffer(tiles_.rows * tiles_.columns * gradient_bytes_);
   int64_t batch = unit / (tiles_.down * tiles_.across);
   // A tile's part of the grid, which begins before the matrix.
   auto part = [](size_t index, size_t side, size_t shift, size_t length) {

@@ -12,6 +12,7 @@ def main() -> int:
         description="Check and time the kernels on this machine. Exits with 1 if a check fails.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON, for bug reports")
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="report on this device alone")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     launcher = commands.add_parser(
         "run",
@@ -27,13 +28,16 @@ def main() -> int:
     )
     plan.add_arguments(planner)
     arguments = parser.parse_args()
-    if arguments.command and arguments.json:
-        parser.error(f"--json belongs to the report; {arguments.command} prints none")
+    if arguments.command and (arguments.json or arguments.device):
+        option = "--json" if arguments.json else "--device"
+        parser.error(f"{option} belongs to the report; {arguments.command} prints none")
     if arguments.command == "plan":
         return plan.main(arguments)
     if arguments.command == "run":
         run.run(launcher, arguments)
-    return report.main(arguments.json)
+    if arguments.device not in (None, *(kind.name for kind in report.available())):
+        parser.error(f"argument --device: this MLX has no {arguments.device}")
+    return report.main(arguments.json, arguments.device)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 
 #include <stdexcept>
 
+#include "counter.h"
 #include "dispatch.h"
 #include "mlx/allocator.h"
 #include "mlx/array.h"
@@ -87,6 +88,25 @@ mx::array sparse_zeros(std::vector<int64_t> shape, mx::Dtype dtype) {
   return over<mx::array>(mx::allocator::Buffer(header), mx_shape, dtype, release);
 }
 
+nb::dict stop_counting() {
+  nb::dict result;
+  for (auto& [kernel, counts] : emulator::stop_counting()) {
+    auto traffic = [](const std::map<int, emulator::Traffic>& buffers) {
+      nb::dict by_buffer;
+      for (auto& [buffer, t] : buffers) {
+        by_buffer[nb::int_(buffer)] = nb::make_tuple(t.lines, t.group_lines, t.own_lines);
+      }
+      return by_buffer;
+    };
+    nb::dict of_kernel;
+    of_kernel["reads"] = traffic(counts.reads);
+    of_kernel["writes"] = traffic(counts.writes);
+    of_kernel["cycles"] = nb::make_tuple(counts.cycles, counts.fewest_cycles);
+    result[kernel.c_str()] = of_kernel;
+  }
+  return result;
+}
+
 void settle() {
   auto stream = mx::default_stream(mx::Device::cpu);
   try {
@@ -118,5 +138,9 @@ NB_MODULE(_emulator, m) {
         "error met while "
         "encoding has left it too high. With that count wrong for ever, a later evaluation could "
         "wait for ever.");
+  m.def("start_counting", &emulator::start_counting, "Counts the memory accesses of dispatches from now on.");
+  m.def("stop_counting", &stop_counting,
+        "The counts since start_counting(), by kernel: 'reads' and 'writes', {buffer: (lines by access of a "
+        "simdgroup, by threadgroup, by dispatch)}, and 'cycles', (used, needed) by threadgroup memory.");
   m.def("dispatches", [] { return emulator::statistics().by_kernel; }, "How often each kernel has been run.");
 }

@@ -12,6 +12,7 @@
 #include <stdexcept>
 
 #include "abi.h"
+#include "counter.h"
 
 namespace emulator {
 
@@ -120,6 +121,9 @@ void check_region(Region& region, const Accessed& a) {
     a.fail(byte(offset) + region.description() + ", which is not declared as output");
   }
   if (!region.cells.empty() && output) check_device_cells(region, offset, a, input);
+  if (is_counting()) {
+    count_device_access(size_t(&region - checker.regions.data()), a.address, a.size, a.access != Access::read, a.code);
+  }
 }
 
 // A reader or writer of threadgroup memory is a thread's index, or several threads of simdgroup n: kManyOf | n.
@@ -173,6 +177,7 @@ void check_threadgroup(ThreadgroupBlock& block, const Accessed& a) {
       cell.write_simd_epoch = simd_epoch;
     }
   }
+  if (is_counting()) count_threadgroup_access(offset, a.size, a.code);
 }
 
 void check(const Accessed& a) {

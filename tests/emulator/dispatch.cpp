@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "checker.h"
+#include "counter.h"
 
 namespace emulator {
 
@@ -156,7 +157,9 @@ class Run {
     if (has_huge) sequence = {Order::forward};
     for (Order order : sequence) {
       fill();
+      if (order == sequence[0]) begin_count(dispatch_.kernel->name, counted_buffers());
       run_grid(*dispatch_.kernel, arguments_.data(), grid, order);
+      end_count();
       if (runs_all()) check_all_written();
       if (sequence.size() > 1) compare(sequence[0], order);
     }
@@ -164,6 +167,19 @@ class Run {
   }
 
  private:
+  // The lowest index of the buffers in each region; -1 where it is not to be counted.
+  std::vector<int> counted_buffers() const {
+    std::vector<int> result;
+    for (auto& placed : placed_) {
+      int lowest = kMaxBuffers;
+      for (auto b : placed.bindings) {
+        if (b->index >= 0) lowest = std::min(lowest, b->index);
+      }
+      result.push_back(placed.size <= kLineBytes || lowest == kMaxBuffers ? -1 : lowest);
+    }
+    return result;
+  }
+
   void place() {
     checker.regions.resize(placed_.size());
     checker.huge_regions.clear();

@@ -7,10 +7,12 @@ add_compile_definitions(fused_adam=fused_adam_emulated)
 
 add_library(emulator SHARED
   "${emulator_dir}/checker.cpp"
+  "${emulator_dir}/counter.cpp"
   "${emulator_dir}/dispatch.cpp"
   "${emulator_dir}/fibers.cpp"
   "${emulator_dir}/grid.cpp"
   "${emulator_dir}/inexact_scalars.cpp"
+  "${emulator_dir}/late_handlers.cpp"
   "${emulator_dir}/library.cpp"
   "${emulator_dir}/mlx_metal.cpp"
   "${emulator_dir}/relaxations.cpp")

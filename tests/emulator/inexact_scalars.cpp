@@ -1,21 +1,17 @@
 // MLX's pow and rsqrt as a hostile GPU computes them: off, everywhere in the process, by what Metal allows. The two
 // primitives' entries for eval_cpu are replaced by functions that call the original and then disturb what it gave.
 // While the relaxation "scalars" is off (hostile.py), nothing changes.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstring>
 
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/scheduler.h"
 #include "relaxations.h"
+#include "vtables.h"
 
 namespace mx = mlx::core;
 
 namespace {
-
-using Eval = void (*)(mx::Primitive*, const std::vector<mx::array>&, std::vector<mx::array>&);
 
 // The direction follows from the value, so that equal calls give equal results, as on a GPU.
 float disturbed(float value, int ulps) {
@@ -30,7 +26,7 @@ float disturbed(float value, int ulps) {
 
 template <typename Kind>
 struct Inexact {
-  static inline Eval original = nullptr;
+  static inline emulator::Eval original = nullptr;
   static inline int ulps = 0;
 
   static void eval(mx::Primitive* self, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -43,14 +39,9 @@ struct Inexact {
     });
   }
 
-  // eval_cpu is the first of the virtual functions.
   static void install(mx::Primitive& example, int error) {
     ulps = error;
-    Eval* entry = *reinterpret_cast<Eval**>(&example);
-    original = *entry;
-    uintptr_t size = uintptr_t(sysconf(_SC_PAGESIZE));
-    auto page = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(entry) / size * size);
-    if (mprotect(page, size, PROT_READ | PROT_WRITE) == 0) *entry = &eval;
+    original = emulator::replace_eval_cpu(example, &eval);
   }
 };
 

@@ -55,14 +55,16 @@ def row_major(rng, shape, dtype, positive):
     return values(rng, shape, dtype, positive)
 
 
-# Around the tiles of the CPU back end, wherever in a cache line buffers begin: rows of one tile and of several, whole
-# and with others beside them, and rows so short that many lie in a tile.
+# Around the tiles of the CPU back end, wherever in a cache line buffers begin: whole rows in one tile and in several, rows
+# so short that many lie in a tile, and so long that they are cut, whatever the cache.
 EDGES = [
-    *((rows, columns) for rows in (64, 260) for columns in (254, 509, *range(1010, 1030, 3))),
-    *((rows, columns) for rows in (64, 260) for columns in (1023, 1024, 1027, 2047, 2050)),
+    *((rows, columns) for rows in (15, 64, 260) for columns in (254, 509, 1023, 1024, 1027, 2050)),
     (33, 4130),
     (3000, 5),
     (2100, 12),
+    (15, 33727),  # a cut that only the shift of the grid makes
+    (64, 16600),
+    (150, 16641),
 ]
 
 LAYOUTS = [row_major, transposed, sliced, reversed_axes, broadcast, offset]

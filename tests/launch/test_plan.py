@@ -55,6 +55,7 @@ class Training:
 
         step = mx.compile(train, inputs=state, outputs=state) if is_compiled else train
         for _ in range(2):  # the first checks the kernels, or compiles
+            mx.synchronize()
             mx.reset_peak_memory()
             step()
             mx.eval(state)

@@ -1,6 +1,7 @@
 """python -m mlx_fused_adam: versions, devices, each kernel's verdict, times, and what to do; as text and as JSON."""
 
 import json
+import os
 
 import mlx.core as mx
 import pytest
@@ -9,9 +10,12 @@ from mlx_fused_adam import _backends, _build_info, _self_check
 from mlx_fused_adam._tools import report as reporting
 from support.processes import run_python
 
+# Under DEVICE=cpu the CPU alone is judged: a wheel must not be lost to the virtual GPU of the Mac that builds it.
+DEVICE = ["--device", "cpu"] if os.environ.get("DEVICE") == "cpu" else []
+
 
 def run(*arguments):
-    return run_python("-m", "mlx_fused_adam", *arguments)
+    return run_python("-m", "mlx_fused_adam", *DEVICE, *arguments)
 
 
 def test_the_report(process_device, process_backend):
@@ -47,8 +51,10 @@ def test_the_report_as_json(process_device, process_backend):
     assert all(x > 0 for x in device["milliseconds"].values())
     peaks = device["peak_MB"]
     assert peaks.keys() == device["milliseconds"].keys()
-    # Model and state alone are 25.2 MB; MLX's compiled step holds a second copy of parameters, m and v.
-    assert 25 < peaks["fused compiled"] < 40 < peaks["mlx.optimizers compiled"]
+    # Model and state alone are 25.2 MB; MLX's compiled step holds a second copy of parameters, m and v. On a GPU a
+    # parameter that the backward pass has just read gets a new buffer, 7.3 MB in all.
+    most = 40 if process_backend == "cpu" else 45
+    assert 25 < peaks["fused compiled"] < most < peaks["mlx.optimizers compiled"]
 
 
 @pytest.fixture
@@ -95,3 +101,39 @@ def test_other_threads_than_the_machine_has_are_named(quick, monkeypatch, capsys
     monkeypatch.setattr(reporting, "default_num_threads", lambda environment: 77)
     reporting.main(as_json=False)
     assert "this process may use 77" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:mlx-fused-adam:")
+@pytest.mark.parametrize(("name", "status"), [("Apple Paravirtual device", 0), ("Apple M4 Max", 1)])
+def test_a_virtual_gpu_is_reported_and_not_judged(quick, monkeypatch, capsys, name, status):
+    monkeypatch.setattr(reporting, "_name", lambda kind: f"{name}, memory 8.0 GiB")
+    monkeypatch.setattr(_self_check, "run", lambda *_: "self-check is off")
+    assert reporting.main(as_json=False) == status
+    text = capsys.readouterr().out
+    assert "self-check is off" in text
+    assert ("virtual, not judged" in text) == (status == 0)
+    assert ("file an issue" in text) == (status == 1)
+
+
+def test_nothing_is_timed_on_a_virtual_gpu(quick, monkeypatch):
+    """It may hang, and its times say nothing of a Mac's."""
+    asked = []
+    monkeypatch.setattr(reporting, "_speed", lambda kind: asked.append(kind) or {})
+    reporting.collect()
+    assert asked
+    asked.clear()
+    monkeypatch.setattr(reporting, "_name", lambda kind: "Apple Paravirtual device")
+    report = reporting.collect()
+    assert not asked and report["ok"] and all(device["virtual"] for device in report["devices"])
+
+
+def test_one_device_alone(quick):
+    assert [device["kind"] for device in reporting.collect("cpu")["devices"]] == ["cpu"]
+
+
+def test_the_command_takes_a_device():
+    if not mx.is_available(mx.gpu):
+        done = run_python("-m", "mlx_fused_adam", "--device", "gpu")
+        assert done.returncode == 2 and "argument --device: this MLX has no gpu" in done.stderr
+    done = run_python("-m", "mlx_fused_adam", "--device", "cpu", "plan", "1000")
+    assert done.returncode == 2 and "--device belongs to the report; plan prints none" in done.stderr

@@ -194,6 +194,7 @@ def test_an_update_is_in_place_and_spares_what_is_held(extensions):
     del tensor, x
     state = [new]
     del new
+    mx.synchronize()  # the handlers of the first update
     state = update(extensions[1], [state.pop()], step=6)
     mx.eval(state)
     for name in own:

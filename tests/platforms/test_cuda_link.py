@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import mlx_fused_adam
 from support import tools
+from support.extension import installed_extension
 
 if sys.platform != "linux":
     pytest.skip("MLX has CUDA back ends on Linux alone", allow_module_level=True)
@@ -61,7 +61,7 @@ def dynamic_symbols(path: Path) -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize("package", ["mlx-cuda-12", "mlx-cuda-13"])
 def test_the_cuda_library_exports_every_symbol_of_mlx_that_is_needed(package):
     exported, _ = dynamic_symbols(fetch_libmlx(package))
-    _, needed = dynamic_symbols(Path(mlx_fused_adam._ext.__file__))
+    _, needed = dynamic_symbols(installed_extension())
     from_mlx = {name for name in needed if "N3mlx4core" in name}
     assert from_mlx, "the extension uses nothing of MLX?"
     assert not from_mlx - exported, sorted(from_mlx - exported)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,15 +21,19 @@ def use_extension(monkeypatch: pytest.MonkeyPatch, extension: Any) -> None:
             monkeypatch.setattr(module, "_ext", extension)
 
 
+def installed_extension() -> Path:
+    """The file of the installed extension, also where the package imported is the emulated one."""
+    files = importlib.metadata.files("mlx-fused-adam") or []
+    return Path(str(next(f for f in files if f.match("mlx_fused_adam/_ext*.so")).locate()))
+
+
 def extension_of_the_cpu(emulated: ModuleType) -> ModuleType:
     """The extension whose kernels are the CPU's: the installed one, also where the package imported is the emulated
     one.
     """
     if _ext is not emulated:
         return _ext
-    files = importlib.metadata.files("mlx-fused-adam") or []
-    installed = next(f for f in files if f.match("mlx_fused_adam/_ext*.so")).locate()
-    spec = importlib.util.spec_from_file_location("mlx_fused_adam_installed._ext", installed)
+    spec = importlib.util.spec_from_file_location("mlx_fused_adam_installed._ext", installed_extension())
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
