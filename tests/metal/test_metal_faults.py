@@ -443,8 +443,8 @@ def large_tensors(emulator, layout: str) -> list[mx.array]:
 
 
 # The threadgroups that update the last elements, by what csrc/metal/adam.cpp chooses: of each dispatch of 2^30 elements
-# the first 32, which hold all of the last dispatch; the last tile of 64 x 64, in bands of four rows; the end of the last of
-# eight equal pieces; of pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
+# the first 32, which hold all of the last dispatch; the last tile of 64 x 64, in bands of four rows; the end of the
+# last of eight equal pieces; of pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
 LAST_THREADGROUPS = {
     "linear": (0, 32),
     "three pieces": (0, 32),
