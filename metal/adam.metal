@@ -15,6 +15,12 @@
 using namespace metal;
 using namespace fused_adam;
 
+// The results that are rounded stochastically. The host defines them in front of this text, so that nothing is left to
+// be decided for each element; without it, kernels read them.
+#ifndef FUSED_ADAM_ROUNDED_RESULTS
+#define FUSED_ADAM_ROUNDED_RESULTS args.rounding.results
+#endif
+
 // Formats of more than one array; those of one are named by its type. encodings.h describes them.
 template <typename Correction>
 struct BfloatCorrection {};  // P
@@ -77,6 +83,8 @@ struct TensorPointers {
   AuxiliaryPointers<typename Format<P>::correction> auxiliary;
 };
 
+// In place, outputs are inputs: no thread loads an element after its store, or one that is another thread's, but for
+// the scales of a block, which its first thread alone loads and stores.
 // Moves the pointers of row-major arrays to an element, which is at this row and column.
 template <typename P, typename G, typename S, typename Index>
 inline TensorPointers<P, G, S> moved(
@@ -126,8 +134,10 @@ inline TensorStep load_step(
     tensor.scalars = {scalars[0], scalars[1], scalars[2], scalars[3]};
     tensor.is_applied = scalars[4] != 0.0f;
   }
-  if (args.rounding.results != 0u) {
-    tensor.rounding = tensor_rounding(args.rounding, step[0], number, is_quantized);
+  RoundingRequest request = args.rounding;
+  request.results = FUSED_ADAM_ROUNDED_RESULTS;
+  if (request.results != 0u) {
+    tensor.rounding = tensor_rounding(request, step[0], number, is_quantized);
   }
   return tensor;
 }
@@ -145,6 +155,13 @@ template <uint N>
 inline Run run_at(uint column, uint columns, bool vectors, uint element) {
   uint count = column < columns ? min(N, columns - column) : 0u;
   return {element, count, vectors && count == N, count > 0u && column % kBlockElements == 0u};
+}
+
+// Says so to the compiler where the state is not quantized: only whole runs in vectors are then updated as runs.
+template <typename S>
+inline Run whole(Run run) {
+  run.uses_vectors = !Format<S>::is_quantized || run.uses_vectors;
+  return run;
 }
 
 // The elements of a run of N as they are stored, zeros beyond `count`. A step that is not applied stores what it
@@ -273,6 +290,7 @@ inline void encode_parameter(
 template <typename P, typename S, uint N>
 inline void update_stored(
     thread StoredRun<P, S, N>& run, const thread float* gradient, Run at, TensorStep step) {
+  UNROLLED
   for (uint k = 0; k < N; ++k) {
     AdamState<float> old = {decode_parameter(run, k), float(run.m[k]), float(run.v[k])};
     AdamState<float> next = adam_rule(old, gradient[k], step.scalars, step.constants);
@@ -340,6 +358,7 @@ inline void update_stored(
   float m[N], v[N];
   uint largest_m = 0u;
   uint largest_v = 0u;
+  UNROLLED
   for (uint k = 0; k < N; ++k) {
     AdamState<float> old = {
         decode_parameter(run, k),
@@ -356,12 +375,26 @@ inline void update_stored(
   }
   BlockScale m_scale = m_scale_of(format, largest_in_block(largest_m));
   BlockScale v_scale = v_scale_of(format, largest_in_block(largest_v));
+  UNROLLED
   for (uint k = 0; k < N; ++k) {
     ElementRounding rounding = element_rounding(step.rounding, at.element + k);
     store_m_of(format, m[k], m_scale.inverse, rounding.m, run.m, k);
     store_v_of(format, v[k], v_scale.inverse, rounding.v, run.v, k);
   }
   run.scales = m_scale.stored | v_scale.stored << 16;
+}
+
+template <uint N, typename P, typename G, typename S>
+inline void update_loaded(
+    TensorPointers<P, G, S> t,
+    const thread float* gradient,
+    Run run,
+    thread StoredRun<P, S, N>& stored,
+    TensorStep step) {
+  if (step.is_applied) {
+    update_stored(stored, gradient, run, step);
+  }
+  store_run(t, run, stored);
 }
 
 // Parameters may have a stride; the other arrays' elements follow each other.
@@ -373,22 +406,28 @@ inline void update_run(
     Run run,
     TensorStep step) {
   StoredRun<P, S, N> stored = load_run<N>(t, parameter_stride, run);
-  if (step.is_applied) {
-    update_stored(stored, gradient, run, step);
-  }
-  store_run(t, run, stored);
+  update_loaded(t, gradient, run, stored, step);
 }
 
 // ---- Kernels ----
 
-// Updates the run of one thread of a row-major tensor.
+// Updates one element; of quantized state, never called.
+template <typename P, typename G, typename S>
+inline void update_element(TensorPointers<P, G, S> t, float gradient, uint element, TensorStep step) {
+  constexpr uint length = Format<S>::is_quantized ? kLongRun : 1;
+  float values[length] = {gradient};
+  update_run<length>(t, 1, values, Run{element, 1u, false, false}, step);
+}
+
+// Updates the run of one thread of a row-major tensor. Elements that go one by one are spread, so that neighbouring
+// threads take neighbouring ones.
 template <typename P, typename G, typename S>
 inline void update_row_major(
     TensorPointers<P, G, S> t,
     uint thread_in_tensor,
     uint first_element,
     uint row_length,
-    bool vectors,
+    uint vectors,
     TensorStep step) {
   constexpr uint length = RunLength<P, G, S>::value;
   uint row = 0u;
@@ -400,16 +439,41 @@ inline void update_row_major(
   }
   uint column = thread_in_row * length;
   uint element = row * row_length + column;
-  Run run = run_at<length>(column, row_length, vectors, first_element + element);
+  Run run = run_at<length>(column, row_length, (vectors & kStateVectors) != 0u, first_element + element);
+  if (!Format<S>::is_quantized && !run.uses_vectors) {
+    // A simdgroup's elements, of which each of its threads takes every so-manieth; but the last run of a tensor whose
+    // others go in vectors.
+    uint lane = thread_in_tensor % kLanes;
+    uint threads = (row_length + length - 1u) / length;
+    uint apart = min(uint(kLanes), threads + lane - thread_in_tensor);
+    if ((vectors & kStateVectors) != 0u) {
+      lane = 0u;
+      apart = 1u;
+    }
+    element -= lane * (length - 1u);
+    for (uint k = 0; k < length; ++k, element += apart) {
+      if (element < row_length) {
+        TensorPointers<P, G, S> at = moved(t, element, 0u, element, row_length);
+        update_element(at, float(*at.gradient), first_element + element, step);
+      }
+    }
+    return;
+  }
   t = moved(t, element, row, column, row_length);
   float gradient[length] = {};
-  load_values<length>(t.gradient, 1, run, gradient);
-  update_run<length>(t, 1, gradient, run, step);
+  Run read = run;
+  read.uses_vectors = run.count == length && (vectors & kGradientVectors) != 0u;
+  if (read.uses_vectors || Format<S>::is_quantized) {
+    load_values<length>(t.gradient, 1, read, gradient);
+  } else {
+    load_elements<length>(t.gradient, 1, length, gradient);
+  }
+  update_run<length>(t, 1, gradient, whole<S>(run), step);
 }
 
 // One row-major tensor, or a piece of one: the host cuts what exceeds 32-bit indices.
 template <typename P, typename G, typename S>
-[[kernel]] void adam_linear(
+[[kernel, max_total_threads_per_threadgroup(kThreads)]] void adam_linear(
     constant LinearArgs& args [[buffer(kArgs)]],
     const device float* scalars [[buffer(kScalars)]],
     const device typename Format<P>::parameter* parameter [[buffer(kParameter)]],
@@ -436,14 +500,14 @@ template <typename P, typename G, typename S>
       thread_in_grid,
       args.first_element,
       args.row_length,
-      args.vectors != 0,
+      args.vectors,
       load_step(args.step, args.number, scalars, step, Format<S>::is_quantized));
 }
 
 // Several small row-major tensors without auxiliary arrays in one dispatch: the grid holds the threads of one after the
 // other.
 template <typename P, typename G, typename S>
-[[kernel]] void adam_group(
+[[kernel, max_total_threads_per_threadgroup(kThreads)]] void adam_group(
     constant GroupArgs& args [[buffer(kArgs)]],
     const device float* scalars [[buffer(kScalars)]],
     const device P* parameter_0 [[buffer(2)]],
@@ -496,14 +560,14 @@ template <typename P, typename G, typename S>
       thread_in_grid - first_thread,
       0u,
       args.sizes[which],
-      args.vectors[which] != 0,
+      args.vectors[which],
       load_step(args.step, args.numbers[which], scalars, step, false));
 }
 
 // A matrix (or a batch of them, along the grid's z) whose gradient is column-major: a tile of it goes through
 // threadgroup memory, so that gradient and state are both walked along their unit strides, a run a thread.
 template <typename P, typename G, typename S>
-[[kernel]] void adam_tiled(
+[[kernel, max_total_threads_per_threadgroup(kThreads)]] void adam_tiled(
     constant TiledArgs& args [[buffer(kArgs)]],
     const device float* scalars [[buffer(kScalars)]],
     const device typename Format<P>::parameter* parameter [[buffer(kParameter)]],
@@ -553,49 +617,101 @@ template <typename P, typename G, typename S>
       first_of_rows += i * parameter_strides[args.axes + 1 + axis];
     }
   }
-  uint first_row = tile_in_grid.y * side;
-  uint first_column = tile_in_grid.x * side;
+  uint first_row = ((tile_in_grid.y << args.band) + (tile_in_grid.x & ((1u << args.band) - 1u))) * side;
+  uint first_column = (tile_in_grid.x >> args.band) * side;
+  if (first_row >= args.rows) {
+    return;  // all of the threadgroup
+  }
   uint start = thread_in_tile.x % kTileRuns * length;  // of this thread's runs, within the tile
   uint first_line = thread_in_tile.x / kTileRuns;
-
-  uint row = first_row + start;
-  for (uint k = first_line; k < side && first_column + k < args.columns; k += lines_at_once) {
-    const device G* from = gradient + (gradient_matrix + (first_column + k) * column_stride + row);
-    Run run = run_at<length>(row, args.rows, args.vectors != 0, 0u);
-    G values[length] = {};
-    load_values<length>(from, 1, run, values);
-    for (uint i = 0; i < length; ++i) {
-      if (i < run.count) {
-        tile[k][start + i] = values[i];
-      }
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 
   AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
   TensorStep tensor_step = load_step(args.step, args.number, scalars, step, Format<S>::is_quantized);
+  bool in_runs = Format<S>::is_quantized || (args.vectors & kStateVectors) != 0u;
+
+  // Loads the state before the barrier, so that nothing waits for it after.
+  constexpr uint runs = side / lines_at_once;
+  TensorPointers<P, G, S> at[runs];
+  Run run[runs];
+  StoredRun<P, S, length> stored[runs];
+  bool is_inside[runs];
   uint column = first_column + start;
-  for (uint k = first_line; k < side && first_row + k < args.rows; k += lines_at_once) {
-    int64_t element = matrix + (first_row + k) * row_stride + column;
-    int64_t row_of_state = first_of_rows + (first_row + k) * rows_apart;
-    Run run = run_at<length>(column, args.columns, args.vectors != 0, uint(element));
-    float values[length];
-    for (uint i = 0; i < length; ++i) {
-      values[i] = i < run.count ? float(tile[start + i][k]) : 0.0f;
+  UNROLLED
+  for (uint j = 0; j < runs; ++j) {
+    uint row = first_row + first_line + j * lines_at_once;
+    int64_t element = matrix + row * row_stride + column;
+    run[j] = whole<S>(run_at<length>(column, args.columns, (args.vectors & kStateVectors) != 0u, uint(element)));
+    // All threads of a block of quantized state, or none.
+    is_inside[j] = in_runs && row < args.rows && (Format<S>::is_quantized || column < args.columns);
+    at[j] = moved(tensor, element, first_of_rows + row * rows_apart, column, args.columns);
+    stored[j] = {};
+    if (is_inside[j]) {
+      stored[j] = load_run<length>(at[j], 1, run[j]);
     }
-    update_run<length>(
-        moved(tensor, element, row_of_state, column, args.columns), 1, values, run, tensor_step);
+  }
+
+  const device G* from = gradient + (gradient_matrix + first_column * column_stride + first_row);
+  if ((args.vectors & kGradientVectors) != 0u) {
+    UNROLLED
+    for (uint j = 0; j < runs; ++j) {
+      uint k = first_line + j * lines_at_once;
+      if (first_column + k < args.columns && first_row + start < args.rows) {
+        G values[length];
+        load_vectors<length>(from + (k * column_stride + start), values);
+        UNROLLED
+        for (uint i = 0; i < length; ++i) {
+          tile[k][start + i] = values[i];
+        }
+      }
+    }
+  } else {
+    for (uint i = thread_in_tile.x; i < side * side; i += kThreads) {
+      uint k = i / side;
+      uint row = i % side;
+      if (first_column + k < args.columns && first_row + row < args.rows) {
+        tile[k][row] = from[k * column_stride + row];
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  if (in_runs) {
+    UNROLLED
+    for (uint j = 0; j < runs; ++j) {
+      if (is_inside[j]) {
+        uint k = first_line + j * lines_at_once;
+        float values[length];
+        UNROLLED
+        for (uint i = 0; i < length; ++i) {
+          values[i] = run[j].uses_vectors || i < run[j].count ? float(tile[start + i][k]) : 0.0f;
+        }
+        update_loaded(at[j], values, run[j], stored[j], tensor_step);
+      }
+    }
+    return;
+  }
+  for (uint i = thread_in_tile.x; i < side * side; i += kThreads) {
+    uint row = first_row + i / side;
+    uint of_tile = i % side;
+    if (row < args.rows && first_column + of_tile < args.columns) {
+      int64_t element = matrix + row * row_stride + (first_column + of_tile);
+      update_element(
+          moved(tensor, element, element, first_column + of_tile, args.columns),
+          float(tile[of_tile][i / side]),
+          uint(element),
+          tensor_step);
+    }
   }
 }
 
 // Any strides of any array but quantized state and auxiliary arrays; the outputs are row-major. The grid's x is the
-// last axis (its runs, where the state is quantized), y the one before, z all others. Index is 64 bits wide where 32
-// are too few.
+// last axis, y the one before, z all others; where the state is quantized, all are in x, as neighbours in a simdgroup
+// are defined by that alone. Index is 64 bits wide where 32 are too few.
 template <typename P, typename G, typename S, typename Index>
-[[kernel]] void adam_general(
+[[kernel, max_total_threads_per_threadgroup(kThreads)]] void adam_general(
     constant GeneralArgs& args [[buffer(kArgs)]],
     const device float* scalars [[buffer(kScalars)]],
     const device typename Format<P>::parameter* parameter [[buffer(kParameter)]],
@@ -625,11 +741,20 @@ template <typename P, typename G, typename S, typename Index>
   Index m_at = 0;
   Index v_at = 0;
   uint last = args.axes - 1;
-  uint column = thread_in_grid.x * length;
   uint columns = uint(shape[last]);
-  uint outer = thread_in_grid.z;
+  uint3 place = thread_in_grid;
+  uint rows = grid.y;
+  if (Format<S>::is_quantized) {
+    uint row_threads = (columns + kBlockElements - 1) / kBlockElements * kBlockThreads;
+    rows = uint(shape[last - 1]);
+    place.x = thread_in_grid.x % row_threads;
+    place.y = thread_in_grid.x / row_threads % rows;
+    place.z = thread_in_grid.x / row_threads / rows;
+  }
+  uint column = place.x * length;
+  uint outer = place.z;
   for (uint axis = args.axes; axis-- > 0;) {
-    Index i = Index(axis == last ? column : thread_in_grid.y);
+    Index i = Index(axis == last ? column : place.y);
     if (axis + 2 < args.axes) {
       uint size = uint(shape[axis]);
       i = Index(outer % size);
@@ -640,7 +765,7 @@ template <typename P, typename G, typename S, typename Index>
     m_at += i * Index(m_strides[axis]);
     v_at += i * Index(v_strides[axis]);
   }
-  Index row = Index(thread_in_grid.z) * Index(grid.y) + Index(thread_in_grid.y);
+  Index row = Index(place.z) * Index(rows) + Index(place.y);
   Index element = row * Index(columns) + Index(column);
   AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};

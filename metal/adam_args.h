@@ -49,7 +49,17 @@ enum AdamLimits {
   kShortRun = 4,
   kLongRun = 8,
   kBlockThreads = 4,  // neighbouring threads whose runs make up a block of quantized state
+  kLanes = 32,        // of a simdgroup
   kTileRuns = 8,      // along a side of the tile that adam_tiled transposes: a cache line of 128 bytes
+  // adam_tiled walks bands of this many rows of tiles (by its logarithm), so that tiles which share the gradient's cache
+  // lines run together, as well as those which share the state's.
+  kTileBand = 2,
+};
+
+// Whether every run begins at a multiple of kRunBytes in every buffer.
+enum VectorAccess {
+  kGradientVectors = 1,
+  kStateVectors = 2,  // parameter, m, v and correction, old and new
 };
 
 // Shared by all tensors of a node.
@@ -65,7 +75,7 @@ struct LinearArgs {
   unsigned int first_element;  // of the tensor that the dispatch updates, in row-major order
   // All of the dispatch's elements; with quantized state, those of a row, after which blocks begin anew.
   unsigned int row_length;
-  unsigned int vectors;  // whether every run begins at a multiple of kRunBytes in every buffer
+  unsigned int vectors;  // VectorAccess
 };
 
 struct GroupArgs {
@@ -82,8 +92,9 @@ struct TiledArgs {
   unsigned int number;
   unsigned int rows;
   unsigned int columns;
-  unsigned int axes;  // around the matrix; may be 0
-  unsigned int vectors;
+  unsigned int axes;     // around the matrix; may be 0
+  unsigned int vectors;  // VectorAccess; other than of quantized state, only where runs are whole
+  unsigned int band;     // kTileBand or 0
 };
 
 struct GeneralArgs {

@@ -31,7 +31,7 @@ inline float add_square(float sum, float x) {
 
 // Several gradients, or pieces of them, whose elements follow each other in memory, in whatever order.
 template <typename G>
-[[kernel]] void norm_dense(
+[[kernel, max_total_threads_per_threadgroup(kNormThreads)]] void norm_dense(
     constant NormDenseArgs& args [[buffer(kNormArgs)]],
     device float* partials [[buffer(kNormPartials)]],
     const device G* gradient_0 [[buffer(2)]],
@@ -72,6 +72,7 @@ template <typename G>
     if (args.vectors[which] != 0 && at + length <= count) {
       float values[length];
       load_vectors<length>(from + at, values);
+      UNROLLED
       for (uint k = 0; k < length; ++k) {
         sum = add_square(sum, values[k]);
       }
@@ -89,7 +90,7 @@ template <typename G>
 
 // One gradient with any strides, or a piece of one.
 template <typename G>
-[[kernel]] void norm_general(
+[[kernel, max_total_threads_per_threadgroup(kNormThreads)]] void norm_general(
     constant NormGeneralArgs& args [[buffer(kNormArgs)]],
     device float* partials [[buffer(kNormPartials)]],
     const device G* gradient [[buffer(kNormGradient)]],
@@ -118,7 +119,7 @@ template <typename G>
 }
 
 // The sum of all partial sums, by one threadgroup.
-[[kernel]] void norm_total(
+[[kernel, max_total_threads_per_threadgroup(kNormThreads)]] void norm_total(
     constant NormTotalArgs& args [[buffer(kNormArgs)]],
     const device float* partials [[buffer(kNormPartials)]],
     device float* total [[buffer(kNormTotal)]],

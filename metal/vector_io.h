@@ -5,6 +5,14 @@
 
 #include "adam_args.h"
 
+// In front of loops over a thread's own arrays, which would else live in memory: Metal's front end unrolls nothing by
+// itself, and no register has a dynamic index.
+#if defined(__CUDACC__)
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#endif
+
 using namespace metal;
 using namespace fused_adam;
 
@@ -54,8 +62,10 @@ struct Vector {
 template <uint N, typename T, typename Value>
 inline void load_vectors(const device T* from, thread Value* values) {
   typedef Vector<T, N> V;
+  UNROLLED
   for (uint start = 0; start < N; start += V::elements) {
     typename V::type words = *(const device typename V::type*)(from + start);
+    UNROLLED
     for (uint k = 0; k < V::elements; ++k) {
       uint word = word_of(words, k / V::elements_per_word) >> (V::bits * (k % V::elements_per_word));
       values[start + k] = Value(as_type<T>(typename Unsigned<sizeof(T)>::type(word)));
@@ -66,8 +76,10 @@ inline void load_vectors(const device T* from, thread Value* values) {
 template <uint N, typename T>
 inline void store_vectors(device T* to, const thread T* values) {
   typedef Vector<T, N> V;
+  UNROLLED
   for (uint start = 0; start < N; start += V::elements) {
     typename V::type words = typename V::type(0);
+    UNROLLED
     for (uint k = 0; k < V::elements; ++k) {
       uint word = as_type<typename Unsigned<sizeof(T)>::type>(values[start + k]);
       add_bits(words, k / V::elements_per_word, word << (V::bits * (k % V::elements_per_word)));
@@ -79,6 +91,7 @@ inline void store_vectors(device T* to, const thread T* values) {
 // The first `count` elements, `stride` apart; the others stay as they are.
 template <uint N, typename T, typename Value>
 inline void load_elements(const device T* from, int64_t stride, uint count, thread Value* values) {
+  UNROLLED
   for (uint k = 0; k < N; ++k) {
     if (k < count) {
       values[k] = Value(from[int64_t(k) * stride]);
@@ -88,6 +101,7 @@ inline void load_elements(const device T* from, int64_t stride, uint count, thre
 
 template <uint N, typename T>
 inline void store_elements(device T* to, uint count, const thread T* values) {
+  UNROLLED
   for (uint k = 0; k < N; ++k) {
     if (k < count) {
       to[k] = values[k];

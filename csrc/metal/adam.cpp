@@ -37,7 +37,6 @@ constexpr ShaderKernel kShaderKernels[] = {
     {"adam_tiled", "adam_tiled"},
     {"adam_general_32", "adam_general", ", int"},
     {"adam_general_64", "adam_general", ", int64_t"},
-    // Last, since tensors with auxiliary arrays have none.
     {"adam_group", "adam_group"},
 };
 static_assert(std::size(kShaderKernels) == kKernels);
@@ -90,23 +89,26 @@ struct BoundTensor {
     return starts;
   }
 
-  // Whether kRunBytes may be loaded and stored at once wherever a run begins.
-  bool vectors() const {
+  // VectorAccess: whether kRunBytes may be loaded and stored at once wherever a run begins.
+  unsigned vectors() const {
     auto whole_runs = [&](int64_t stride) { return stride % run() == 0; };
-    bool fit = row() == size() || whole_runs(row());
-    if (layout.kind == LayoutKind::tiled) {
-      fit = fit && whole_runs(layout.row_stride) && whole_runs(layout.gradient_column_stride);
-      for (auto& strides : layout.strides) {
-        fit = fit && std::all_of(strides.begin(), strides.end(), whole_runs);
-      }
-    }
-    // Scales are read one by one.
-    for (size_t role = 0; role < Role::m_scale; ++role) {
+    bool is_tiled = layout.kind == LayoutKind::tiled;
+    auto fits = [&](size_t role) {
+      bool is_gradient = role == Role::gradient;
+      bool fit = row() == size() || whole_runs(row()) || (is_tiled && is_gradient);
       for (const mx::array* x : {arrays.in[role], static_cast<const mx::array*>(arrays.out[role])}) {
         fit = fit && (!x || x->offset() % kRunBytes == 0);
       }
-    }
-    return fit;
+      if (!is_tiled) return fit;
+      auto& strides = layout.strides[is_gradient ? Role::gradient : Role::parameter];
+      return fit && whole_runs(is_gradient ? layout.gradient_column_stride : layout.row_stride) &&
+             std::all_of(strides.begin(), strides.end(), whole_runs);
+    };
+    bool gradient = fits(Role::gradient) && (!is_tiled || whole_runs(layout.rows));
+    bool state = !is_tiled || formats.is_quantized() || whole_runs(layout.columns);
+    // Scales are read one by one.
+    for (size_t role : {Role::parameter, Role::m, Role::v, Role::correction}) state = state && fits(role);
+    return (gradient ? kGradientVectors : 0) | (state ? kStateVectors : 0);
   }
 
   bool needs_64_bits() const {
@@ -183,19 +185,21 @@ class AdamEncoder {
         parameter_strides.push_back(parameter_strides[i] / layout.columns);
       }
     }
+    int64_t side = kTileRuns * t.run();
+    int64_t tile_columns = divide_up(layout.columns, side), tile_rows = divide_up(layout.rows, side);
+    unsigned band = tile_rows >= 1 << kTileBand ? kTileBand : 0;
     use(kTiled);
     encoder_.set_bytes(TiledArgs{step_args_, t.number, unsigned(layout.rows), unsigned(layout.columns),
-                                 unsigned(layout.shape.size()), t.vectors()},
+                                 unsigned(layout.shape.size()), t.vectors(), band},
                        kArgs);
     bind(t, t.at(0));
     bind_unused(t);
-    encoder_.set_vector_bytes(layout.shape, kShape);
+    // Metal takes no empty vector.
+    encoder_.set_vector_bytes(layout.shape.empty() ? Axes{1} : layout.shape, kShape);
     encoder_.set_vector_bytes(parameter_strides, kParameterStrides);
     encoder_.set_vector_bytes(gradient_strides, kGradientStrides);
-    int64_t side = kTileRuns * t.run();
-    encoder_.dispatch_threadgroups(
-        MTL::Size(divide_up(layout.columns, side), divide_up(layout.rows, side), layout.batches()),
-        MTL::Size(kThreads, 1, 1));
+    encoder_.dispatch_threadgroups(MTL::Size(tile_columns << band, divide_up(tile_rows, 1 << band), layout.batches()),
+                                   MTL::Size(kThreads, 1, 1));
   }
 
   void general(const BoundTensor& t, Kernel kernel) {
@@ -232,6 +236,10 @@ class AdamEncoder {
       bind_unused(t);
       int64_t x = threads(piece.shape.back()), y = *(piece.shape.end() - 2);
       int64_t z = size_of(piece.shape) / piece.shape.back() / y;
+      if (t.formats.is_quantized()) {
+        dispatch_threads(x * y * z);
+        continue;
+      }
       int64_t group_x = std::min<int64_t>(x, kThreads);
       int64_t group_y = std::min(y, kThreads / group_x);
       int64_t group_z = std::min(z, kThreads / (group_x * group_y));
@@ -303,8 +311,8 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   // Every kernel before any buffer changes hands: a GPU that lacks one leaves parameters and state as they were.
   std::string types = metal_type(formats.parameter);
   for (auto format : {formats.gradient, formats.m}) types += std::string(", ") + metal_type(format);
-  ShaderLibrary library(stream(), "AdamUpdate", "fused_adam", kAdamShader,
-                        std::span(kShaderKernels).first(kKernels - formats.has_auxiliaries()), types, kThreads);
+  ShaderLibrary library(stream(), "AdamUpdate", "fused_adam", kAdamShader, kShaderKernels, types, kThreads,
+                        "#define FUSED_ADAM_ROUNDED_RESULTS " + std::to_string(node_.rounding.results) + "u\n");
   if (!row_major.empty()) library.kernel(is_group ? kGroup : kLinear);
   if (!tiled.empty()) library.kernel(kTiled);
   for (auto& t : general) library.kernel(general_kernel(t));

@@ -31,32 +31,32 @@ const char* metal_type(Format format) {
 
 ShaderLibrary::ShaderLibrary(mx::Stream stream, const char* op, const char* name, const char* shader,
                              std::span<const ShaderKernel> kernels, const std::string& types,
-                             unsigned long threads_per_threadgroup)
+                             unsigned long threads_per_threadgroup, const std::string& definition)
     : device_(mx::metal::device(stream.device)),
       op_(op),
       shader_(shader),
       kernels_(kernels),
       types_(types),
+      definition_(definition),
       name_(std::string(name) + "<" + types + ">"),
+      key_(name_ + definition),
       threads_(threads_per_threadgroup),
       loaded_(kernels.size()) {}
 
-std::string ShaderLibrary::source() const {
-  std::string text = shader_;
-  for (auto& kernel : kernels_) {
-    if (!kernel.of_template) continue;
-    auto instance = std::string(kernel.of_template) + "<" + types_ + kernel.more_types + ">";
-    text += std::string("template [[host_name(\"") + kernel.name + "\")]] [[kernel]] decltype(" + instance + ") " +
-            instance + ";\n";
-  }
-  return text;
+std::string ShaderLibrary::source(const ShaderKernel& kernel) const {
+  std::string text = definition_ + shader_;
+  if (!kernel.of_template) return text;
+  auto instance = std::string(kernel.of_template) + "<" + types_ + kernel.more_types + ">";
+  return text + "template [[host_name(\"" + kernel.name + "\")]] [[kernel]] decltype(" + instance + ") " + instance +
+         ";\n";
 }
 
 MTL::ComputePipelineState* ShaderLibrary::kernel(size_t index) {
   if (loaded_[index]) return loaded_[index];
   std::string name = kernels_[index].name;
   try {
-    auto kernel = device_.get_kernel(name, device_.get_library(name_, [this] { return source(); }));
+    auto library = device_.get_library(key_ + name, [&] { return source(kernels_[index]); });
+    auto kernel = device_.get_kernel(name, library);
     auto most = kernel->maxTotalThreadsPerThreadgroup();
     if (most < threads_) {
       throw std::runtime_error("this GPU supports only " + std::to_string(most) + " threads per threadgroup, " +

@@ -1,5 +1,5 @@
-// Compiles a shader's kernels on the user's machine, from the embedded text, once for each combination of types:
-// command line tools lack an offline Metal compiler.
+// Compiles a shader's kernels on the user's machine, from the embedded text: command line tools lack an offline Metal
+// compiler. Each kernel and combination of types is a Metal library of its own, so that only what runs is compiled.
 #pragma once
 
 #include <span>
@@ -24,23 +24,27 @@ struct ShaderKernel {
 
 class ShaderLibrary {
  public:
-  // `types`, separated by commas, tell the libraries of a shader apart. `op` is for errors.
+  // `types`, separated by commas, and `definition`, a line in front of the text, tell instances of a kernel apart.
+  // `op` is for errors.
   ShaderLibrary(mlx::core::Stream stream, const char* op, const char* name, const char* shader,
-                std::span<const ShaderKernel> kernels, const std::string& types, unsigned long threads_per_threadgroup);
+                std::span<const ShaderKernel> kernels, const std::string& types, unsigned long threads_per_threadgroup,
+                const std::string& definition = "");
 
-  // Compiles the library where no kernel has been asked for yet. Throws where this GPU lacks the kernel or so many
+  // Compiles the kernel where it has not been asked for yet. Throws where this GPU lacks the kernel or so many
   // threads.
   MTL::ComputePipelineState* kernel(size_t index);
 
  private:
-  std::string source() const;
+  std::string source(const ShaderKernel& kernel) const;
 
   mlx::core::metal::Device& device_;
   const char* op_;
   const char* shader_;
   std::span<const ShaderKernel> kernels_;
   std::string types_;
+  std::string definition_;
   std::string name_;
+  std::string key_;
   unsigned long threads_;
   std::vector<MTL::ComputePipelineState*> loaded_;
 };

@@ -33,6 +33,8 @@ void Donation::commit_and_release() {
   for (auto& output : outputs_) output.inputs().clear();
 }
 
+// Kernels may then load and store one buffer under two names, which MLX and Metal take for two. So each thread loads an
+// element before it stores it, never after, and no element that another thread stores.
 static void allocate_in_place(const mx::array& input, mx::array& output) {
   if (input.flags().row_contiguous && input.dtype() == output.dtype() && input.size() == output.size() &&
       mx::is_donatable(input, output)) {

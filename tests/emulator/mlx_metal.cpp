@@ -104,6 +104,7 @@ void CommandEncoder::set_raw_bytes(const void* data, size_t size, int index) {
   if (size > kMaxBytes) {
     throw std::invalid_argument("[emulator] set_bytes of " + std::to_string(size) + " bytes; Metal takes at most 4096");
   }
+  if (size == 0) throw std::invalid_argument("[emulator] set_bytes of 0 bytes, which Metal does not take");
   emulator::Binding binding;
   binding.index = index;
   binding.bytes.assign(static_cast<const char*>(data), static_cast<const char*>(data) + size);

@@ -28,7 +28,7 @@ OTHER_STATES = ("QuantizedState<8>", "QuantizedState<4>")
 
 def kernels(source: str) -> dict[str, list[str]]:
     """The template parameters of each kernel template."""
-    found = re.findall(r"template <([^>]*)>\s*\[\[kernel\]\] void (\w+)", source)
+    found = re.findall(r"template <([^>]*)>\s*\[\[kernel[^\]]*\]\] void (\w+)", source)
     return {name: [p.split()[-1] for p in parameters.split(",")] for parameters, name in found}
 
 

@@ -55,7 +55,8 @@ def tensors(shape: tuple[int, ...], layout: str = "linear", dtype=mx.float32) ->
 SHAPES = {
     "linear": (1001,),
     "column-major": (70, 139),  # more than a tile either way, and no whole runs
-    "column-major, padded": (37, 72),
+    "column-major, padded": (40, 72),
+    "all axes reversed": (300, 70),  # bands of tiles
     "column-major, other batches": (4, 6, 20, 24),
     "strided": (3, 4, 5, 6),
 }
@@ -63,8 +64,8 @@ SHAPES = {
 PLANTED = {
     "buffers swapped": ("linear", "device typename Format<S>::m* m [[buffer(kM)]]",
         "device typename Format<S>::m* m [[buffer(kV)]]", "differs"),
-    "tail one too long": ("linear", "min(N, columns - column)", "min(N, columns - column + 1u)", "ends at"),
-    "tail one too short": ("linear", "min(N, columns - column)", "min(N, columns - column - 1u)",
+    "tail one too long": ("linear", "element < row_length)", "element < row_length + 1u)", "ends at"),
+    "tail one too short": ("linear", "element < row_length)", "element + 1u < row_length)",
         "no thread writes|differs"),
     "vectors where none fit": ("linear", "vectors && count == N", "true", "ends at"),
     "one access of two": ("linear",
@@ -77,16 +78,18 @@ PLANTED = {
         "threadgroup_barrier(mem_flags::mem_device)", "no barrier between"),
     "tile too narrow": ("column-major", "tile[side][side + 4 / sizeof(G)]", "tile[side][side - 1]",
         "threadgroup memory tile, which (ends at|another thread)"),
-    "wrong stride": ("column-major", "(first_column + k) * column_stride", "(first_column + k) * (column_stride + 1)",
+    "wrong stride": ("column-major", "from[k * column_stride", "from[k * (column_stride + 1)",
         "ends at|differs"),
-    "bottom edge of the tile forgotten": ("column-major", "first_row + k < args.rows", "true",
-        "ends at|data race|uninitialised"),
-    "right edge of the tile forgotten": ("column-major", "first_column + k < args.columns", "true", "ends at"),
-    "last elements of a line forgotten": ("column-major", "values[i] = i < run.count ?",
-        "values[i] = i + 1 < run.count ?", "differs"),
-    "vectors past the end of a column": ("column-major, padded",
-        "run_at<length>(row, args.rows, args.vectors != 0, 0u)",
-        "{0u, uint(length), args.vectors != 0, false}", "ends at|differs|tile"),
+    "bottom edge of the tile forgotten": ("column-major", "row < args.rows && first_column + of_tile",
+        "first_column + of_tile", "ends at|data race|uninitialised"),
+    "right edge of the tile forgotten": ("column-major", "first_column + k < args.columns && first_row + row",
+        "first_row + row", "ends at"),
+    "last elements of a line forgotten": ("column-major", "first_column + of_tile < args",
+        "first_column + of_tile + 1u < args", "no thread writes|differs"),
+    "bands of tiles": ("all axes reversed", "tile_in_grid.x >> args.band", "tile_in_grid.x",
+        "no thread writes|differs"),
+    "vectors past the end of a column": ("column-major, padded", "first_row + start < args.rows", "true",
+        "ends at|differs|tile"),
     "no vectors in the tile's second half": ("column-major, padded", "tile[k][start + i] = values[i]",
         "tile[k][start + i % 2] = values[i]", "uninitialised|differs"),
     "batches not divided": ("column-major, other batches", "batch /= size;", "", "no thread writes|data race|differs"),
@@ -94,7 +97,7 @@ PLANTED = {
         "gradient_matrix += i * parameter_strides[axis]", "differs"),
     "axes swapped": ("strided", "axis == last ?", "axis != last ?", "ends at|differs"),
     "outer axes not divided": ("strided", "outer /= size;", "", "differs"),
-    "wrong place in the output": ("strided", "* Index(grid.y) +", "* Index(grid.x) +", "ends at|data race"),
+    "wrong place in the output": ("strided", "* Index(rows) +", "* Index(grid.x) +", "ends at|data race"),
     "strides of m for v": ("strided", "v_at += i * Index(v_strides[axis])", "v_at += i * Index(gradient_strides[axis])",
         "ends at|differs"),
 }  # fmt: skip
@@ -123,7 +126,7 @@ def test_a_fault_planted_in_the_shader_is_seen(update, plant, name, dtype):
 # elements.
 ROUNDED = {
     "linear": [((1003,), "linear")],
-    "linear, unaligned": [((1003,), "between vectors")],
+    "linear, unaligned": [((1007,), "between vectors")],
     "group": [((1003,), "linear"), ((64,), "linear"), ((37, 5), "linear")],
     "tiled": [((70, 139), "column-major")],
     "tiled, vectors": [((136, 72), "column-major")],
@@ -133,10 +136,11 @@ ROUNDED = {
 PLANTED_IN_ROUNDING = {
     "one draw for a run": ("linear", ALL, "element_rounding(step.rounding, at.element + k)",
         "element_rounding(step.rounding, at.element)"),
-    "one draw for single elements": ("linear, unaligned", ALL, "first_element + element)", "first_element)"),
+    "one draw for single elements": ("linear, unaligned", ALL, "first_element + element, step", "first_element, step"),
     "one number for a group": ("group", ALL, "args.numbers[which]", "args.numbers[0]"),
-    "column for element of a tile": ("tiled", ALL, "!= 0, uint(element))", "!= 0, column)"),
-    "column for element of a tile's runs": ("tiled, vectors", ALL, "!= 0, uint(element))", "!= 0, column)"),
+    "column for element of a tile": ("tiled", ALL, "uint(element),\n          tensor_step",
+        "of_tile,\n          tensor_step"),
+    "column for element of a tile's runs": ("tiled, vectors", ALL, "!= 0u, uint(element))", "!= 0u, column)"),
     "element of the gradient's layout": ("general", ALL, "args.first_element + uint(element)",
         "args.first_element + uint(gradient_at)"),
     "one draw for all steps": ("linear", ALL, "step[0], number", "0u, number"),
@@ -242,6 +246,12 @@ PLANTED_IN_FORMATS = {
         "differs"),
     "stride of the parameter": (CODES, (13, 70), ("parameter", "strided"), "      parameter_strides[last],", "      1,",
         "differs"),
+    "last elements of a tile's codes": (CODES, (70, 70), ("gradient", "column-major"), "|| i < run[j].count",
+        "|| i + 1u < run[j].count", "differs"),
+    "neighbours that leap": (("bfloat16",) * 3, (9, 111), ("m", "between vectors"), "threads + lane - thread_in_tensor",
+        "uint(kLanes)", "no thread writes|differs"),
+    "a gradient's vectors by the state's": (("bfloat16",) * 3, (9, 111), ("gradient", "between vectors"),
+        "(vectors & kGradientVectors) != 0u", "(vectors & kStateVectors) != 0u", "not a multiple"),
     "corrections of a run not stored": (MASTER, (64, 96), ("gradient", "linear"),
         "store_vectors<N>(t.auxiliary.new_correction, stored.correction);", "", "no thread writes|differs"),
     "correction not stored": (MASTER, (64, 96), ("gradient", "strided"),
@@ -386,7 +396,7 @@ def test_a_kernel_that_is_missing_leaves_everything_as_it_was(emulated_extension
 
     expected = run_updates(_ext, *lists())
     results = run_updates(emulated_extension, *lists())
-    emulator.replace_in_shaders(f'host_name("{missing}")', 'host_name("another")')
+    emulator.replace_in_shaders(f"void {missing.removesuffix('_32')}(", "void another(")
     try:
         with pytest.raises(RuntimeError) as raised:
             mx.eval(results)
@@ -433,18 +443,18 @@ def large_tensors(emulator, layout: str) -> list[mx.array]:
 
 
 # The threadgroups that update the last elements, by what csrc/metal/adam.cpp chooses: of each dispatch of 2^30 elements
-# the first 32, which hold all of the last dispatch; the last tile of 64 x 64; the end of the last of eight equal
-# pieces; of pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
+# the first 32, which hold all of the last dispatch; the last tile of 64 x 64, in bands of four rows; the end of the
+# last of eight equal pieces; of pieces with 65536, 32768 and 32769 rows of 64 threadgroups, the last row of the last.
 LAST_THREADGROUPS = {
     "linear": (0, 32),
     "three pieces": (0, 32),
-    "column-major": (1024 * 1025 - 1, 1024 * 1025),
+    "column-major": (256 * 4096 + 4 * 1023, 256 * 4096 + 4 * 1023 + 1),
     "strided": (2**21 + 31, 2**21 + 32),
     "padded": (64 * 32769 - 1, 64 * 32769),
     "batches": (5 * 512 * 512 - 1, 5 * 512 * 512),
 }
 OVERFLOWS = {
-    "column-major": ("+ (first_row + k) * row_stride", "+ int((first_row + k) * row_stride)"),
+    "column-major": ("+ row * row_stride + column", "+ int(row * row_stride) + column"),
     "batches": ("int64_t matrix = 0", "int matrix = 0"),
 }
 

@@ -73,7 +73,7 @@ FAULTS = {
         "device G* row_of_tile = tile[0];\n  threadgroup_barrier(",
         "cannot initialize a variable of type 'device float \\*'"),
     "device pointer to a local variable": ("threadgroup_barrier(",
-        "device uint* of_row = &row;\n  threadgroup_barrier(",
+        "device uint* of_column = &column;\n  threadgroup_barrier(",
         "cannot initialize a variable of type 'device"),
     "double": ("float values[length];", "double values[length];", "poisoned"),
     "host function": ("AdamState<float> next", "std::sqrt(1.0f); AdamState<float> next", "'std'"),

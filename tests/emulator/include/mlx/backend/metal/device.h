@@ -53,13 +53,7 @@ class CommandEncoder {
 
   template <typename Vec>
   void set_vector_bytes(const Vec& vec, size_t count, int index) {
-    using T = typename Vec::value_type;
-    T nothing{};
-    if (count > 0) {
-      set_raw_bytes(vec.data(), count * sizeof(T), index);
-    } else {
-      set_raw_bytes(&nothing, sizeof(T), index);
-    }
+    set_raw_bytes(vec.data(), count * sizeof(typename Vec::value_type), index);
   }
   template <typename Vec>
   void set_vector_bytes(const Vec& vec, int index) {

@@ -1,0 +1,145 @@
+"""What an optimiser leaves of each kernel: arrays in memory, loops and conditional branches, counted.
+
+clang -O2 for arm64 compiles every kernel for every combination of formats, without unrolling but by pragma: Apple's
+front end unrolls nothing by itself either. Everything is inlined, as on Metal.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from emulator import project_shader, translate
+from support import tools
+
+pytestmark = tools.module_needs("ziglang")  # which is clang
+
+FLAGS = ["-std=c++14", "-x", "c++", "-nostdinc", "-w", "-S", "-emit-llvm", "-O2", "-target", "aarch64-linux-gnu"]
+FLAGS += ["-fno-unroll-loops", "-fno-vectorize", "-fno-slp-vectorize", "-ffp-contract=off"]
+FLAGS += ["-mllvm", "-inline-threshold=1000000"]
+
+
+def functions(ir: str) -> Iterator[tuple[str, str]]:
+    for match in re.finditer(r"^define [^\n]*?@(\w+)\([^\n]*\{\n(.*?)^\}", ir, re.MULTILINE | re.DOTALL):
+        yield match[1], match[2]
+
+
+def blocks_of(body: str) -> dict[str, list[str]]:
+    """The blocks of a function, and those that each may go to."""
+    blocks: dict[str, list[str]] = {}
+    name = "entry"
+    for line in body.splitlines():
+        label = re.match(r"([\w.]+):", line)
+        if label:
+            name = label[1]
+        blocks.setdefault(name, []).extend(re.findall(r"label %([\w.]+)", line))
+    return blocks
+
+
+def loops_of(blocks: dict[str, list[str]]) -> int:
+    """Heads of loops: blocks that a depth-first walk meets again while it is inside them."""
+    heads = set()
+    done, inside = {"entry"}, {"entry"}
+    stack = [("entry", iter(blocks["entry"]))]
+    while stack:
+        name, rest = stack[-1]
+        following = next(rest, None)
+        if following is None:
+            stack.pop()
+            inside.discard(name)
+        elif following in inside:
+            heads.add(following)
+        elif following not in done:
+            done.add(following)
+            inside.add(following)
+            stack.append((following, iter(blocks[following])))
+    return len(heads)
+
+
+def counts(source: str, rounded: int, folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Arrays in memory, loops, and conditional branches of each kernel by its mangled name."""
+    text = translate.for_clang(f"#define FUSED_ADAM_ROUNDED_RESULTS {rounded}u\n{source}", project_shader.INCLUDE_DIRS)
+    file, ir = folder / "shader.cpp", folder / "shader.ll"
+    file.write_text(text)
+    command = [sys.executable, "-m", "ziglang", "c++", *FLAGS, f"-I{translate.SHIM}", str(file), "-o", str(ir)]
+    subprocess.run(command, check=True)
+    result = {}
+    for name, body in functions(ir.read_text()):
+        branches = len(re.findall(r"\bbr i1\b|\bswitch\b", body))
+        result[name] = (len(re.findall(r"= alloca\b", body)), loops_of(blocks_of(body)), branches)
+    return result
+
+
+def kind_of(name: str) -> str:
+    """Kernel, and the formats that decide what is left."""
+    kernel = re.match(r"_Z\d+([a-z]+_[a-z]+)", name)
+    assert kernel, name
+    state = "quantized" if "QuantizedState" in name else "plain"
+    return f"{kernel[1]} {state}" if kernel[1].startswith("adam") else kernel[1]
+
+
+# Arrays, loops and branches at most. Branches of the plain runs are those of an element alone (the last of a tensor, or
+# where no vector fits), of vectors and of a step that is not applied; join and split_24 have one an element. Quantized
+# runs are one by one in whole blocks, so each load and store has its own where no vector fits; a tile has two runs.
+LEFT = {
+    "adam_linear plain": (0, 1, 17),  # the loop over elements alone
+    "adam_linear quantized": (0, 0, 65),
+    "adam_group plain": (0, 1, 11),
+    "adam_tiled plain": (0, 3, 40),  # the axes around the matrix, and a tile's elements alone, read and updated
+    "adam_tiled quantized": (0, 2, 144),
+    "adam_general plain": (0, 1, 10),  # the axes
+    "adam_general quantized": (0, 1, 66),
+    "norm_dense": (0, 4, 10),  # which gradient, runs, the elements of a last run, the tree of sums
+    "norm_general": (0, 3, 7),  # elements, their axes, the tree of sums
+    "norm_total": (0, 2, 5),
+}
+
+
+def beyond(found: dict[str, tuple[int, int, int]]) -> list[str]:
+    """Kernels with more left than named."""
+    return [
+        f"{name}: {left} of {LEFT[kind_of(name)]}"
+        for name, left in found.items()
+        if any(n > most for n, most in zip(left, LEFT[kind_of(name)], strict=True))
+    ]
+
+
+@pytest.mark.parametrize("rounded", [0, 7], ids=["nearest", "stochastic"])
+def test_runs_stay_in_registers_and_branches_are_named(tmp_path, rounded):
+    found = counts(project_shader.full_source(), rounded, tmp_path)
+    assert {kind_of(name) for name in found} == set(LEFT) and len(found) > 300
+    assert beyond(found) == []
+
+
+def test_bfloat16_is_converted_once_each_way(tmp_path):
+    """Between store and load nothing is widened and narrowed again: 4 loads and 3 stores of an element."""
+    counts(project_shader.full_source(("bfloat",)), 0, tmp_path)
+    ir = (tmp_path / "shader.ll").read_text()
+    body = next(b for name, b in functions(ir) if name.startswith("_Z11adam_linearIu6__bf16u6__bf16u6__bf16"))
+    elements = 8 + 1  # of a run, and alone
+    assert len(re.findall(r"= fpext bfloat", body)) == 4 * elements
+    assert len(re.findall(r"= fptrunc float", body)) == 3 * elements
+
+
+# The text replaced and the replacement.
+FAULTS = {
+    "runs in memory": ('_Pragma("clang loop unroll(full)")', ""),
+    "rounding decided for each element": ("request.results = FUSED_ADAM_ROUNDED_RESULTS;", ""),
+    "guards of the elements of whole runs": ("  run.uses_vectors = !Format<S>::is_quantized || run.uses_vectors;", ""),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_counted(tmp_path, name):
+    text, replacement = FAULTS[name]
+    include = '#include "vector_io.h"\n'
+    source = project_shader.full_source(("bfloat",))
+    runs = (project_shader.ROOT / "metal" / "vector_io.h").read_text().replace("#pragma once\n", "")
+    source = source.replace(include, runs, 1).replace(include, "")
+    assert text in source
+    assert beyond(counts(source.replace(text, replacement), 0, tmp_path))
