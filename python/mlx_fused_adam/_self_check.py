@@ -3,7 +3,8 @@ trusted to the kernels.
 
 Every kernel that the combination can meet takes part: row-major tensors alone and in groups, aligned and not,
 column-major and strided gradients, indices of 32 and 64 bits, more work than one threadgroup or thread, a second step
-that finds its buffers free to be reused, clipped gradients, and a step that is not applied. The kernel that sums the
+that finds its buffers free to be reused, clipped gradients, each request of stochastic rounding, and a step that is not
+applied. The kernel that sums the
 gradients' squares is checked by itself, for each dtype of gradients. Used by _backends.py and the report.
 """
 
@@ -88,7 +89,7 @@ class Case(NamedTuple):
     wide_indices: bool = False
     gradient_scale: float | None = None
     is_skipped: bool = False
-    is_stochastic: bool = False  # results may then be either neighbour, so twice as far off
+    rounding: str = "nearest"  # else results may be either neighbour, so twice as far off
 
 
 def is_update(dtypes: Dtypes) -> bool:
@@ -133,6 +134,8 @@ def errors(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> Iterat
     cases = [_alone, _group, _column_major, _strided, _strided_wide]
     if dtypes[2] != mx.float32 or (dtypes[0] != mx.float32 and dtypes[3:] != (mx.int16,)):
         cases.append(_stochastic)
+    if dtypes[2] in (mx.bfloat16, mx.float16):  # quantized m is always rounded with v
+        cases.append(_stochastic_m)
     for make in cases:
         with mx.stream(_streams[kind]):
             error = _error_of(extension, case := make(extension, dtypes))
@@ -152,7 +155,7 @@ def _error_of(extension: ModuleType, case: Case) -> float:
         mx.eval(case.tensors)
         for tensor, values in zip(case.tensors, expected, strict=True):
             worst = max(worst, _error(extension, tensor, values))
-    return worst / 2 if case.is_stochastic else worst
+    return worst if case.rounding == "nearest" else worst / 2
 
 
 def _change_of(extension: ModuleType, case: Case) -> float:
@@ -200,7 +203,7 @@ def _update(extension: ModuleType, case: Case, step: int) -> list[Tensor]:
         mx.array(step, mx.uint64),
         betas=_BETAS,
         **_SETTINGS,
-        rounding="all" if case.is_stochastic else "nearest",
+        rounding=case.rounding,
         gradient_scale=None if case.gradient_scale is None else mx.array(case.gradient_scale),
         is_applied=mx.array(False) if case.is_skipped else None,
         wide_indices=case.wide_indices,
@@ -269,7 +272,11 @@ def _alone(extension: ModuleType, dtypes: Dtypes) -> Case:
 
 
 def _stochastic(extension: ModuleType, dtypes: Dtypes) -> Case:
-    return _alone(extension, dtypes)._replace(kernel="linear, stochastic", is_stochastic=True)
+    return _alone(extension, dtypes)._replace(kernel="linear, stochastic", rounding="parameter_and_v")
+
+
+def _stochastic_m(extension: ModuleType, dtypes: Dtypes) -> Case:
+    return _alone(extension, dtypes)._replace(kernel="linear, stochastic m", rounding="all")
 
 
 def _group(extension: ModuleType, dtypes: Dtypes) -> Case:

@@ -55,8 +55,8 @@ def row_major(rng, shape, dtype, positive):
     return values(rng, shape, dtype, positive)
 
 
-# Around the tiles of the CPU back end, wherever in a cache line buffers begin: whole rows in one tile and in several, rows
-# so short that many lie in a tile, and so long that they are cut, whatever the cache.
+# Around the tiles of the CPU back end, wherever in a cache line buffers begin: whole rows in one tile and in several,
+# rows so short that many lie in a tile, and so long that they are cut, whatever the cache.
 EDGES = [
     *((rows, columns) for rows in (15, 64, 260) for columns in (254, 509, 1023, 1024, 1027, 2050)),
     (33, 4130),

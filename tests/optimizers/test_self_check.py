@@ -146,8 +146,8 @@ def test_a_skipped_step_that_changes_one_array_fails(extension, which):
     assert "linear, skipped kernel is off by inf" in verdict(faulty, *[mx.float32] * 3)
 
 
-STOCHASTIC = [((mx.bfloat16,) * 3, range(3)), ((mx.float32, mx.float32, mx.bfloat16), (1, 2)),
-    ((mx.float16, mx.float32, mx.float32), (0,)), ((mx.bfloat16, mx.bfloat16, mx.int8), (0,))]  # fmt: skip
+STOCHASTIC = [((mx.bfloat16,) * 3, (0, 2)), ((mx.float32, mx.float32, mx.bfloat16), (2,)),
+    ((mx.float16, mx.float32, mx.float32), (0,)), ((mx.bfloat16, mx.bfloat16, mx.int8), (0, 1, 2))]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,14 @@ STOCHASTIC = [((mx.bfloat16,) * 3, range(3)), ((mx.float32, mx.float32, mx.bfloa
 )
 def test_stochastic_rounding_that_is_wrong_fails(extension, dtypes, which):
     """Where nothing else is."""
-    faulty = Inexact(extension, which, 0.5, lambda settings: settings["rounding"] == "all")
+    faulty = Inexact(extension, which, 0.5, lambda settings: settings["rounding"] == "parameter_and_v")
     assert "linear, stochastic kernel is off by" in verdict(faulty, *dtypes)
+
+
+@pytest.mark.parametrize("which", range(3), ids=RESULTS)
+def test_stochastic_rounding_of_m_that_is_wrong_fails(extension, which):
+    faulty = Inexact(extension, which, 0.5, lambda settings: settings["rounding"] == "all")
+    assert "linear, stochastic m kernel is off by" in verdict(faulty, *[mx.bfloat16] * 3)
 
 
 @pytest.mark.parametrize("kernel", ["group", "column-major"])
