@@ -25,7 +25,7 @@ sys.path.append(str(ROOT))
 from bench.tables import plan as tables  # noqa: E402
 
 OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
-LAYERS, SIDE = 4, 1024  # so few that a gradient more is seen
+LAYERS, SIDE = 4, 1536  # so few that a gradient more is seen; 16 MB in any dtype, below which nothing is chained
 CHOICES = pytest.mark.parametrize("choice", plan.CHOICES, ids=lambda x: f"{x.dtype} {x.options}")
 
 
