@@ -35,7 +35,8 @@ STRUCTS = {
     for name, body in re.findall(r"struct (\w+Args) {\n(.*?)};", HEADER, re.DOTALL)
 }
 NEAREST = [0, 0, 0]  # RoundingRequest
-DEFAULTS = {"number": 0, "numbers": [0] * SHARED["kGroupTensors"], "first_element": 0}
+ALL_VECTORS = SHARED["kGradientVectors"] | SHARED["kStateVectors"]
+DEFAULTS = {"number": 0, "numbers": [0] * SHARED["kGroupTensors"], "first_element": 0, "band": 0}
 DEFAULTS["scalar_count"] = len(SCALARS)
 # Read only by formats that are not among these cases.
 AUXILIARIES = ("kCorrection", "kMScale", "kVScale", "kNewCorrection", "kNewMScale", "kNewVScale")
@@ -151,7 +152,9 @@ def linear(
     types: tuple[str, str, str], size: int, in_place: bool, scalars: int = len(SCALARS)
 ) -> tuple[Update, tuple, tuple]:
     update = Update("adam_linear", types, scalars=SCALARS[:scalars].copy())
-    update.buffers.append(arguments("LinearArgs", row_length=size, vectors=size > 3, scalar_count=scalars))
+    update.buffers.append(
+        arguments("LinearArgs", row_length=size, vectors=ALL_VECTORS * (size > 3), scalar_count=scalars)
+    )
     update.bind(random_tensor((size,), types), SHARED["kFirstTensor"], in_place)
     threads = threads_for(size, types)
     return update, (threads, 1, 1), (min(threads, SHARED["kThreads"]), 1, 1)
@@ -160,7 +163,7 @@ def linear(
 def group(types: tuple[str, str, str], sizes: list[int]) -> tuple[Update, tuple, tuple]:
     update = Update("adam_group", types)
     ends = np.cumsum([threads_for(size, types) for size in sizes]).tolist()
-    fields = {"sizes": sizes, "vectors": [1] * len(sizes), "thread_ends": ends}
+    fields = {"sizes": sizes, "vectors": [ALL_VECTORS] * len(sizes), "thread_ends": ends}
     update.buffers.append(arguments("GroupArgs", **fields))
     for i, size in enumerate(sizes):
         first = SHARED["kFirstTensor"] + i * SHARED["kBuffersPerTensor"]
@@ -173,7 +176,7 @@ def tiled(types: tuple[str, str, str], batch: int | None, rows: int, columns: in
     update = Update("adam_tiled", types)
     run = run_length(types)
     fields = {"rows": rows, "columns": columns, "axes": int(batch is not None)}
-    vectors = rows % run == 0 and columns % run == 0
+    vectors = ALL_VECTORS * (rows % run == 0 and columns % run == 0)
     update.buffers.append(arguments("TiledArgs", **fields, vectors=vectors))
     tensor = random_tensor((batch or 1, rows, columns), types)
     tensor[1] = np.ascontiguousarray(tensor[1].swapaxes(1, 2)).swapaxes(1, 2)

@@ -88,10 +88,15 @@ def case(kernel: str, types: tuple[str, str, str], rows: int, columns: int = COL
     run = cases.run_length(types)
     threads = blocks * SHARED["kBlockThreads"] if bits else -(-elements // run)
     if kernel == "adam_linear":
-        constant(*cases.arguments("LinearArgs", row_length=columns if bits else elements, vectors=1)[:2], "bytes")
+        constant(
+            *cases.arguments("LinearArgs", row_length=columns if bits else elements, vectors=cases.ALL_VECTORS)[:2],
+            "bytes",
+        )
         grid, group = (threads, 1, 1), (min(threads, SHARED["kThreads"]), 1, 1)
     else:
-        constant(*cases.arguments("TiledArgs", rows=rows, columns=columns, axes=0, vectors=1)[:2], "bytes")
+        constant(
+            *cases.arguments("TiledArgs", rows=rows, columns=columns, axes=0, vectors=cases.ALL_VECTORS)[:2], "bytes"
+        )
         for index, values in (("kShape", [0]), ("kParameterStrides", [columns, 1]), ("kGradientStrides", [rows])):
             constant(SHARED[index], np.array(values, np.int64), "bytes")
         side = SHARED["kTileRuns"] * run
