@@ -40,8 +40,8 @@ TRIGGERS = {
         "writes past an array's end": Trigger(
             Fault(
                 "csrc/cpu/kernels.cpp",
-                "for (; at + kChunk <= n; at += kChunk) {\n    update_chunk<kChunk>",
-                "for (; at < n; at += kChunk) {\n    update_chunk<kChunk>",
+                "for (; at + kChunk <= n; at += kChunk) {\n    update_one_chunk",
+                "for (; at < n; at += kChunk) {\n    update_one_chunk",
             ),
             UPDATE.format(size=33, dtype="float32"),
             "heap-buffer-overflow",
