@@ -71,6 +71,8 @@ struct AuxiliaryPointers {
   device ushort* new_v_scale;
 };
 
+// In place, outputs are inputs: no thread loads an element after its store, or one that is another thread's, but for
+// the scales of a block, which its first thread alone loads and stores.
 template <typename P, typename G, typename S>
 struct TensorPointers {
   const device typename Format<P>::parameter* parameter;
@@ -83,8 +85,6 @@ struct TensorPointers {
   AuxiliaryPointers<typename Format<P>::correction> auxiliary;
 };
 
-// In place, outputs are inputs: no thread loads an element after its store, or one that is another thread's, but for
-// the scales of a block, which its first thread alone loads and stores.
 // Moves the pointers of row-major arrays to an element, which is at this row and column.
 template <typename P, typename G, typename S, typename Index>
 inline TensorPointers<P, G, S> moved(

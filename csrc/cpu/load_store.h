@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "cpu/vectors.h"
-//
+// After it, since templates of encodings.h call what it has for vectors.
 #include "cpu/kernels.h"
 #include FUSED_ADAM_HALF_HEADER
 
@@ -150,16 +150,14 @@ struct ChunkRounding {
   }
 };
 
-// The largest magnitude of a block, NaN left out: magnitudes are moved up so that NaN, past infinity, is negative.
+// Of a block.
 FUSED_ADAM_INLINE std::uint32_t largest_magnitude(const float* x) {
-  constexpr std::uint32_t move = 0x7FFFFFFFu - 0x7F800000u;
-  Ints largest = Ints{};
+  Words largest = Words{};
   for (std::size_t i = 0; i < kChunk; i += kLanes) {
-    Ints moved = as_signed((bits_of(load_vector<Floats>(x + i)) & 0x7FFFFFFFu) + move);
-    largest = moved > largest ? moved : largest;
+    Words magnitudes = block_magnitude(load_vector<Floats>(x + i));
+    largest = magnitudes > largest ? magnitudes : largest;
   }
-  std::uint32_t most = std::uint32_t(largest_lane(largest));
-  return most > move ? most - move : 0u;
+  return largest_lane(largest);
 }
 
 // Stores the scales of all blocks first, by `scale_of(largest magnitude)`; then values by `store_one(x, inverse scale,

@@ -29,9 +29,9 @@ constexpr size_t kPiecesPerUnit = 8;
 constexpr size_t kTiledCost = 2;
 constexpr size_t kGeneralCost = 4;
 constexpr size_t kCacheLine = 64;
-// A transposed tile is a unit of tiled work. Along the parameter's rows it is whole rows, where several cache lines down
-// the gradient's columns fit into the room: hardware prefetchers take time to take up a row of parameter, m and v, and
-// each line of a column lies in another page. Else it is so much of a row that four lines fit.
+// A transposed tile is a unit of tiled work. Along the parameter's rows it is whole rows, where several cache lines
+// down the gradient's columns fit into the room: hardware prefetchers take time to take up a row of parameter, m and v,
+// and each line of a column lies in another page. Else it is so much of a row that four lines fit.
 constexpr size_t kMostLines = 8;
 constexpr size_t kLinesOfPartRows = 4;
 constexpr size_t kLinesOfWholeRows = 2;

@@ -1,7 +1,7 @@
-// The widest vectors of the instruction set that kernels.cpp is compiled for, with the names that math/device_math.h has
-// for a single value: so encodings.h, included after this, serves vectors too. Where compilers vectorise the loop over an
-// element's formula well, it stays one; what they were seen to take apart (values of 8 bits, and the largest of several)
-// is in vectors.
+// The widest vectors of the instruction set that kernels.cpp is compiled for, with the names that math/device_math.h
+// has for a single value: so encodings.h, included after this, serves vectors too. Where compilers vectorise the loop
+// over an element's formula well, it stays one; what they were seen to take apart (values of 8 bits, and the largest of
+// several) is in vectors.
 #pragma once
 
 #include <cstddef>
@@ -116,9 +116,8 @@ FUSED_ADAM_INLINE void pack(Ints x, std::uint8_t* to) {
   narrow_pairs(both | both >> 28, to);
 }
 
-// The largest lane of a vector of signed integers.
-FUSED_ADAM_INLINE std::int32_t largest_lane(Ints x) {
-  typedef std::int32_t Quarter __attribute__((vector_size(16)));
+FUSED_ADAM_INLINE std::uint32_t largest_lane(Words x) {
+  typedef std::uint32_t Quarter __attribute__((vector_size(16)));
   Quarter parts[kLanes / 4];
   __builtin_memcpy(parts, &x, sizeof parts);
   for (std::size_t half = kLanes / 8; half > 0; half /= 2) {

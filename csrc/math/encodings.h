@@ -141,8 +141,8 @@ ADAM_FUNCTION float capped(unsigned largest, unsigned cap) { return float_of(lar
 ADAM_FUNCTION float capped_m(unsigned largest) { return capped(largest, 0x5F000000u); }
 ADAM_FUNCTION float capped_v(unsigned largest) { return capped(largest, 0x7F000000u); }
 
-// The integer below or above a root from 4 to 512, given as bits: the upper one with the probability that makes the mean
-// of the powers right, since the power is linear between them. The bits of positive floats order as they do, and
+// The integer below or above a root from 4 to 512, given as bits: the upper one with the probability that makes the
+// mean of the powers right, since the power is linear between them. The bits of positive floats order as they do, and
 // compilers know the minimum of integers.
 template <typename U>
 ADAM_FUNCTION auto one_of_two(U root, unsigned largest, RoundingOf<U> rounding) -> decltype(as_signed(root)) {

@@ -39,7 +39,6 @@ ShaderLibrary::ShaderLibrary(mx::Stream stream, const char* op, const char* name
       types_(types),
       definition_(definition),
       name_(std::string(name) + "<" + types + ">"),
-      key_(name_ + definition),
       threads_(threads_per_threadgroup),
       loaded_(kernels.size()) {}
 
@@ -55,7 +54,7 @@ MTL::ComputePipelineState* ShaderLibrary::kernel(size_t index) {
   if (loaded_[index]) return loaded_[index];
   std::string name = kernels_[index].name;
   try {
-    auto library = device_.get_library(key_ + name, [&] { return source(kernels_[index]); });
+    auto library = device_.get_library(name_ + definition_ + name, [&] { return source(kernels_[index]); });
     auto kernel = device_.get_kernel(name, library);
     auto most = kernel->maxTotalThreadsPerThreadgroup();
     if (most < threads_) {

@@ -44,7 +44,6 @@ class ShaderLibrary {
   std::string types_;
   std::string definition_;
   std::string name_;
-  std::string key_;
   unsigned long threads_;
   std::vector<MTL::ComputePipelineState*> loaded_;
 };

@@ -24,8 +24,8 @@ namespace {
 // Larger tensors get a node each: they gain nothing from company, and freeing them one by one keeps memory flat.
 constexpr size_t kLargestGrouped = 1 << 16;
 
-// Where a step's gradients take fewer bytes than this, a chain's nodes cost more time than they are worth: a step of many
-// tiny layers takes twice as long.
+// Where a step's gradients take fewer bytes than this, a chain's nodes cost more time than they are worth: a step of
+// many tiny layers takes twice as long.
 constexpr size_t kWorthChain = 1 << 24;
 
 // m of 8 bits is int8.

@@ -4,8 +4,8 @@ trusted to the kernels.
 Every kernel that the combination can meet takes part: row-major tensors alone and in groups, aligned and not,
 column-major and strided gradients, indices of 32 and 64 bits, more work than one threadgroup or thread, a second step
 that finds its buffers free to be reused, clipped gradients, each request of stochastic rounding, and a step that is not
-applied. The kernel that sums the
-gradients' squares is checked by itself, for each dtype of gradients. Used by _backends.py and the report.
+applied. The kernel that sums the gradients' squares is checked by itself, for each dtype of gradients. Used by
+_backends.py and the report.
 """
 
 from __future__ import annotations
