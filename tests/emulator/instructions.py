@@ -9,31 +9,15 @@ conversion are left out. python tests/emulator/traffic.py --write publishes the 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from . import project_shader, translate
+from . import llvm, project_shader
 
-FLAGS = [
-    "-std=c++14",
-    "-x",
-    "c++",
-    "-nostdinc",
-    "-O2",
-    "-S",
-    "-emit-llvm",
-    "-target",
-    "aarch64-macos",
-    "-fno-vectorize",
-]
-FLAGS += ["-fno-slp-vectorize", "-ffp-contract=off", "-fno-sanitize=undefined", "-w", "-fno-exceptions"]
+FLAGS = ["-target", "aarch64-macos", "-fno-sanitize=undefined", "-fno-exceptions", "-g0"]
 # As if function constants and pragmas had settled what the host knows.
-FLAGS += ["-mllvm", "-unroll-threshold=100000", "-mllvm", "-inline-threshold=1000000", "-g0"]
+FLAGS += ["-mllvm", "-unroll-threshold=100000"]
 
 # Types of parameter and state in the shader, elements of a run, and what is rounded stochastically (random_bits.h).
 RUNS = {
@@ -133,21 +117,11 @@ def counts(sources: str | None = None) -> dict[str, Count]:
         arguments = "const thread float* gradient, Run at, TensorStep step"
         lines.append(f"void counted_{i}(thread StoredRun<{parameter}, {state}, {length}>& run, {arguments}) {{")
         lines.append(f"  step.rounding.results = {rounded}u;\n  update_stored(run, gradient, at, step);\n}}")
-    text = translate.for_clang(source + "\n".join(lines), project_shader.INCLUDE_DIRS)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "shader.cpp"
-        file.write_text(text)
-        output = file.with_suffix(".ll")
-        command = [sys.executable, "-m", "ziglang", "c++", *FLAGS, f"-I{translate.SHIM}", str(file), "-o", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        compiled = output.read_text()
+    functions = llvm.functions(source + "\n".join(lines), *FLAGS)
     found = {}
     for i, (name, (_, _, length, _)) in enumerate(RUNS.items()):
-        body = re.search(rf"^define[^\n]*counted_{i}R[^\n]*\{{\n(.*?)^\}}", compiled, re.M | re.S)
-        assert body, name
-        kinds = Counter(filter(None, map(kind_of, body[1].splitlines())))
+        (body,) = (body for function, body in functions.items() if f"counted_{i}R" in function)
+        kinds = Counter(filter(None, map(kind_of, body.splitlines())))
         found[name] = Count({kind: n / length for kind, n in kinds.items()})
     return found
 

@@ -7,26 +7,15 @@ front end unrolls nothing by itself either. Everything is inlined, as on Metal.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from emulator import project_shader, translate
+from emulator import llvm, project_shader
 from support import tools
 
 pytestmark = tools.module_needs("ziglang")  # which is clang
 
-FLAGS = ["-std=c++14", "-x", "c++", "-nostdinc", "-w", "-S", "-emit-llvm", "-O2", "-target", "aarch64-linux-gnu"]
-FLAGS += ["-fno-unroll-loops", "-fno-vectorize", "-fno-slp-vectorize", "-ffp-contract=off"]
-FLAGS += ["-mllvm", "-inline-threshold=1000000"]
-
-
-def functions(ir: str) -> Iterator[tuple[str, str]]:
-    for match in re.finditer(r"^define [^\n]*?@(\w+)\([^\n]*\{\n(.*?)^\}", ir, re.MULTILINE | re.DOTALL):
-        yield match[1], match[2]
+FLAGS = ["-target", "aarch64-linux-gnu", "-fno-unroll-loops"]
 
 
 def blocks_of(body: str) -> dict[str, list[str]]:
@@ -61,15 +50,14 @@ def loops_of(blocks: dict[str, list[str]]) -> int:
     return len(heads)
 
 
-def counts(source: str, rounded: int, folder: Path) -> dict[str, tuple[int, int, int]]:
+def compiled(source: str, rounded: int) -> dict[str, str]:
+    return llvm.functions(f"#define FUSED_ADAM_ROUNDED_RESULTS {rounded}u\n{source}", *FLAGS)
+
+
+def counts(source: str, rounded: int) -> dict[str, tuple[int, int, int]]:
     """Arrays in memory, loops, and conditional branches of each kernel by its mangled name."""
-    text = translate.for_clang(f"#define FUSED_ADAM_ROUNDED_RESULTS {rounded}u\n{source}", project_shader.INCLUDE_DIRS)
-    file, ir = folder / "shader.cpp", folder / "shader.ll"
-    file.write_text(text)
-    command = [sys.executable, "-m", "ziglang", "c++", *FLAGS, f"-I{translate.SHIM}", str(file), "-o", str(ir)]
-    subprocess.run(command, check=True)
     result = {}
-    for name, body in functions(ir.read_text()):
+    for name, body in compiled(source, rounded).items():
         branches = len(re.findall(r"\bbr i1\b|\bswitch\b", body))
         result[name] = (len(re.findall(r"= alloca\b", body)), loops_of(blocks_of(body)), branches)
     return result
@@ -110,17 +98,16 @@ def beyond(found: dict[str, tuple[int, int, int]]) -> list[str]:
 
 
 @pytest.mark.parametrize("rounded", [0, 7], ids=["nearest", "stochastic"])
-def test_runs_stay_in_registers_and_branches_are_named(tmp_path, rounded):
-    found = counts(project_shader.full_source(), rounded, tmp_path)
+def test_runs_stay_in_registers_and_branches_are_named(rounded):
+    found = counts(project_shader.full_source(), rounded)
     assert {kind_of(name) for name in found} == set(LEFT) and len(found) > 300
     assert beyond(found) == []
 
 
-def test_bfloat16_is_converted_once_each_way(tmp_path):
+def test_bfloat16_is_converted_once_each_way():
     """Between store and load nothing is widened and narrowed again: 4 loads and 3 stores of an element."""
-    counts(project_shader.full_source(("bfloat",)), 0, tmp_path)
-    ir = (tmp_path / "shader.ll").read_text()
-    body = next(b for name, b in functions(ir) if name.startswith("_Z11adam_linearIu6__bf16u6__bf16u6__bf16"))
+    functions = compiled(project_shader.full_source(("bfloat",)), 0)
+    body = next(b for name, b in functions.items() if name.startswith("_Z11adam_linearIu6__bf16u6__bf16u6__bf16"))
     elements = 8 + 1  # of a run, and alone
     assert len(re.findall(r"= fpext bfloat", body)) == 4 * elements
     assert len(re.findall(r"= fptrunc float", body)) == 3 * elements
@@ -135,11 +122,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_counted(tmp_path, name):
+def test_a_planted_fault_is_counted(name):
     text, replacement = FAULTS[name]
     include = '#include "vector_io.h"\n'
     source = project_shader.full_source(("bfloat",))
     runs = (project_shader.ROOT / "metal" / "vector_io.h").read_text().replace("#pragma once\n", "")
     source = source.replace(include, runs, 1).replace(include, "")
     assert text in source
-    assert beyond(counts(source.replace(text, replacement), 0, tmp_path))
+    assert beyond(counts(source.replace(text, replacement), 0))
