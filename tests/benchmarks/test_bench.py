@@ -107,8 +107,7 @@ def test_every_case_of_a_suite_has_all_results(quick_run: Path, suite: str) -> N
                 if name not in names.OPTIONS:
                     assert stored == 3 * size, where
             if name not in ("torch", "forward + backward"):
-                # A training step releases gradients as they are used: an update alone is given all of them.
-                least = 3 * size if whole else size + stored
+                least = size + (stored or 3 * size)
                 assert results["peak_bytes"] >= least * case["parameters"], where
             if name in ("fused", "fused, compiled", *names.OPTIONS) and not whole:
                 extra = results["peak_extra_bytes_per_parameter"] * case["parameters"]
