@@ -83,26 +83,28 @@ static Array decay_of(const std::variant<double, mx::array>& weight_decay) {
   return mx::array(float(value));
 }
 
+// By StochasticRounding.
+static constexpr const char* kRoundings[] = {"nearest", "parameter_and_v", "all"};
+
 static fused_adam::StochasticRounding rounding_of(const std::string& request) {
-  using fused_adam::StochasticRounding;
-  if (request == "nearest") return StochasticRounding::nearest;
-  if (request == "parameter_and_v") return StochasticRounding::parameter_and_v;
-  if (request == "all") return StochasticRounding::all;
+  for (int i = 0; i < 3; ++i) {
+    if (request == kRoundings[i]) return fused_adam::StochasticRounding(i);
+  }
   throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'parameter_and_v' or 'all' but got '" + request +
                               "'");
 }
 
-// Asks Python about a combination: uses_kernel(parameter, gradient, m, remainder or None) -> bool.
-using UsesDtypes = std::function<bool(mx::Dtype, mx::Dtype, mx::Dtype, std::optional<mx::Dtype>)>;
+// Asks Python about a combination: uses_kernel(parameter, gradient, m, remainder or None, rounding) -> bool.
+using UsesDtypes = std::function<bool(mx::Dtype, mx::Dtype, mx::Dtype, std::optional<mx::Dtype>, const char*)>;
 
 static fused_adam::UsesKernel by_formats(const UsesDtypes& uses_kernel) {
-  return [&uses_kernel](const fused_adam::TensorFormats& formats) {
+  return [&uses_kernel](const fused_adam::TensorFormats& formats, fused_adam::StochasticRounding rounding) {
     std::optional<mx::Dtype> correction;
     if (formats.has_correction()) {
       correction = fused_adam::correction_bytes(formats.parameter) == 1 ? mx::int8 : mx::int16;
     }
     return uses_kernel(fused_adam::dtype_of(formats.parameter), fused_adam::dtype_of(formats.gradient),
-                       fused_adam::dtype_of(formats.m), correction);
+                       fused_adam::dtype_of(formats.m), correction, kRoundings[int(rounding)]);
   };
 }
 
@@ -179,7 +181,7 @@ NB_MODULE(_ext, m) {
       "is_decayed"_a = std::vector<bool>(), "uses_kernel"_a, "stream"_a = nb::none(), "name"_a,
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, states).
 
-A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16, or int8 for a master weight of 24 bits, of a bfloat16 parameter), ``m_scale`` and ``v_scale`` (bfloat16, of int8 m and uint8 v, or of both in 4 bits, two to a byte, uint8); other keys are ignored. ``numbers`` are the tensors' in the random bits (default: their places in the lists), ``is_decayed`` says to which weight decay applies (default: all). ``uses_kernel(parameter, gradient, m, remainder)`` is asked once for each combination of dtypes, before the graph is built; where it says False, the update is the fallback of MLX's operations, or the CPU's kernel for states that MLX cannot store. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16, or int8 for a master weight of 24 bits, of a bfloat16 parameter), ``m_scale`` and ``v_scale`` (bfloat16, of int8 m and uint8 v, or of both in 4 bits, two to a byte, uint8); other keys are ignored. ``numbers`` are the tensors' in the random bits (default: their places in the lists), ``is_decayed`` says to which weight decay applies (default: all). ``uses_kernel(parameter, gradient, m, remainder, rounding)`` is asked once for each combination of dtypes, before the graph is built; ``rounding`` is the request as far as it concerns those; where it says False, the update is the fallback of MLX's operations, or the CPU's kernel for states that MLX cannot store. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
 
   m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(), "uses_kernel"_a,
         "stream"_a = nb::none(),

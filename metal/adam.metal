@@ -707,10 +707,50 @@ template <typename P, typename G, typename S>
   }
 }
 
+// Where an element of adam_general is in each array.
+struct Places {
+  int64_t parameter;
+  int64_t gradient;
+  int64_t m;
+  int64_t v;
+};
+
+// The grid's place is that of an element but for the column. Index is 64 bits wide where 32 are too few.
+template <typename Index>
+inline Places places_of(
+    uint3 place,
+    uint column,
+    uint axes,
+    constant const int64_t* shape,
+    constant const int64_t* parameter_strides,
+    constant const int64_t* gradient_strides,
+    constant const int64_t* m_strides,
+    constant const int64_t* v_strides) {
+  Index parameter_at = 0;
+  Index gradient_at = 0;
+  Index m_at = 0;
+  Index v_at = 0;
+  uint last = axes - 1;
+  uint outer = place.z;
+  for (uint axis = axes; axis-- > 0;) {
+    Index i = Index(axis == last ? column : place.y);
+    if (axis + 2 < axes) {
+      uint size = uint(shape[axis]);
+      i = Index(outer % size);
+      outer /= size;
+    }
+    parameter_at += i * Index(parameter_strides[axis]);
+    gradient_at += i * Index(gradient_strides[axis]);
+    m_at += i * Index(m_strides[axis]);
+    v_at += i * Index(v_strides[axis]);
+  }
+  return {parameter_at, gradient_at, m_at, v_at};
+}
+
 // Any strides of any array but quantized state and auxiliary arrays; the outputs are row-major. The grid's x is the
 // last axis, y the one before, z all others; where the state is quantized, all are in x, as neighbours in a simdgroup
-// are defined by that alone. Index is 64 bits wide where 32 are too few.
-template <typename P, typename G, typename S, typename Index>
+// are defined by that alone.
+template <typename P, typename G, typename S>
 [[kernel, max_total_threads_per_threadgroup(kThreads)]] void adam_general(
     constant GeneralArgs& args [[buffer(kArgs)]],
     const device float* scalars [[buffer(kScalars)]],
@@ -736,10 +776,6 @@ template <typename P, typename G, typename S, typename Index>
     uint3 thread_in_grid [[thread_position_in_grid]],
     uint3 grid [[threads_per_grid]]) {
   constexpr uint length = Format<S>::is_quantized ? kLongRun : 1;
-  Index parameter_at = 0;
-  Index gradient_at = 0;
-  Index m_at = 0;
-  Index v_at = 0;
   uint last = args.axes - 1;
   uint columns = uint(shape[last]);
   uint3 place = thread_in_grid;
@@ -752,34 +788,30 @@ template <typename P, typename G, typename S, typename Index>
     place.z = thread_in_grid.x / row_threads / rows;
   }
   uint column = place.x * length;
-  uint outer = place.z;
-  for (uint axis = args.axes; axis-- > 0;) {
-    Index i = Index(axis == last ? column : place.y);
-    if (axis + 2 < args.axes) {
-      uint size = uint(shape[axis]);
-      i = Index(outer % size);
-      outer /= size;
-    }
-    parameter_at += i * Index(parameter_strides[axis]);
-    gradient_at += i * Index(gradient_strides[axis]);
-    m_at += i * Index(m_strides[axis]);
-    v_at += i * Index(v_strides[axis]);
+  Places at;
+  if (args.wide_indices != 0u) {
+    at = places_of<int64_t>(
+        place, column, args.axes, shape, parameter_strides, gradient_strides, m_strides, v_strides);
+  } else {
+    at = places_of<int>(
+        place, column, args.axes, shape, parameter_strides, gradient_strides, m_strides, v_strides);
   }
-  Index row = Index(place.z) * Index(rows) + Index(place.y);
-  Index element = row * Index(columns) + Index(column);
+  // A dispatch has fewer elements than 32 bits count.
+  int row = int(place.z * rows + place.y);
+  int element = row * int(columns) + int(column);
   AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
   tensor = moved(tensor, element, row, column, columns);
-  tensor.parameter = parameter + parameter_at;
+  tensor.parameter = parameter + at.parameter;
   if (!Format<S>::is_quantized) {
-    tensor.m = m + m_at;
-    tensor.v = v + v_at;
+    tensor.m = m + at.m;
+    tensor.v = v + at.v;
   }
   Run run = run_at<length>(column, columns, false, args.first_element + uint(element));
   float values[length] = {};
-  load_values<length>(gradient + gradient_at, gradient_strides[last], run, values);
+  load_values<length>(gradient + at.gradient, gradient_strides[last], run, values);
   update_run<length>(
       tensor,
       parameter_strides[last],

@@ -101,7 +101,8 @@ struct GeneralArgs {
   StepArgs step;
   unsigned int number;
   unsigned int first_element;
-  unsigned int axes;  // at least 2
+  unsigned int axes;          // at least 2
+  unsigned int wide_indices;  // whether places in an array need 64 bits
 };
 
 }  // namespace fused_adam

@@ -31,14 +31,8 @@ constexpr int64_t kLargestDispatch = int64_t{1} << 30;
 // Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
 constexpr TileSides kSmallestTile{16, 16};
 
-enum Kernel { kLinear, kTiled, kGeneral32, kGeneral64, kGroup, kKernels };
-constexpr ShaderKernel kShaderKernels[] = {
-    {"adam_linear", "adam_linear"},
-    {"adam_tiled", "adam_tiled"},
-    {"adam_general_32", "adam_general", ", int"},
-    {"adam_general_64", "adam_general", ", int64_t"},
-    {"adam_group", "adam_group"},
-};
+enum Kernel { kLinear, kTiled, kGeneral, kGroup, kKernels };
+constexpr ShaderKernel kShaderKernels[] = {{"adam_linear"}, {"adam_tiled"}, {"adam_general"}, {"adam_group"}};
 static_assert(std::size(kShaderKernels) == kKernels);
 
 // The buffers of each Role.
@@ -202,7 +196,7 @@ class AdamEncoder {
                                    MTL::Size(kThreads, 1, 1));
   }
 
-  void general(const BoundTensor& t, Kernel kernel) {
+  void general(const BoundTensor& t, bool wide_indices) {
     auto layout = t.layout;
     auto& shape = layout.shape;
     auto& strides = layout.strides;
@@ -224,8 +218,9 @@ class AdamEncoder {
     for (auto& piece : pieces_of(shape, unit, fits)) {
       int64_t first = offset_of(piece.start, row_major);
       auto starts = t.at(first);
-      use(kernel);
-      encoder_.set_bytes(GeneralArgs{step_args_, t.number, unsigned(first), unsigned(shape.size())}, kArgs);
+      use(kGeneral);
+      encoder_.set_bytes(GeneralArgs{step_args_, t.number, unsigned(first), unsigned(shape.size()), wide_indices},
+                         kArgs);
       encoder_.set_vector_bytes(piece.shape, kShape);
       for (size_t role = 0; role < std::size(strides); ++role) {
         bool is_packed = t.formats.is_quantized() && role >= Role::m;
@@ -303,9 +298,6 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
     auto& list = kind == LayoutKind::linear ? row_major : kind == LayoutKind::tiled ? tiled : general;
     list.push_back(std::move(t));
   }
-  auto general_kernel = [&](const BoundTensor& t) {
-    return node_.wide_indices || t.needs_64_bits() ? kGeneral64 : kGeneral32;
-  };
   bool is_group = row_major.size() > 1 && !formats.has_auxiliaries();
 
   // Every kernel before any buffer changes hands: a GPU that lacks one leaves parameters and state as they were.
@@ -315,7 +307,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
                         "#define FUSED_ADAM_ROUNDED_RESULTS " + std::to_string(node_.rounding.results) + "u\n");
   if (!row_major.empty()) library.kernel(is_group ? kGroup : kLinear);
   if (!tiled.empty()) library.kernel(kTiled);
-  for (auto& t : general) library.kernel(general_kernel(t));
+  if (!general.empty()) library.kernel(kGeneral);
 
   Donation donation(inputs, outputs);
   for (auto& tensor : tensors) allocate_outputs(tensor);
@@ -326,7 +318,7 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
     for (auto& t : row_major) encoder.linear(t);
   }
   for (auto& t : tiled) encoder.tiled(t);
-  for (auto& t : general) encoder.general(t, general_kernel(t));
+  for (auto& t : general) encoder.general(t, node_.wide_indices || t.needs_64_bits());
   count_updates(stream(), tensors.size());
   donation.commit();
 }

@@ -30,8 +30,7 @@ namespace {
 constexpr int64_t kLargestPiece = FUSED_ADAM_LARGEST_NORM_PIECE;
 
 enum Kernel { kDense, kGeneral, kTotal };
-constexpr ShaderKernel kShaderKernels[] = {
-    {"norm_dense", "norm_dense"}, {"norm_general", "norm_general"}, {"norm_total", nullptr}};
+constexpr ShaderKernel kShaderKernels[] = {{"norm_dense"}, {"norm_general"}, {"norm_total", false}};
 
 struct GradientPiece {
   const mx::array* gradient;

@@ -44,8 +44,8 @@ ShaderLibrary::ShaderLibrary(mx::Stream stream, const char* op, const char* name
 
 std::string ShaderLibrary::source(const ShaderKernel& kernel) const {
   std::string text = definition_ + shader_;
-  if (!kernel.of_template) return text;
-  auto instance = std::string(kernel.of_template) + "<" + types_ + kernel.more_types + ">";
+  if (!kernel.is_template) return text;
+  auto instance = std::string(kernel.name) + "<" + types_ + ">";
   return text + "template [[host_name(\"" + kernel.name + "\")]] [[kernel]] decltype(" + instance + ") " + instance +
          ";\n";
 }
@@ -53,8 +53,10 @@ std::string ShaderLibrary::source(const ShaderKernel& kernel) const {
 MTL::ComputePipelineState* ShaderLibrary::kernel(size_t index) {
   if (loaded_[index]) return loaded_[index];
   std::string name = kernels_[index].name;
+  // All types share what is no template.
+  auto instance = kernels_[index].is_template ? name_ + definition_ + name : op_ + ("." + name);
   try {
-    auto library = device_.get_library(name_ + definition_ + name, [&] { return source(kernels_[index]); });
+    auto library = device_.get_library(instance, [&] { return source(kernels_[index]); });
     auto kernel = device_.get_kernel(name, library);
     auto most = kernel->maxTotalThreadsPerThreadgroup();
     if (most < threads_) {

@@ -14,12 +14,10 @@ namespace fused_adam {
 // The type in a shader that is named after a format.
 const char* metal_type(Format format);
 
-// A kernel by its name for the host: an instance of a template for the library's types and `more_types`, or no
-// template.
+// A kernel, or a template of kernels, which is instantiated for the library's types.
 struct ShaderKernel {
   const char* name;
-  const char* of_template;  // nullptr: `name` itself is a kernel
-  const char* more_types = "";
+  bool is_template = true;
 };
 
 class ShaderLibrary {

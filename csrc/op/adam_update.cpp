@@ -317,13 +317,21 @@ class Chain {
   std::optional<mx::array> last_;
 };
 
+bool is_exact(Format format) { return format == Format::float32 || format == Format::bfloat16_correction_16; }
+
 // The part of the request that concerns results of these formats. Quantized m goes with v: rounded to nearest it would
 // stick at a low level.
-RoundingRequest rounding_of(const AdamStep& step, const TensorFormats& formats) {
-  bool any = step.rounding != StochasticRounding::nearest, all = step.rounding == StochasticRounding::all;
-  bool parameter = any && formats.parameter != Format::float32 && formats.parameter != Format::bfloat16_correction_16;
-  bool v = any && formats.v != Format::float32;
-  bool m = formats.is_quantized() ? v : all && formats.m != Format::float32;
+StochasticRounding rounding_of(StochasticRounding asked, const TensorFormats& formats) {
+  if (is_exact(formats.parameter) && is_exact(formats.v)) return StochasticRounding::nearest;
+  bool is_m_apart = !is_exact(formats.m) && !formats.is_quantized();
+  return asked == StochasticRounding::all && !is_m_apart ? StochasticRounding::parameter_and_v : asked;
+}
+
+RoundingRequest request_of(const AdamStep& step, const TensorFormats& formats) {
+  auto rounding = rounding_of(step.rounding, formats);
+  bool any = rounding != StochasticRounding::nearest;
+  bool parameter = any && !is_exact(formats.parameter), v = any && !is_exact(formats.v);
+  bool m = formats.is_quantized() ? v : rounding == StochasticRounding::all;
   return {unsigned(parameter * kRoundParameter + m * kRoundM + v * kRoundV), unsigned(step.seed),
           unsigned(step.seed >> 32)};
 }
@@ -382,7 +390,7 @@ std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamS
   MapByFormats<bool> fused;
   for (auto& group : groups) {
     auto [entry, is_new] = fused.try_emplace(group.formats);
-    if (is_new) entry->second = uses_kernel(group.formats);
+    if (is_new) entry->second = uses_kernel(group.formats, rounding_of(step.rounding, group.formats));
   }
   std::optional<mx::array> counter;
   if (step.rounding != StochasticRounding::nearest) {
@@ -398,7 +406,7 @@ std::vector<AdamTensor> adam_update(std::vector<AdamTensor> tensors, const AdamS
     auto where = is_fused || !has_auxiliaries ? stream : mx::default_stream(mx::Device::cpu);
     AdamNode node{constants, group.formats};
     node.wide_indices = step.wide_indices;
-    if (has_kernel) node.rounding = rounding_of(step, group.formats);
+    if (has_kernel) node.rounding = request_of(step, group.formats);
     std::vector<mx::array> inputs{scalars.packed(group.is_decayed)};
     inputs.reserve(2 + Role::kCount * group.members.size());
     if (node.rounding.results) inputs.push_back(*counter);

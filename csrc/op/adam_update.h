@@ -53,8 +53,8 @@ struct AdamTensor {
 // Names tensor i in an error message; called only then.
 using TensorName = std::function<std::string(size_t)>;
 
-// Whether the stream's device has a kernel to be trusted with tensors of these formats.
-using UsesKernel = std::function<bool(const TensorFormats&)>;
+// Whether the stream's device has a kernel to be trusted with tensors of these formats, rounded in this way.
+using UsesKernel = std::function<bool(const TensorFormats&, StochasticRounding)>;
 
 // Lazily updates every tensor; results replace the old values. Validates first, then asks `uses_kernel` once
 // for each combination of formats, then builds the graph. Where it says no, the update is the fallback of MLX's

@@ -1,8 +1,8 @@
 """The kernel that updates parameters on a device, and the dtypes that it may be used for.
 
-A combination of dtypes is checked when it is first met (_self_check.py). On an error or a mismatch that combination
-falls back to mlx.optimizers' operations, with one warning that gives the reason. MLX_FUSED_ADAM_BACKEND=stock|cpu|metal
-forces a choice. Used by _step.py, _operation.py and _clipping.py.
+A combination of dtypes and rounding is checked when it is first met (_self_check.py). On an error or a mismatch that
+combination falls back to mlx.optimizers' operations, with one warning that gives the reason.
+MLX_FUSED_ADAM_BACKEND=stock|cpu|metal forces a choice. Used by _step.py, _operation.py and _clipping.py.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ Place = mx.Stream | mx.Device | mx.DeviceType | None
 
 _SETTING = "MLX_FUSED_ADAM_BACKEND"
 _PLAIN: Dtypes = (mx.float32, mx.float32, mx.float32)
+_NEAREST = "nearest"
 
 
 class Backend:
-    """A device's kernel, for the combinations of dtypes that pass their check; or none, and why."""
+    """A device's kernel, for the combinations of dtypes and rounding that pass their check; or none, and why."""
 
     def __init__(self, name: str | None, reason: str | None, kind: mx.DeviceType, is_forced: bool = False):
         self.name = name
         self.reason = reason  # why there is no kernel
         self.kind = kind  # of the device where updates run
         self.is_forced = is_forced
-        self.verdicts: dict[Dtypes, str | None] = {}  # an error, or None if the kernel is right
+        # An error, or None if the kernel is right.
+        self.verdicts: dict[tuple[Dtypes, str], str | None] = {}
         self._lock = threading.RLock()
 
     def uses_kernel(
@@ -40,8 +42,9 @@ class Backend:
         gradient: mx.Dtype,
         state: mx.Dtype,
         remainder: mx.Dtype | None = None,
+        rounding: str = _NEAREST,
     ) -> bool:
-        """Whether the kernel updates tensors of these dtypes; checks a combination that is new.
+        """Whether the kernel updates tensors of these dtypes, rounded so; checks a combination that is new.
 
         Raises:
             RuntimeError: If the check fails and the environment forces this back end; or if it fails, on the CPU too,
@@ -50,20 +53,20 @@ class Backend:
         dtypes: Dtypes = (parameter, gradient, state)
         if remainder is not None:
             dtypes = (*dtypes, remainder)
-        if self.name is not None and self._verdict(dtypes) is None:
+        if self.check(dtypes, rounding) is None:
             return True
         if needs_kernel(dtypes):
             if self.is_forced or self.kind == mx.cpu:
                 raise RuntimeError(
                     f"[adam_update] {_self_check.names(dtypes)} must have a kernel, since MLX's operations "
-                    f"cannot store it, but got: {self.check(dtypes)}"
+                    f"cannot store it, but got: {self.check(dtypes, rounding)}"
                 )
-            backend_of(mx.cpu).uses_kernel(*dtypes)
+            backend_of(mx.cpu).uses_kernel(parameter, gradient, state, remainder, rounding)
         return False
 
     def uses_norm_kernel(self, gradient: mx.Dtype) -> bool:
         """The same for the kernel that sums the squares of gradients of this dtype."""
-        return self.name is not None and self._verdict((gradient,)) is None
+        return self.check((gradient,)) is None
 
     def place(self, asked: Place) -> Place:
         """The place asked for; another device if a kernel of one is forced."""
@@ -71,20 +74,33 @@ class Backend:
             return asked
         return self.kind if self.is_forced and _kind(asked) != self.kind else asked
 
-    def check(self, dtypes: Dtypes = _PLAIN) -> str | None:
-        """What is wrong with the kernel for these dtypes, or None."""
-        return self.reason if self.name is None else self._verdict(dtypes)
+    def check(self, dtypes: Dtypes = _PLAIN, rounding: str = _NEAREST) -> str | None:
+        """What is wrong with the kernel for these dtypes, rounded so, or None."""
+        if self.name is None:
+            return self.reason
+        key = dtypes, rounding
+        if key not in self.verdicts:
+            with self._lock:
+                if key not in self.verdicts:
+                    self.verdicts[key] = self._find(*key)
+        return self.verdicts[key]
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether it is known for any update what the kernel does."""
+        return self.name is None or any(is_update(dtypes) for dtypes, _ in self.verdicts)
 
     @property
     def description(self) -> str:
         """``"cpu"``, ``"metal"``, ``"metal (but stock for …: <reason>)"`` or ``"stock (<reason>)"``.
 
         States that MLX's operations cannot store are updated by the CPU: ``"metal (but the CPU for …: <reason>)"``.
-        Runs the float32 self-check if nothing has run it yet, which compiles the kernels on a GPU.
+        Runs the float32 self-check if no update has been checked yet, which compiles the kernels on a GPU.
         """
-        self.check()
-        failed = {dtypes: reason for dtypes, reason in self.verdicts.items() if reason}
-        if self.name is None or all(self.verdicts[d] for d in self.verdicts if is_update(d)):
+        if not self.is_checked:
+            self.check()
+        failed = {dtypes: reason for (dtypes, _), reason in self.verdicts.items() if reason}
+        if self.name is None or all(reason for (dtypes, _), reason in self.verdicts.items() if is_update(dtypes)):
             return f"stock ({self.reason or next(iter(failed.values()))})"
         if not failed:
             return self.name
@@ -96,15 +112,8 @@ class Backend:
                 parts.append(f"{to} for {', '.join(named)}")
         return f"{self.name} (but {' and '.join(parts)}: {next(iter(failed.values()))})"
 
-    def _verdict(self, dtypes: Dtypes) -> str | None:
-        if dtypes not in self.verdicts:
-            with self._lock:
-                if dtypes not in self.verdicts:
-                    self.verdicts[dtypes] = self._find(dtypes)
-        return self.verdicts[dtypes]
-
-    def _find(self, dtypes: Dtypes) -> str | None:
-        reason = _self_check.run(_ext, self.kind, dtypes)
+    def _find(self, dtypes: Dtypes, rounding: str) -> str | None:
+        reason = _self_check.run(_ext, self.kind, dtypes, rounding)
         if reason is None:
             return None
         if self.is_forced:
@@ -156,7 +165,7 @@ def backend_of(place: Place = None) -> Backend:
 def known_backend() -> str | None:
     """The description of the default device's back end if its kernel has been checked; nothing is run."""
     backend = _known.get(_kind(None))
-    return backend.description if backend is not None and (backend.name is None or _PLAIN in backend.verdicts) else None
+    return backend.description if backend is not None and backend.is_checked else None
 
 
 def _kind(place: Place) -> mx.DeviceType:

@@ -1,11 +1,11 @@
-"""Compares small updates with mlx.optimizers, for one combination of dtypes on one device, before a user's tensors are
-trusted to the kernels.
+"""Compares small updates with mlx.optimizers, for one combination of dtypes and rounding on one device, before a user's
+tensors are trusted to the kernels.
 
-Every kernel that the combination can meet takes part: row-major tensors alone and in groups, aligned and not,
-column-major and strided gradients, indices of 32 and 64 bits, more work than one threadgroup or thread, a second step
-that finds its buffers free to be reused, clipped gradients, each request of stochastic rounding, and a step that is not
-applied. The kernel that sums the gradients' squares is checked by itself, for each dtype of gradients. Used by
-_backends.py and the report.
+Every kernel that the combination can meet takes part, and no other, since a GPU compiles each: row-major tensors alone
+and in groups, aligned and not, column-major and strided gradients, indices of 32 and 64 bits, more work than one
+threadgroup or thread, a second step that finds its buffers free to be reused, clipped gradients, and a step that is not
+applied. Which of them a step needs is known only once MLX has made its gradients. The kernel that sums the gradients'
+squares is checked by itself, for each dtype of gradients. Used by _backends.py and the report.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ _SETTINGS: dict[str, Any] = {"eps": 1e-6, "weight_decay": 0.1, "bias_correction"
 _LEARNING_RATE = 0.01
 _FIRST_STEP = 3
 
+# Behind a kernel's name, by the request of rounding.
+_SUFFIX = {"nearest": "", "parameter_and_v": ", stochastic", "all": ", stochastic m"}
+
 _streams: dict[mx.DeviceType, mx.Stream] = {}
 
 
@@ -73,12 +76,18 @@ class Tensor(NamedTuple):
         """The arrays that an update writes."""
         return [self.parameter, *(x for _, x in sorted(self.state.items()))]
 
-    def tolerances(self) -> list[float]:
-        """The allowed errors of those values."""
+    def tolerances(self, rounding: str) -> list[float]:
+        """The allowed errors of those values. Rounded stochastically, either neighbour will do: twice as much."""
         remainder = self.state.get("remainder")
         parameter = TOLERANCE[self.parameter.dtype] if remainder is None else _MASTER_TOLERANCE[remainder.dtype]
         state = self.state["m"].dtype
-        return [parameter, *(_QUANTIZED_TOLERANCE.get(state) or (TOLERANCE[state],) * 2)]
+        tolerances = [parameter, *(_QUANTIZED_TOLERANCE.get(state) or (TOLERANCE[state],) * 2)]
+        is_any = rounding != "nearest"
+        rounded = [is_any, rounding == "all" or (is_any and state in QUANTIZED_BITS), is_any]
+        return [
+            tolerance * 2 if is_rounded and tolerance > TOLERANCE[mx.float32] else tolerance
+            for tolerance, is_rounded in zip(tolerances, rounded, strict=True)
+        ]
 
 
 class Case(NamedTuple):
@@ -89,7 +98,7 @@ class Case(NamedTuple):
     wide_indices: bool = False
     gradient_scale: float | None = None
     is_skipped: bool = False
-    rounding: str = "nearest"  # else results may be either neighbour, so twice as far off
+    rounding: str = "nearest"
 
 
 def is_update(dtypes: Dtypes) -> bool:
@@ -109,10 +118,10 @@ def names(dtypes: Dtypes) -> str:
     return f"{parameter}{with_remainder} with {gradient} gradients and {state} moments"
 
 
-def run(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> str | None:
+def run(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes, rounding: str = "nearest") -> str | None:
     """Return None if every kernel is right, else what is wrong."""
     try:
-        for kernel, error in errors(extension, kind, dtypes):
+        for kernel, error in errors(extension, kind, dtypes, rounding):
             if not error <= 1:  # so that NaN fails too
                 return f"self-check of the {kernel} kernel is off by {error:.1e} times what rounding explains"
     except Exception as error:  # a kernel that fails must fall back, not stop the user
@@ -121,7 +130,9 @@ def run(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> str | Non
     return None
 
 
-def errors(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> Iterator[tuple[str, float]]:
+def errors(
+    extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes, rounding: str = "nearest"
+) -> Iterator[tuple[str, float]]:
     """Yield each kernel's name and its largest error as a multiple of the allowed one."""
     # On the user's stream, an error of earlier work would be raised here, mistaken for the check's, and lost.
     if kind not in _streams:
@@ -131,19 +142,16 @@ def errors(extension: ModuleType, kind: mx.DeviceType, dtypes: Dtypes) -> Iterat
         with mx.stream(_streams[kind]):
             yield "norm", _error_of_norm(extension, dtypes[0])
         return
-    cases = [_alone, _group, _column_major, _strided, _strided_wide]
-    if dtypes[2] != mx.float32 or (dtypes[0] != mx.float32 and dtypes[3:] != (mx.int16,)):
-        cases.append(_stochastic)
-    if dtypes[2] in (mx.bfloat16, mx.float16):  # quantized m is always rounded with v
-        cases.append(_stochastic_m)
-    for make in cases:
+    for make in (_alone, _group, _column_major, _strided, _strided_wide):
         with mx.stream(_streams[kind]):
-            error = _error_of(extension, case := make(extension, dtypes))
-            skipped = make(extension, dtypes)._replace(is_skipped=True)
-        yield case.kernel, error
+            case = make(extension, dtypes)._replace(rounding=rounding)
+            kernel = case.kernel + _SUFFIX[rounding]
+            error = _error_of(extension, case)
+            skipped = make(extension, dtypes)._replace(rounding=rounding, is_skipped=True)
+        yield kernel, error
         with mx.stream(_streams[kind]):
             error = _change_of(extension, skipped)
-        yield f"{case.kernel}, skipped", error
+        yield f"{kernel}, skipped", error
 
 
 def _error_of(extension: ModuleType, case: Case) -> float:
@@ -154,8 +162,8 @@ def _error_of(extension: ModuleType, case: Case) -> float:
         case = case._replace(tensors=_update(extension, case, step))
         mx.eval(case.tensors)
         for tensor, values in zip(case.tensors, expected, strict=True):
-            worst = max(worst, _error(extension, tensor, values))
-    return worst if case.rounding == "nearest" else worst / 2
+            worst = max(worst, _error(extension, tensor, values, case.rounding))
+    return worst
 
 
 def _change_of(extension: ModuleType, case: Case) -> float:
@@ -225,8 +233,8 @@ def _reference_update(extension: ModuleType, tensor: Tensor, step: int, gradient
     return expected
 
 
-def _error(extension: ModuleType, actual: Tensor, expected: list[mx.array]) -> float:
-    triples = zip(actual.values(extension), expected, actual.tolerances(), strict=True)
+def _error(extension: ModuleType, actual: Tensor, expected: list[mx.array], rounding: str) -> float:
+    triples = zip(actual.values(extension), expected, actual.tolerances(rounding), strict=True)
     quotients = [mx.max(mx.abs(a - e) / mx.abs(e)) / tolerance for a, e, tolerance in triples]
     worst = _number(mx.max(mx.stack(quotients)))
     return worst if not math.isnan(worst) else math.inf
@@ -269,14 +277,6 @@ def _tensor(extension: ModuleType, dtypes: Dtypes, gradient: mx.array) -> Tensor
 def _alone(extension: ModuleType, dtypes: Dtypes) -> Case:
     """More than one thread's share on a CPU, and more than tensors that share a node have."""
     return Case("linear", [_tensor(extension, dtypes, _sample(dtypes[1], 70001))])
-
-
-def _stochastic(extension: ModuleType, dtypes: Dtypes) -> Case:
-    return _alone(extension, dtypes)._replace(kernel="linear, stochastic", rounding="parameter_and_v")
-
-
-def _stochastic_m(extension: ModuleType, dtypes: Dtypes) -> Case:
-    return _alone(extension, dtypes)._replace(kernel="linear, stochastic m", rounding="all")
 
 
 def _group(extension: ModuleType, dtypes: Dtypes) -> Case:

@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/set.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -142,5 +143,7 @@ NB_MODULE(_emulator, m) {
   m.def("stop_counting", &stop_counting,
         "The counts since start_counting(), by kernel: 'reads' and 'writes', {buffer: (lines by access of a "
         "simdgroup, by threadgroup, by dispatch)}, and 'cycles', (used, needed) by threadgroup memory.");
+  m.def("take_libraries", &emulator::take_libraries,
+        "Names of the libraries, of one kernel each, that the host has asked for since the last call.");
   m.def("dispatches", [] { return emulator::statistics().by_kernel; }, "How often each kernel has been run.");
 }

@@ -11,6 +11,7 @@
 #include <fstream>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 
 #include "dispatch.h"
 #include "relaxations.h"
@@ -80,6 +81,9 @@ void find_image(const void* symbol, Library& library) {
   dl_iterate_phdr(visit, &search);
 }
 
+std::mutex names_mutex;
+std::set<std::string> names;  // of libraries, see take_libraries
+
 std::mutex replacement_mutex;
 std::string replaced_text, replacement_text;
 
@@ -99,6 +103,16 @@ void replace_in_shaders(const std::string& old_text, const std::string& new_text
   std::lock_guard lock(replacement_mutex);
   replaced_text = old_text;
   replacement_text = new_text;
+}
+
+void note_library(const std::string& name) {
+  std::lock_guard lock(names_mutex);
+  names.insert(name);
+}
+
+std::set<std::string> take_libraries() {
+  std::lock_guard lock(names_mutex);
+  return std::exchange(names, {});
 }
 
 std::string variant_key() {

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,11 @@ std::shared_ptr<Library> load_library(const std::string& source, const std::vect
 // For tests that plant faults: from now on every shader is compiled with `old_text` replaced by `new_text`, or it is an
 // error if it does not hold that text. An empty `old_text` ends it.
 void replace_in_shaders(const std::string& old_text, const std::string& new_text);
+
+// The host asks for a library by name: a GPU compiles it the first time. take_libraries() gives the names since the last
+// call.
+void note_library(const std::string& name);
+std::set<std::string> take_libraries();
 
 // Changes with each replacement and relaxation, for whoever keeps libraries by name or source.
 std::string variant_key();

@@ -144,6 +144,7 @@ MTL::Library* Device::get_library(const std::string& name, const std::string&) {
 
 MTL::Library* Device::get_library(const std::string& name, const CompileOptions&,
                                   const std::function<std::string(void)>& builder) {
+  emulator::note_library(name);
   std::lock_guard lock(mutex_);
   auto& library = libraries_[name + emulator::variant_key()];
   if (!library) {

@@ -20,7 +20,6 @@ SOURCES = [
 INCLUDE_DIRS = [ROOT / "metal", ROOT / "csrc"]
 
 TYPES = ("float", "bfloat", "half")
-INDICES = ("int", "int64_t")
 # Formats with auxiliary arrays, which adam_group does not have: of parameters, and of m and v.
 OTHER_PARAMETERS = ("BfloatCorrection<short>", "BfloatCorrection<int8_t>")
 OTHER_STATES = ("QuantizedState<8>", "QuantizedState<4>")
@@ -38,7 +37,7 @@ def instantiations(source: str, types: tuple[str, ...] = TYPES) -> str:
     for name, parameters in kernels(source).items():
         others = ((), ()) if name == "adam_group" else (OTHER_PARAMETERS, OTHER_STATES)
         of_parameter, of_state = ((*types, *other) for other in others)
-        choices = {"P": of_parameter, "G": types, "S": of_state, "Index": INDICES}
+        choices = {"P": of_parameter, "G": types, "S": of_state}
         for arguments in itertools.product(*(choices[p] for p in parameters)):
             kernel = f"{name}<{', '.join(arguments)}>"
             lines.append(f'template [[host_name("{kernel}")]] [[kernel]] decltype({kernel}) {kernel};\n')

@@ -70,8 +70,8 @@ def quick(device, monkeypatch):
 def test_a_kernel_that_fails_is_named_and_is_an_exit_status(quick, monkeypatch, capsys, as_json):
     run = _self_check.run
 
-    def fails_for_bfloat16(extension, kind, dtypes):
-        return "self-check is off" if dtypes == (mx.bfloat16,) * 3 else run(extension, kind, dtypes)
+    def fails_for_bfloat16(extension, kind, dtypes, rounding):
+        return "self-check is off" if dtypes == (mx.bfloat16,) * 3 else run(extension, kind, dtypes, rounding)
 
     assert reporting.main(as_json) == 0
     capsys.readouterr()

@@ -16,7 +16,7 @@ if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
 from emulator import hostile
-from mlx_fused_adam import _ext
+from mlx_fused_adam import _ext, _self_check
 from support import rounding_reference, stored_tensors
 from support.arrays import assert_same_bits, bits, lay_out
 
@@ -97,7 +97,7 @@ PLANTED = {
         "gradient_matrix += i * parameter_strides[axis]", "differs"),
     "axes swapped": ("strided", "axis == last ?", "axis != last ?", "ends at|differs"),
     "outer axes not divided": ("strided", "outer /= size;", "", "differs"),
-    "wrong place in the output": ("strided", "* Index(rows) +", "* Index(grid.x) +", "ends at|data race"),
+    "wrong place in the output": ("strided", "place.z * rows +", "place.z * grid.x +", "ends at|data race"),
     "strides of m for v": ("strided", "v_at += i * Index(v_strides[axis])", "v_at += i * Index(gradient_strides[axis])",
         "ends at|differs"),
 }  # fmt: skip
@@ -381,7 +381,7 @@ def test_one_call_with_gradients_of_two_dtypes(emulated_extension):
         assert_same_bits([xs[i] for xs in actual], run_update(_ext, w, gradient, m, v))
 
 
-@pytest.mark.parametrize("missing", ["adam_group", "adam_tiled", "adam_general_32"])
+@pytest.mark.parametrize("missing", ["adam_group", "adam_tiled", "adam_general"])
 def test_a_kernel_that_is_missing_leaves_everything_as_it_was(emulated_extension, emulator, missing):
     """Also where other tensors of the node could be updated in place: the failed evaluation can be tried again."""
 
@@ -396,7 +396,7 @@ def test_a_kernel_that_is_missing_leaves_everything_as_it_was(emulated_extension
 
     expected = run_updates(_ext, *lists())
     results = run_updates(emulated_extension, *lists())
-    emulator.replace_in_shaders(f"void {missing.removesuffix('_32')}(", "void another(")
+    emulator.replace_in_shaders(f"void {missing}(", "void another(")
     try:
         with pytest.raises(RuntimeError) as raised:
             mx.eval(results)
@@ -596,3 +596,9 @@ def test_negative_strides_count_in_the_choice_of_64_bits(emulator, update, plant
         assert "outside every buffer" in str(error) or "ends at" in str(error)
     else:
         assert not mx.array_equal(wrong[0], expected[0])
+
+
+def test_the_self_check_tries_indices_of_64_bits(emulated_extension, on_the_cpu_stream, plant):
+    plant("at = places_of<int64_t>(", "at = places_of<uchar>(")
+    verdict = _self_check.run(emulated_extension, mx.cpu, (mx.float32,) * 3)
+    assert verdict is not None and "the strided, 64-bit kernel is off" in verdict

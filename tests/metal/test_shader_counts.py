@@ -80,8 +80,8 @@ LEFT = {
     "adam_group plain": (0, 1, 11),
     "adam_tiled plain": (0, 3, 40),  # the axes around the matrix, and a tile's elements alone, read and updated
     "adam_tiled quantized": (0, 2, 144),
-    "adam_general plain": (0, 1, 10),  # the axes
-    "adam_general quantized": (0, 1, 66),
+    "adam_general plain": (0, 2, 14),  # the axes, in 32 bits and in 64
+    "adam_general quantized": (0, 2, 69),
     "norm_dense": (0, 4, 10),  # which gradient, runs, the elements of a last run, the tree of sums
     "norm_general": (0, 3, 7),  # elements, their axes, the tree of sums
     "norm_total": (0, 2, 5),
@@ -100,7 +100,7 @@ def beyond(found: dict[str, tuple[int, int, int]]) -> list[str]:
 @pytest.mark.parametrize("rounded", [0, 7], ids=["nearest", "stochastic"])
 def test_runs_stay_in_registers_and_branches_are_named(rounded):
     found = counts(project_shader.full_source(), rounded)
-    assert {kind_of(name) for name in found} == set(LEFT) and len(found) > 300
+    assert {kind_of(name) for name in found} == set(LEFT) and len(found) > 250
     assert beyond(found) == []
 
 

@@ -79,7 +79,7 @@ FAULTS = {
     "host function": ("AdamState<float> next", "std::sqrt(1.0f); AdamState<float> next", "'std'"),
     "host header": ("#include <metal_stdlib>", "#include <metal_stdlib>\n#include <cmath>", "cmath"),
     "exception": ("  TensorStep tensor = {{", "  throw 1;\n  TensorStep tensor = {{", "poisoned"),
-    "C++17": ("if (axis + 2 < args.axes)", "if constexpr (sizeof(Index) == 4)", "C\\+\\+17"),
+    "C++17": ("if (axis + 2 < axes)", "if constexpr (sizeof(Index) == 4)", "C\\+\\+17"),
 }  # fmt: skip
 
 

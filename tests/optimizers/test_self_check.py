@@ -133,8 +133,8 @@ class Inexact(Faulty):
         return (x.astype(mx.float32) * factors).astype(x.dtype)
 
 
-def verdict(extension, *dtypes):
-    return _self_check.run(extension, mx.default_device().type, dtypes)
+def verdict(extension, *dtypes, rounding="nearest"):
+    return _self_check.run(extension, mx.default_device().type, dtypes, rounding)
 
 
 RESULTS = ("parameter", "m", "v")
@@ -156,13 +156,14 @@ STOCHASTIC = [((mx.bfloat16,) * 3, (0, 2)), ((mx.float32, mx.float32, mx.bfloat1
 def test_stochastic_rounding_that_is_wrong_fails(extension, dtypes, which):
     """Where nothing else is."""
     faulty = Inexact(extension, which, 0.5, lambda settings: settings["rounding"] == "parameter_and_v")
-    assert "linear, stochastic kernel is off by" in verdict(faulty, *dtypes)
+    assert verdict(faulty, *dtypes) is None
+    assert "linear, stochastic kernel is off by" in verdict(faulty, *dtypes, rounding="parameter_and_v")
 
 
 @pytest.mark.parametrize("which", range(3), ids=RESULTS)
 def test_stochastic_rounding_of_m_that_is_wrong_fails(extension, which):
     faulty = Inexact(extension, which, 0.5, lambda settings: settings["rounding"] == "all")
-    assert "linear, stochastic m kernel is off by" in verdict(faulty, *[mx.bfloat16] * 3)
+    assert "linear, stochastic m kernel is off by" in verdict(faulty, *[mx.bfloat16] * 3, rounding="all")
 
 
 @pytest.mark.parametrize("kernel", ["group", "column-major"])
@@ -188,6 +189,18 @@ def test_one_kernel_that_ignores_clipping_fails(extension, kernel):
 @pytest.mark.parametrize(("dtype", "error"), [(mx.float32, 1.7e-5), (mx.bfloat16, 0.01), (mx.float16, 0.0025)], ids=str)
 def test_small_errors_fail(extension, dtype, error, which):
     assert "linear kernel is off by" in verdict(Inexact(extension, which, 1 + error), *[dtype] * 3)
+
+
+@pytest.mark.parametrize("which", range(3), ids=RESULTS)
+@pytest.mark.parametrize(("state", "factors"), [(mx.float32, (2, 1, 1)), (mx.bfloat16, (2, 1, 2))], ids=str)
+def test_stochastic_rounding_doubles_the_allowance_of_what_it_rounds(extension, state, factors, which):
+    """And of nothing else."""
+    error = 2.5 * _self_check.TOLERANCE[state if which else mx.bfloat16]
+    dtypes = mx.bfloat16, mx.bfloat16, state
+    assert "off by" in verdict(Inexact(extension, which, 1 + error), *dtypes, rounding="parameter_and_v")
+    tensor = _self_check._tensor(extension, dtypes, mx.ones(40, mx.bfloat16))
+    exact, rounded = (tensor.tolerances(rounding) for rounding in ("nearest", "parameter_and_v"))
+    assert rounded[which] == factors[which] * exact[which]
 
 
 def finite_at(index, gradients, total):
@@ -259,8 +272,9 @@ def test_the_kernel_passes(backend_name):
     (mx.bfloat16, mx.bfloat16, mx.bfloat16, mx.int16), (mx.bfloat16, mx.float32, mx.int8, mx.int16),
     (mx.bfloat16, mx.bfloat16, mx.float32, mx.int8), (mx.bfloat16, mx.bfloat16, mx.int8, mx.int8),
 ], ids=_self_check.names)  # fmt: skip
-def test_kernels_pass_in_16_bits(extension, dtypes):
-    assert _self_check.run(extension, mx.default_device().type, dtypes) is None
+@pytest.mark.parametrize("rounding", ["nearest", "parameter_and_v", "all"])
+def test_kernels_pass_in_16_bits(extension, dtypes, rounding):
+    assert verdict(extension, *dtypes, rounding=rounding) is None
 
 
 def test_a_broken_kernel_falls_back(broken):
@@ -304,7 +318,7 @@ def test_only_the_dtypes_that_fail_fall_back(extension, backend_name, monkeypatc
         # Asked apart, since the stand-in spoils all of a call.
         half = optimizer.apply_gradients({"half": gradients["half"]}, parameters)
     backend = _backends.backend_of()
-    assert not backend.uses_kernel(*[mx.bfloat16] * 3) and backend.uses_kernel(*[mx.float32] * 3)
+    assert backend.check((mx.bfloat16,) * 3, "parameter_and_v") and backend.uses_kernel(*[mx.float32] * 3)
     assert optimizer.backend.startswith(f"{backend_name} (but stock for bfloat16: self-check")
     monkeypatch.undo()
     assert half["half"].dtype == optimizer.state["half"]["v"].dtype == mx.bfloat16
@@ -348,13 +362,13 @@ def test_what_mlx_cannot_store_falls_back_to_the_cpu(monkeypatch, options):
     gpu.place = lambda asked: asked
     monkeypatch.setattr(_step, "backend_of", lambda: gpu)
     find = _backends.Backend._find
-    monkeypatch.setattr(_self_check, "run", lambda ext, kind, dtypes: "it is broken" if kind == mx.gpu else None)
+    monkeypatch.setattr(_self_check, "run", lambda ext, kind, *_: "it is broken" if kind == mx.gpu else None)
     monkeypatch.setattr(_backends.Backend, "_find", find)
     optimizer = fused.AdamW(0.1, **options)
     with pytest.warns(RuntimeWarning, match="updates of bfloat16 .* fall back to the CPU: it is broken"):
         new = optimizer.apply_gradients(gradients, parameters)
     assert mx.array_equal(new["w"], expected["w"])
-    gpu.verdicts[(mx.float32,) * 3] = None
+    gpu.verdicts[(mx.float32,) * 3, "nearest"] = None
     assert gpu.description.startswith("metal (but the CPU for bfloat16 ")
 
 
@@ -364,7 +378,7 @@ def test_what_no_device_can_store_is_an_error(monkeypatch, options):
     gpu = _backends.Backend("metal", None, mx.gpu)
     gpu.place = lambda asked: asked
     monkeypatch.setattr(_step, "backend_of", lambda: gpu)
-    monkeypatch.setattr(_self_check, "run", lambda ext, kind, dtypes: f"it is broken on the {kind.name}")
+    monkeypatch.setattr(_self_check, "run", lambda ext, kind, *_: f"it is broken on the {kind.name}")
     parameters = {"w": mx.ones((64, 64), mx.bfloat16)}
     optimizer = fused.AdamW(0.1, **options)
     with (
@@ -392,19 +406,25 @@ def test_a_check_that_failed_leaves_no_error_to_the_next(extension, device, monk
 
 def test_the_description_says_what_has_no_kernel():
     backend = _backends.Backend("cpu", None, mx.cpu)
-    backend.verdicts = {(mx.float32,) * 3: None, (mx.float32, mx.float32, mx.int8): "it is broken"}
+    verdicts = {(mx.float32,) * 3: None, (mx.float32, mx.float32, mx.int8): "it is broken"}
+    backend.verdicts = {(dtypes, "nearest"): verdict for dtypes, verdict in verdicts.items()}
     what = "float32 with float32 gradients and int8 moments"
     assert backend.description == f"cpu (but no kernel for {what}: it is broken)"
-    backend.verdicts |= {(mx.bfloat16,) * 3: "it is, too"}
+    backend.verdicts |= {((mx.bfloat16,) * 3, rounding): "it is, too" for rounding in ("nearest", "all")}
     assert backend.description == f"cpu (but stock for bfloat16 and no kernel for {what}: it is broken)"
 
 
 def test_what_is_known_of_the_back_end_is_what_has_been_checked(backend_name, monkeypatch):
+    """Of any dtypes: nothing else is compiled to answer."""
     assert _backends.known_backend() is None
     backend = _backends.backend_of()
+    assert backend.uses_norm_kernel(mx.float32) and _backends.known_backend() is None
     assert backend.uses_kernel(*[mx.bfloat16] * 3)
-    assert _backends.known_backend() is None and list(backend.verdicts) == [(mx.bfloat16,) * 3]
     assert fused.Adam(0.1).backend == _backends.known_backend() == backend_name
+    assert list(backend.verdicts) == [((mx.float32,), "nearest"), ((mx.bfloat16,) * 3, "nearest")]
+    monkeypatch.setattr(_backends, "_known", {})
+    assert fused.Adam(0.1).backend == backend_name
+    assert list(_backends.backend_of().verdicts) == [((mx.float32,) * 3, "nearest")]
     stock = _backends.Backend(None, "as asked", mx.cpu)
     monkeypatch.setattr(_backends, "_known", {mx.default_device().type: stock})
     assert _backends.known_backend() == "stock (as asked)"
@@ -430,7 +450,7 @@ def run_in_threads(function, count=4):
 def test_threads_share_one_check(monkeypatch):
     calls = []
 
-    def check(extension, kind, dtypes):
+    def check(extension, kind, dtypes, rounding):
         calls.append(dtypes)
         time.sleep(0.2)
 
@@ -468,7 +488,7 @@ def test_updates_and_norms_run_where_the_back_end_says(extension, monkeypatch):
             places.append(stream)
             return self._extension.adam_update(*args, stream=stream, **kwargs)
 
-    backend.verdicts = {(mx.float32,) * 3: None, (mx.float32,): None}
+    backend.verdicts = {((mx.float32,) * 3, "nearest"): None, ((mx.float32,), "nearest"): None}
     use_extension(monkeypatch, Watched(extension, None))
     x = mx.ones(3)
     fused.AdamW(0.1, max_grad_norm=1.0).apply_gradients({"w": x}, {"w": x})

@@ -125,7 +125,7 @@ def _device(kind: mx.DeviceType) -> dict[str, Any]:
             is_ok = _backends.kernel_of(kind)[0] is None or backend.is_forced
         else:
             for dtypes in _CHECKED:
-                reason = backend.check(dtypes)
+                reason = backend.check(dtypes, _rounding(dtypes))
                 is_ok &= reason is None
                 checks[_self_check.names(dtypes)] = reason or _PASSED
             if backend.check() is None and not is_virtual:
@@ -140,6 +140,12 @@ def _device(kind: mx.DeviceType) -> dict[str, Any]:
         "peak_MB": peaks,
         "ok": is_ok,
     }
+
+
+def _rounding(dtypes: _self_check.Dtypes) -> str:
+    """As the optimizers round these dtypes by default."""
+    is_exact = not _self_check.is_update(dtypes) or dtypes[0] == dtypes[2] == mx.float32
+    return "nearest" if is_exact else "parameter_and_v"
 
 
 def _name(kind: mx.DeviceType) -> str:
