@@ -121,8 +121,8 @@ class _Fused(_MLXOptimizer):
     def backend(self) -> str:
         """The code that updates parameters on the default device, as ``"cpu"``, ``"metal"`` or ``"stock (<reason>)"``.
 
-        The first call on a device compiles its kernels and runs their self-check, which may take a second; so does the
-        first update. Parameters of other dtypes than float32, bfloat16 and float16 always fall back to mlx.optimizers.
+        The first update of each combination of dtypes compiles its kernels and runs their self-check, which may take a
+        second; so does this, if there has been none. Parameters of other dtypes than float32, bfloat16 and float16 always fall back to mlx.optimizers.
         """
         return backend_of().description
 

@@ -81,7 +81,7 @@ LEFT = {
     "adam_tiled plain": (0, 3, 40),  # the axes around the matrix, and a tile's elements alone, read and updated
     "adam_tiled quantized": (0, 2, 144),
     "adam_general plain": (0, 2, 14),  # the axes, in 32 bits and in 64
-    "adam_general quantized": (0, 2, 69),
+    "adam_general quantized": (0, 2, 70),
     "norm_dense": (0, 4, 10),  # which gradient, runs, the elements of a last run, the tree of sums
     "norm_general": (0, 3, 7),  # elements, their axes, the tree of sums
     "norm_total": (0, 2, 5),
