@@ -122,7 +122,8 @@ class _Fused(_MLXOptimizer):
         """The code that updates parameters on the default device, as ``"cpu"``, ``"metal"`` or ``"stock (<reason>)"``.
 
         The first update of each combination of dtypes compiles its kernels and runs their self-check, which may take a
-        second; so does this, if there has been none. Parameters of other dtypes than float32, bfloat16 and float16 always fall back to mlx.optimizers.
+        second; so does this, if there has been none. Parameters of other dtypes than float32, bfloat16 and float16
+        always fall back to mlx.optimizers.
         """
         return backend_of().description
 

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 # -fsanitize=thread makes the compiler call __tsan_read4(address) and its like before every access; checker.cpp defines
 # those functions, libtsan stays out (the way of the Linux kernel's KCSAN).
 COMPILE_FLAGS = [
-    *["-std=gnu++17", "-O2", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-g", "-fPIC", "-w"],
+    *["-std=gnu++17", "-O2", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-g1", "-fPIC", "-w"],
     *["-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fno-strict-aliasing"],
     "-fsanitize=thread",
 ]
@@ -73,7 +73,7 @@ def build(source: str, cache: Path | str, include_dirs: Sequence[Path | str] = (
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
     library = cache / f"{key.hexdigest()[:32]}.so"
-    with open(cache / "lock", "w") as lock:
+    with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
