@@ -131,3 +131,8 @@ def test_the_report_compiles_38_kernels(compiled, monkeypatch):
     assert report.collect("cpu")["ok"]
     of_checks, after = compiled()
     assert len(of_checks) == 38 and not after
+    # Those of training by default.
+    linear = nn.Linear(64, 80)
+    linear.update(tree_map(lambda p: p.astype(mx.bfloat16), linear.parameters()))
+    step(linear, mx.ones((2, 64), mx.bfloat16), fused.AdamW(1e-3))
+    assert len(compiled()[0]) == 38

@@ -277,6 +277,28 @@ def test_kernels_pass_in_16_bits(extension, dtypes, rounding):
     assert verdict(extension, *dtypes, rounding=rounding) is None
 
 
+# Dtypes, and what is left of the requests "parameter_and_v" and "all" for them.
+ASKED = [
+    ((mx.float32, mx.bfloat16, mx.float32), "nearest", "nearest"),
+    ((mx.bfloat16, mx.bfloat16, mx.float32, mx.int16), "nearest", "nearest"),
+    ((mx.bfloat16, mx.bfloat16, mx.float32, mx.int8), "parameter_and_v", "parameter_and_v"),
+    ((mx.float32, mx.float32, mx.int8), "parameter_and_v", "parameter_and_v"),
+    ((mx.float32, mx.float32, mx.bfloat16), "parameter_and_v", "all"),
+]
+
+
+@pytest.mark.parametrize(("dtypes", "v", "every"), ASKED, ids=str)
+def test_rounding_that_rounds_the_same_is_checked_once(extension, dtypes, v, every):
+    tensor = _self_check._tensor(extension, dtypes, mx.ones((3, 32), dtypes[1]))
+    asked = []
+    for rounding in ("nearest", "parameter_and_v", "all"):
+        step = extension.AdamStep(mx.array(0.1), mx.array(1, mx.uint64), rounding=rounding)
+        lists = ([x] for x in tensor)
+        extension.adam_update(*lists, step, uses_kernel=lambda *key: asked.append(key) or True, name=str)
+    remainder = dtypes[3] if len(dtypes) > 3 else None
+    assert asked == [(*dtypes[:3], remainder, rounding) for rounding in ("nearest", v, every)]
+
+
 def test_a_broken_kernel_falls_back(broken):
     """One warning with the reason; results, state and derivatives as if nothing had been replaced."""
     parameters, gradients = {"w": mx.ones((3, 4))}, {"w": mx.full((3, 4), 0.2)}
