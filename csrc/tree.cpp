@@ -54,6 +54,7 @@ nb::object rebuilt(nb::handle tree, const nb::list& leaves, size_t& next) {
     if (kind.is(&PyList_Type)) return items;
     return nb::hasattr(kind, "_fields") ? kind(*nb::tuple(items)) : kind(items);
   }
+  if (next >= leaves.size()) throw nb::index_error("[adam_update] gradients must stay as they are during the update");
   return nb::object(leaves[next++]);
 }
 
@@ -71,7 +72,7 @@ void Walk::add(nb::handle gradient, nb::handle parameter, nb::handle state) {
     return;
   }
   const mx::array* array = nullptr;
-  is_fused = is_fused && nb::try_cast(parameter, array) && is_plain(array->dtype());
+  is_fused = is_fused && nb::try_cast(parameter, array) && array && is_plain(array->dtype());
   gradients.append(gradient);
   parameters.append(parameter);
   states.append(state);
@@ -82,7 +83,9 @@ nb::object Walk::result(const nb::list& leaves) const {
   return rebuilt(tree_, leaves, next);
 }
 
-Changes::Changes(nb::list states, nb::list changed) : states_(std::move(states)), changed_(std::move(changed)) {}
+Changes::Changes(nb::list states, nb::list changed) : states_(std::move(states)), changed_(std::move(changed)) {
+  if (states_.size() != changed_.size()) throw nb::value_error("[adam_update] states must be as many as their changes");
+}
 
 void Changes::apply() {
   if (!is_applied_) exchange();
@@ -96,7 +99,7 @@ void Changes::exchange() {
   is_applied_ = !is_applied_;
   for (size_t i = 0; i < states_.size(); ++i) {
     nb::object state = states_[i], changed = changed_[i];
-    for (auto [key, value] : nb::borrow<nb::dict>(changed)) {
+    for (auto [key, value] : nb::cast<nb::dict>(changed)) {
       nb::object other = nb::borrow(value), old = item_of(state, key);
       bool has_failed = PyDict_SetItem(state.ptr(), key.ptr(), other.ptr()) < 0 ||
                         PyDict_SetItem(changed.ptr(), key.ptr(), old.ptr()) < 0;
