@@ -138,8 +138,8 @@ TensorUpdate::TensorUpdate(const NodeTensor& tensor, const TensorFormats& format
         gathered[i] = !tensor.in[i]->flags().row_contiguous;
         gather_[i] = tensor.in[i]->itemsize() == 4 ? set.gather_4_bytes : set.gather_2_bytes;
       }
-      pieces_ = GatherPieces(layout_, gathered, formats.is_quantized() ? kBlockElements : 1);
-      units_ = divide_up(pieces_.count(), kPiecesPerUnit);
+      pieces_ = std::make_unique<GatherPieces>(layout_, gathered, formats.is_quantized() ? kBlockElements : 1);
+      units_ = divide_up(pieces_->count(), kPiecesPerUnit);
       break;
     }
   }
@@ -273,13 +273,13 @@ void TensorUpdate::update_general(size_t unit, AdamScalars<float> scalars, AdamC
   alignas(kCacheLine) char buffers[kArrays][GatherPieces::kMost * sizeof(float)];
   const char* bases[kArrays] = {base_.parameter.values, base_.gradient.values, base_.m.values, base_.v.values};
   size_t bytes[kArrays] = {parameter_bytes_, gradient_bytes_, state_bytes_, state_bytes_};
-  size_t end = std::min((unit + 1) * kPiecesPerUnit, pieces_.count());
+  size_t end = std::min((unit + 1) * kPiecesPerUnit, pieces_->count());
   for (size_t index = unit * kPiecesPerUnit; index < end; ++index) {
-    auto piece = pieces_[index];
+    auto piece = (*pieces_)[index];
     RunPointers run = at(piece.start, piece.start);  // where an array is row-major, as the outputs are
     const char** values[kArrays] = {&run.parameter.values, &run.gradient.values, &run.m.values, &run.v.values};
     for (int i = 0; i < kArrays; ++i) {
-      if (auto table = pieces_.table(i)) {
+      if (auto table = pieces_->table(i)) {
         gather_[i](bases[i] + piece.offsets[i] * int64_t(bytes[i]), table, piece.size, buffers[i]);
         *values[i] = buffers[i];
       }

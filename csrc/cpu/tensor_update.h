@@ -48,8 +48,8 @@ class TensorUpdate {
 
   std::shared_ptr<mlx::core::array::Data> held_[Role::kCount];  // what the task reads
   Layout layout_;
-  Tiles tiles_;          // of a tiled layout
-  GatherPieces pieces_;  // of a general layout
+  Tiles tiles_;                                 // of a tiled layout
+  std::unique_ptr<const GatherPieces> pieces_;  // of a general layout
   RunPointers base_;
   size_t size_;
   // Elements after which blocks of quantized state begin anew; the whole tensor where nothing does.
