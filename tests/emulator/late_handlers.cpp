@@ -44,7 +44,7 @@ Held& held_by(mx::Stream stream, unsigned seed) {
 
 // Lets go of the buffers of one node that has run, not of its own.
 void handle(Held& held) {
-  constexpr int kLongestDelay = 1000;  // microseconds
+  constexpr int kLongestDelay = 200;  // microseconds
   std::this_thread::sleep_for(std::chrono::microseconds(held.random() % kLongestDelay));
   auto chosen = held.nodes.begin() + long(held.random() % held.nodes.size());
   Buffers freed = std::move(*chosen);
