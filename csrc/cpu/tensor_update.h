@@ -31,9 +31,10 @@ class TensorUpdate {
   void update_unit(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const;
 
  private:
-  // A matrix is cut by a grid that begins before it by the shifts.
+  // A matrix is cut by a grid that begins before it by the shifts. `matrices` of them lie in a tile beside each other,
+  // where they make up whole rows.
   struct Tiles {
-    size_t rows, columns, down, across, row_shift, column_shift;
+    size_t rows, columns, down, across, row_shift, column_shift, matrices;
   };
 
   void update_linear(size_t unit, AdamScalars<float>, AdamConstants) const;
