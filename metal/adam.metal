@@ -636,7 +636,6 @@ inline void update_row_major(
   } else {
     load_elements<length>(t.gradient, 1, length, gradient);
   }
-  run.uses_vectors = true;
   update_run<length>(t, 1, gradient, run, step, place);
 }
 
@@ -753,6 +752,7 @@ struct Tile {
     row_threads = columns / length,
     column_threads = rows / length,
     runs = rows * columns / length / kThreads,  // of a thread
+    at_once = runs < 2 ? runs : 2,              // in registers
     blocks = kStripTiles * columns / kBlockElements,  // in a row of a strip of tiles
     // In threadgroup memory, columns are a word more than a line apart, and runs of columns as much further as makes
     // the words that a simdgroup reads at once, of so many rows, lie in different banks.
@@ -763,6 +763,41 @@ struct Tile {
   };
   static uint at(uint column, uint row) { return column * (rows + word) + column / length * pad + row; }
 };
+
+// The tile at `from`, of which the matrix has so many columns and rows and perhaps more.
+template <typename T, typename G>
+inline void load_tile(
+    threadgroup G* tile,
+    const device G* from,
+    int64_t column_stride,
+    uint columns,
+    uint rows,
+    uint vectors,
+    uint thread_index) {
+  if ((vectors & kGradientVectors) != 0u) {
+    uint start = thread_index % T::column_threads * T::length;
+    UNROLLED
+    for (uint j = 0; j < T::runs; ++j) {
+      uint k = thread_index / T::column_threads + j * (kThreads / T::column_threads);
+      if (k < columns && start < rows) {
+        G values[T::length];
+        load_vectors<T::length>(from + (k * column_stride + start), values);
+        UNROLLED
+        for (uint i = 0; i < T::length; ++i) {
+          tile[T::at(k, start + i)] = values[i];
+        }
+      }
+    }
+    return;
+  }
+  for (uint i = thread_index; i < T::rows * T::columns; i += kThreads) {
+    uint k = i / T::rows;
+    uint row = i % T::rows;
+    if (k < columns && row < rows) {
+      tile[T::at(k, row)] = from[k * column_stride + row];
+    }
+  }
+}
 
 // The gradients of a run, zeros beyond `count`.
 template <typename T, typename G>
@@ -779,7 +814,8 @@ inline uint scale_in_strip(uint row, uint column) {
 }
 
 // A matrix (or a batch of them, along the grid's z) whose gradient is column-major: tiles of it go through threadgroup
-// memory, so that gradient and state are both walked along their unit strides, a run a thread.
+// memory, so that gradient and state are both walked along their unit strides, a run a thread. A threadgroup takes a
+// strip of args.strip tiles of a row, one after the other.
 template <typename P, typename G, typename S>
 [[kernel, max_total_threads_per_threadgroup(kThreads)]] void adam_tiled(
     constant TiledArgs& args [[buffer(kArgs)]],
@@ -866,71 +902,57 @@ template <typename P, typename G, typename S>
   for (uint first_column = strip_column;
        first_column < min(args.columns, strip_column + args.strip * T::columns);
        first_column += T::columns) {
-    // Loads the state before the barrier, so that nothing waits for it after.
-    int64_t element[T::runs], item[T::runs];
-    Run run[T::runs];
-    StoredRun<P, S, length> stored[T::runs];
     constexpr uint lines_apart = kThreads / T::row_threads;
     uint first_line = thread_index / T::row_threads;
     uint of_tile = thread_index % T::row_threads * length;
     uint column = first_column + of_tile;
-    UNROLLED
-    for (uint j = 0; j < T::runs; ++j) {
-      uint row = first_row + first_line + j * lines_apart;
-      element[j] = matrix + row * row_stride + column;
-      item[j] = item_of<S>(element[j], first_of_rows + row * rows_apart, column, args.columns);
-      run[j] = run_at<length>(column, row < args.rows ? args.columns : 0u, in_vectors, uint(element[j]));
-      stored[j] = {};
-      if (run[j].uses_vectors) {
-        stored[j] = load_run<length>(moved_to(tensor, element[j], item[j]), 1, run[j]);
-      }
-    }
-
+    const device G* from = gradient + (gradient_matrix + first_column * column_stride + first_row);
+    uint columns = args.columns - first_column;  // those left, and rows
+    uint rows = args.rows - first_row;
     if (first_column > strip_column) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // all have read the tile before
     }
-    const device G* from = gradient + (gradient_matrix + first_column * column_stride + first_row);
-    if ((args.vectors & kGradientVectors) != 0u) {
-      uint start = thread_index % T::column_threads * length;
+    for (uint line = first_line; in_vectors && line < T::rows; line += T::at_once * lines_apart) {
+      int64_t element[T::at_once], item[T::at_once];
+      Run run[T::at_once];
+      StoredRun<P, S, length> stored[T::at_once];
       UNROLLED
-      for (uint j = 0; j < T::runs; ++j) {
-        uint k = thread_index / T::column_threads + j * (kThreads / T::column_threads);
-        if (first_column + k < args.columns && first_row + start < args.rows) {
-          G values[length];
-          load_vectors<length>(from + (k * column_stride + start), values);
-          UNROLLED
-          for (uint i = 0; i < length; ++i) {
-            tile[T::at(k, start + i)] = values[i];
-          }
+      for (uint j = 0; j < T::at_once; ++j) {
+        uint row = first_row + line + j * lines_apart;
+        element[j] = matrix + row * row_stride + column;
+        item[j] = item_of<S>(element[j], first_of_rows + row * rows_apart, column, args.columns);
+        run[j] = run_at<length>(column, row < args.rows ? args.columns : 0u, true, uint(element[j]));
+        stored[j] = {};
+        if (run[j].uses_vectors) {
+          stored[j] = load_run<length>(moved_to(tensor, element[j], item[j]), 1, run[j]);
         }
       }
-    } else {
-      for (uint i = thread_index; i < T::rows * T::columns; i += kThreads) {
-        uint k = i / T::rows;
-        uint row = i % T::rows;
-        if (first_column + k < args.columns && first_row + row < args.rows) {
-          tile[T::at(k, row)] = from[k * column_stride + row];
-        }
+      // After the first loads of the state, so that they do not wait for it.
+      if (line == first_line) {
+        load_tile<T>(tile, from, column_stride, columns, rows, args.vectors, thread_index);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
       }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
-    if (in_vectors) {
       UNROLLED
-      for (uint j = 0; j < T::runs; ++j) {
+      for (uint j = 0; j < T::at_once; ++j) {
         // Of quantized state, threads beyond an edge take part in the shuffles.
         float values[length];
-        uint line = first_line + j * lines_apart;
-        load_from_tile<T>(tile, of_tile, line, run[j].uses_vectors ? length : 0u, values);
+        uint line_of_run = line + j * lines_apart;
+        load_from_tile<T>(tile, of_tile, line_of_run, run[j].uses_vectors ? length : 0u, values);
         if (tensor_step.is_applied) {
-          update_stored(stored[j], values, run[j], tensor_step, scales + scale_in_strip<S, T>(line, column - strip_column));
+          uint scale = scale_in_strip<S, T>(line_of_run, column - strip_column);
+          update_stored(stored[j], values, run[j], tensor_step, scales + scale);
         }
         if (run[j].uses_vectors) {
           store_run(moved_to(tensor, element[j], item[j]), run[j], stored[j]);
         }
       }
+    }
+    if (in_vectors) {
       continue;
     }
+
+    load_tile<T>(tile, from, column_stride, columns, rows, args.vectors, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
     if (Format<S>::is_quantized) {
       for (uint line = first_line; line < T::rows; line += lines_apart) {
         uint row = first_row + line;
@@ -942,7 +964,8 @@ template <typename P, typename G, typename S>
         float values[length];
         load_from_tile<T>(tile, of_tile, line, run.count, values);
         if (tensor_step.is_applied) {
-          update_stored(stored, values, run, tensor_step, scales + scale_in_strip<S, T>(line, column - strip_column));
+          uint scale = scale_in_strip<S, T>(line, column - strip_column);
+          update_stored(stored, values, run, tensor_step, scales + scale);
         }
         store_spread_run(spread, tensor, element, item, run, stored);
       }

@@ -1,4 +1,5 @@
-// Loads and stores a thread's run of N elements: by vectors of kRunBytes, or of all its bytes if they are fewer, or one by one. Metal only.
+// Loads and stores a thread's run of N elements: by vectors of kRunBytes, or of all its bytes if they are fewer, or one
+// by one. Metal only.
 #pragma once
 
 #include <metal_stdlib>
