@@ -18,6 +18,7 @@
 #include "op/grad_norm.h"
 #include "op/quantize.h"
 #include "op/streams.h"
+#include "tree.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -180,6 +181,25 @@ NB_MODULE(_ext, m) {
       R"(Lazily update every tensor; lists run in parallel. Returns (parameters, states).
 
 A state is a dict with ``m``, ``v`` and where there are any ``remainder`` (int16, or int8 for a master weight of 24 bits, of a bfloat16 parameter), ``m_scale`` and ``v_scale`` (bfloat16, of int8 m and uint8 v, or of both in 4 bits, two to a byte, uint8); other keys are ignored. ``numbers`` are the tensors' in the random bits (default: their places in the lists), ``is_decayed`` says to which weight decay applies (default: all). ``uses_kernel(parameter, gradient, m, remainder)`` is asked once for each combination of dtypes, before the graph is built; where it says False, the update is the fallback of MLX's operations, or the CPU's kernel for states that MLX cannot store. ``name(i)`` names tensor ``i`` in an error. Raises ValueError for shapes, dtypes or values that do not fit.)");
+
+  nb::class_<fused_adam::Walk>(m, "Walk",
+                               R"(The leaves of gradients, and beside them those of parameters and states, by one walk.
+
+Trees are dicts, lists and tuples; ``gradients``, ``parameters`` and ``states`` are parallel lists in the order of ``mlx.utils.tree_flatten``. ``is_fused`` says whether all parameters are arrays of dtypes that kernels store. Raises what Python raises for an item that parameters or states lack.)")
+      .def(nb::init<nb::object, nb::handle, nb::handle>(), "gradients"_a.none(), "parameters"_a.none(),
+           "states"_a.none())
+      .def_ro("gradients", &fused_adam::Walk::gradients)
+      .def_ro("parameters", &fused_adam::Walk::parameters)
+      .def_ro("states", &fused_adam::Walk::states)
+      .def_ro("is_fused", &fused_adam::Walk::is_fused)
+      .def("result", &fused_adam::Walk::result, "leaves"_a,
+           "The tree of the leaves' results, in containers of the gradients' types.");
+
+  nb::class_<fused_adam::Changes>(m, "Changes",
+                                  "New values of keys that states have: lists of dicts that run in parallel.")
+      .def(nb::init<nb::list, nb::list>(), "states"_a, "changed"_a)
+      .def("apply", &fused_adam::Changes::apply, "Give the states the new values, all or none.")
+      .def("undo", &fused_adam::Changes::undo, "Give them the old ones, if they have the new ones.");
 
   m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(), "uses_kernel"_a,
         "stream"_a = nb::none(),

@@ -1,5 +1,6 @@
 // AdamUpdate on the CPU: queues a node's update on its stream, and shares it among threads when it is worth that.
 #include <atomic>
+#include <deque>
 #include <future>
 #include <memory>
 #include <optional>
@@ -64,7 +65,8 @@ struct NodeUpdate {
   AdamNode node;
   Held<float> scalars;
   std::optional<Held<uint32_t>> step;  // where something is rounded stochastically
-  std::vector<cpu::TensorUpdate> tensors;
+  // Not a vector: of many small nodes, malloc makes each block beyond 1 kB by tidying up before.
+  std::deque<cpu::TensorUpdate> tensors;
   size_t units = 0;
   size_t cost = 0;
   std::atomic<bool> has_begun = false;

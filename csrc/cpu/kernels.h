@@ -45,10 +45,13 @@ using SumOfSquares = double (*)(Source, Format, std::size_t n);
 // Stores the n elements of a run in another format, rounded to nearest.
 using Convert = void (*)(Source, Format, Target, Format, std::size_t n);
 
-// Writes the rows x columns tile at `from` (element [i][j] at from[i + j * from_stride]) row by row, `columns` elements
+// Whether lines so many bytes apart fall into so few sets of a first-level cache that they push each other out.
+constexpr bool is_crowding(std::ptrdiff_t bytes) { return bytes % 512 == 0; }
+
+// Writes the rows x columns tile at `from` (element [i][j] at from[i + j * from_stride]) row by row, `to_stride` elements
 // apart, to `to`. Strides are in elements.
 using Transpose = void (*)(const char* from, std::ptrdiff_t from_stride, std::size_t rows, std::size_t columns,
-                           char* to);
+                           char* to, std::ptrdiff_t to_stride);
 
 // to[i] = from[offsets[i]], in elements.
 using Gather = void (*)(const char* from, const std::int64_t* offsets, std::size_t n, char* to);

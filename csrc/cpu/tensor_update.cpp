@@ -9,8 +9,10 @@
 #endif
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "op/donation.h"
@@ -40,6 +42,9 @@ constexpr size_t kLinesOfWholeRows = 2;
 constexpr size_t kUsualRoom = 1 << 20;
 constexpr size_t kLeastRoom = 1 << 18;
 constexpr size_t kMostRoom = 1 << 21;
+// From this length on, rows of a transposed tile are updated one by one, with a cache line between them where they
+// would else crowd. Shorter ones are one run.
+constexpr size_t kLongRow = 1 << 9;
 // A tensor has about so many tiles at least, so that there is work for every thread, unless they become smaller than
 // this.
 constexpr size_t kFewestTiles = 16;
@@ -138,8 +143,8 @@ TensorUpdate::TensorUpdate(const NodeTensor& tensor, const TensorFormats& format
         gathered[i] = !tensor.in[i]->flags().row_contiguous;
         gather_[i] = tensor.in[i]->itemsize() == 4 ? set.gather_4_bytes : set.gather_2_bytes;
       }
-      pieces_ = GatherPieces(layout_, gathered, formats.is_quantized() ? kBlockElements : 1);
-      units_ = divide_up(pieces_.count(), kPiecesPerUnit);
+      pieces_ = std::make_unique<GatherPieces>(layout_, gathered, formats.is_quantized() ? kBlockElements : 1);
+      units_ = divide_up(pieces_->count(), kPiecesPerUnit);
       break;
     }
   }
@@ -185,16 +190,19 @@ void TensorUpdate::cut_into_tiles() {
   auto columns_beside = [&](size_t most_lines, size_t elements) {
     return elements / (std::min(lines, most_lines) * line);
   };
+  tiles_.matrices =
+      std::accumulate(layout_.shape.end() - layout_.axes_in_row, layout_.shape.end(), size_t{1}, std::multiplies<>());
+  if (tiles_.matrices * columns > columns_beside(kLinesOfWholeRows, room)) tiles_.matrices = 1;
   bool is_whole = columns <= columns_beside(kLinesOfWholeRows, room);
   size_t across = is_whole ? 1 : divide_up(columns, columns_beside(kLinesOfPartRows, wanted));
   // Whole rows have no edges within, and tiles of quantized state begin where blocks do.
   bool is_shifted = across > 1 && !formats_.is_quantized();
   tiles_.column_shift = is_shifted ? past_line(base_.parameter.values, parameter_bytes_) : 0;
   tiles_.columns = divide_up(divide_up(columns + tiles_.column_shift, across), kBlockElements) * kBlockElements;
-  tiles_.rows = std::min({divide_up(wanted, tiles_.columns * line), lines, kMostLines}) * line;
+  tiles_.rows = std::min({divide_up(wanted, tiles_.matrices * tiles_.columns * line), lines, kMostLines}) * line;
   tiles_.across = divide_up(columns + tiles_.column_shift, tiles_.columns);
   tiles_.down = divide_up(layout_.rows + tiles_.row_shift, tiles_.rows);
-  units_ = size_t(layout_.batches()) * tiles_.down * tiles_.across;
+  units_ = size_t(layout_.batches()) / tiles_.matrices * tiles_.down * tiles_.across;
 }
 
 RunPointers TensorUpdate::at(int64_t state_offset, int64_t gradient_offset) const {
@@ -245,8 +253,8 @@ void TensorUpdate::update_linear(size_t unit, AdamScalars<float> scalars, AdamCo
 }
 
 void TensorUpdate::update_tile(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const {
-  char* transposed = tile_buffer(tiles_.rows * tiles_.columns * gradient_bytes_);
-  int64_t batch = unit / (tiles_.down * tiles_.across);
+  char* transposed = tile_buffer(tiles_.rows * (tiles_.matrices * tiles_.columns * gradient_bytes_ + kCacheLine));
+  int64_t matrix = unit / (tiles_.down * tiles_.across) * tiles_.matrices;
   // A tile's part of the grid, which begins before the matrix.
   auto part = [](size_t index, size_t side, size_t shift, size_t length) {
     size_t first = std::max(index * side, shift) - shift;
@@ -254,18 +262,23 @@ void TensorUpdate::update_tile(size_t unit, AdamScalars<float> scalars, AdamCons
   };
   auto [row, rows] = part(unit / tiles_.across % tiles_.down, tiles_.rows, tiles_.row_shift, layout_.rows);
   auto [column, columns] = part(unit % tiles_.across, tiles_.columns, tiles_.column_shift, layout_.columns);
-  int64_t gradient = offset_of(batch, layout_.shape, layout_.strides[1]) + int64_t(row) +
-                     int64_t(column) * layout_.gradient_column_stride;
-  transpose_(base_.gradient.values + gradient * int64_t(gradient_bytes_), layout_.gradient_column_stride, rows, columns,
-             transposed);
+  size_t length = tiles_.matrices * columns;
+  bool is_spaced = length >= kLongRow && is_crowding(length * gradient_bytes_);
+  size_t stride = length + (is_spaced ? kCacheLine / gradient_bytes_ : 0);
+  for (size_t i = 0; i < tiles_.matrices; ++i) {
+    int64_t gradient = offset_of(matrix + i, layout_.shape, layout_.strides[1]) + int64_t(row) +
+                       int64_t(column) * layout_.gradient_column_stride;
+    transpose_(base_.gradient.values + gradient * int64_t(gradient_bytes_), layout_.gradient_column_stride, rows,
+               columns, transposed + i * columns * gradient_bytes_, stride);
+  }
   int64_t first =
-      offset_of(batch, layout_.shape, layout_.strides[0]) + int64_t(row) * layout_.row_stride + int64_t(column);
+      offset_of(matrix, layout_.shape, layout_.strides[0]) + int64_t(row) * layout_.row_stride + int64_t(column);
   // Whole rows that follow each other are one run.
-  size_t length = int64_t(columns) == layout_.row_stride ? rows * columns : columns;
-  for (size_t done = 0; done < rows * columns; done += length, first += layout_.row_stride) {
+  size_t rows_at_once = int64_t(length) == layout_.row_stride && !is_spaced ? rows : 1;
+  for (size_t done = 0; done < rows; done += rows_at_once, first += layout_.row_stride) {
     RunPointers run = at(first, 0);
-    run.gradient.values = transposed + done * gradient_bytes_;
-    update(run, first, length, scalars, constants);
+    run.gradient.values = transposed + done * stride * gradient_bytes_;
+    update(run, first, rows_at_once * length, scalars, constants);
   }
 }
 
@@ -273,13 +286,13 @@ void TensorUpdate::update_general(size_t unit, AdamScalars<float> scalars, AdamC
   alignas(kCacheLine) char buffers[kArrays][GatherPieces::kMost * sizeof(float)];
   const char* bases[kArrays] = {base_.parameter.values, base_.gradient.values, base_.m.values, base_.v.values};
   size_t bytes[kArrays] = {parameter_bytes_, gradient_bytes_, state_bytes_, state_bytes_};
-  size_t end = std::min((unit + 1) * kPiecesPerUnit, pieces_.count());
+  size_t end = std::min((unit + 1) * kPiecesPerUnit, pieces_->count());
   for (size_t index = unit * kPiecesPerUnit; index < end; ++index) {
-    auto piece = pieces_[index];
+    auto piece = (*pieces_)[index];
     RunPointers run = at(piece.start, piece.start);  // where an array is row-major, as the outputs are
     const char** values[kArrays] = {&run.parameter.values, &run.gradient.values, &run.m.values, &run.v.values};
     for (int i = 0; i < kArrays; ++i) {
-      if (auto table = pieces_.table(i)) {
+      if (auto table = pieces_->table(i)) {
         gather_[i](bases[i] + piece.offsets[i] * int64_t(bytes[i]), table, piece.size, buffers[i]);
         *values[i] = buffers[i];
       }

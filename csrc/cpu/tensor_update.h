@@ -31,9 +31,10 @@ class TensorUpdate {
   void update_unit(size_t unit, AdamScalars<float> scalars, AdamConstants constants) const;
 
  private:
-  // A matrix is cut by a grid that begins before it by the shifts.
+  // A matrix is cut by a grid that begins before it by the shifts. `matrices` of them lie in a tile beside each other,
+  // where they make up whole rows.
   struct Tiles {
-    size_t rows, columns, down, across, row_shift, column_shift;
+    size_t rows, columns, down, across, row_shift, column_shift, matrices;
   };
 
   void update_linear(size_t unit, AdamScalars<float>, AdamConstants) const;
@@ -48,8 +49,8 @@ class TensorUpdate {
 
   std::shared_ptr<mlx::core::array::Data> held_[Role::kCount];  // what the task reads
   Layout layout_;
-  Tiles tiles_;          // of a tiled layout
-  GatherPieces pieces_;  // of a general layout
+  Tiles tiles_;                                 // of a tiled layout
+  std::unique_ptr<const GatherPieces> pieces_;  // of a general layout
   RunPointers base_;
   size_t size_;
   // Elements after which blocks of quantized state begin anew; the whole tensor where nothing does.

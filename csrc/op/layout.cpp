@@ -91,6 +91,7 @@ Layout layout_of(const mx::array& parameter, const mx::array& gradient, const mx
       layout.columns = layout.shape[last];
       layout.row_stride = parameter_strides[axis];
       layout.gradient_column_stride = gradient_strides[last];
+      layout.axes_in_row = last - 1 - axis;
       drop_axis(layout, last);
       drop_axis(layout, axis);
       return layout;

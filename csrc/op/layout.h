@@ -49,6 +49,9 @@ struct Layout {
   // ... and the axes around it; general: all axes. Strides are those of parameter, gradient, m, v in this order.
   std::vector<int64_t> shape;
   std::vector<int64_t> strides[4];
+  // tiled: the last so many of these axes lie between the rows and the last axis. All in all they are a longer row of
+  // parameter, m and v.
+  size_t axes_in_row = 0;
 
   // tiled: how many such matrices there are.
   int64_t batches() const;

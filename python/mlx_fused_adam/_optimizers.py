@@ -26,7 +26,7 @@ from ._options import FUSED_DTYPES, Options
 from ._state import Seen, converted, fresh, makes_ours, seen_by_path
 from ._step import Leaves, Step
 from ._structure import fit_loaded, is_one_state
-from ._tree import Walk, flattened, padded, with_states
+from ._tree import flattened, padded, paths_of, walk, with_states
 
 
 class _Option:
@@ -198,12 +198,11 @@ class _Fused(_MLXOptimizer):
         was_initialized, loaded = self._initialized, self._loaded
         copy_all = self._has_own_rule or not was_initialized
         before = tree_map(lambda x: x, self._state) if copy_all else dict(self._state)
-        written: list[tuple[dict, dict]] = []
+        written: list[_ext.Changes] = []
 
         def undo() -> None:
-            for state, old in written:
-                state.clear()
-                state.update(old)
+            for changes in written:
+                changes.undo()
             self._restore(before, was_initialized, loaded)
 
         try:
@@ -228,9 +227,8 @@ class _Fused(_MLXOptimizer):
             self.state["step"] = step + 1
             is_shared = clipping is not None
             result, changes, clipping = self._updated(gradients, parameters, self.state, clipping)
-            written += [(state, dict(state)) for state, _ in changes]
-            for state, changed in changes:
-                state.update(changed)
+            written.append(changes)
+            changes.apply()
             if clipping:
                 clipping.keep_counters(self.state, before, ("step", *self._schedulers))
                 if not is_shared:
@@ -256,17 +254,17 @@ class _Fused(_MLXOptimizer):
         """
         result: mx.array
         result, changes, _ = self._updated(gradient, parameter, state)
-        for old, changed in changes:
-            old.update(changed)
+        changes.apply()
         return result
 
     def _updated(
         self, gradients: Any, parameters: Any, states: Any, clipping: Clipping | None = None
-    ) -> tuple[Any, list[tuple[dict, dict]], Clipping | None]:
-        """The new parameters, each state with its changes, and the clipping; changes nothing."""
-        walk = Walk(gradients, parameters, states)
+    ) -> tuple[Any, _ext.Changes, Clipping | None]:
+        """The new parameters, the changes of the states, and the clipping; changes nothing."""
+        found = walk(gradients, parameters, states)
+        leaves = Leaves(found.gradients, found.parameters, found.states, lambda: paths_of(gradients))
         if clipping is None:
-            clipping = clipping_of(walk.gradients, self._options, walk.paths)
+            clipping = clipping_of(leaves.gradients, self._options, leaves.paths)
         # An attribute of this name in a subclass of Adam is its own.
         weight_decay = self.weight_decay if isinstance(self, AdamW) else 0.0
         if not isinstance(weight_decay, mx.array):
@@ -286,9 +284,8 @@ class _Fused(_MLXOptimizer):
         )
         decay_filter = self._decay_filter if isinstance(weight_decay, mx.array) or weight_decay else None
         step = Step(fused_step, self._options, decay_filter, clipping, self._fall_back)
-        new, states = step.update(Leaves(walk.gradients, walk.parameters, walk.states, walk.paths))
-        walk.fill(new)
-        return walk.result(), list(zip(walk.states, states, strict=True)), clipping
+        new, changed = step.update(leaves, found.is_fused)
+        return found.result(new), _ext.Changes(leaves.states, changed), clipping
 
     def _restore(self, state: dict, is_initialized: bool, loaded: tuple[str, dict] | None) -> None:
         self._state.clear()

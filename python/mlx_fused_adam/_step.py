@@ -51,17 +51,15 @@ class Step(NamedTuple):
     clipping: Clipping | None
     fall_back: FallBack
 
-    def update(self, leaves: Leaves) -> Results:
+    def update(self, leaves: Leaves, is_fused: bool) -> Results:
         """Update every leaf, lazily; changes nothing that it is given.
+
+        ``is_fused`` says whether all parameters are arrays of dtypes that kernels store.
 
         Raises:
             ValueError, TypeError: If something does not fit, naming its path.
         """
-        try:
-            is_mixed = any(p.dtype not in FUSED_DTYPES for p in leaves.parameters)
-        except AttributeError:  # not even an array; named below
-            is_mixed = True
-        if is_mixed:
+        if not is_fused:
             return self._update_mixed(leaves)
         try:
             return self._update_fused(leaves)

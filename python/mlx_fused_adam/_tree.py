@@ -1,80 +1,36 @@
-"""Flatten gradients, parameters and states in one walk, and rebuild the tree from the results.
-
-Takes the trees that mlx.utils.tree_map takes (dicts, lists, tuples). With hundreds of small tensors two passes of
-tree_map would cost more than the update itself; hence also no object per leaf.
-"""
+"""Trees of gradients, parameters and states, as mlx.utils.tree_map takes them: dicts, lists and tuples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from . import _ext
 
-class Walk:
-    """Parallel lists with one item per leaf, in the order of mlx.utils.tree_flatten; then ``fill`` and ``result``.
+
+def walk(gradients: Any, parameters: Any, states: Any) -> _ext.Walk:
+    """The leaves of gradients, parameters and states as parallel lists.
 
     Raises:
         ValueError: If a gradient has no parameter or state, naming its path.
     """
+    try:
+        return _ext.Walk(gradients, parameters, states)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        for what, tree in (("parameters", parameters), ("state", states)):
+            if (path := _missing(gradients, tree)) is not None:
+                raise ValueError(
+                    f"[adam_update] {what} must have what the gradients have but got nothing at {path}"
+                    + ("; after unfreezing, call init(model.trainable_parameters())" if what == "state" else "")
+                ) from error
+        raise
 
-    def __init__(self, gradients: Any, parameters: Any, states: Any) -> None:
-        self.gradients: list[mx.array] = []
-        self.parameters: list[mx.array] = []
-        self.states: list[dict] = []
-        self._containers: list[Any] = []
-        self._keys: list[Any] = []
-        self._tuples: list[tuple[Any, Any, type]] = []
-        self._tree = gradients
-        # A root above the tree, so that a single leaf has a container too.
-        self._root: dict[str, Any] = {"": None}
-        try:
-            self._walk(self._root, [("", gradients)], {"": parameters}, {"": states})
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            for what, tree in (("parameters", parameters), ("state", states)):
-                if (path := _missing(gradients, tree)) is not None:
-                    raise ValueError(
-                        f"[adam_update] {what} must have what the gradients have but got nothing at {path}"
-                        + ("; after unfreezing, call init(model.trainable_parameters())" if what == "state" else "")
-                    ) from error
-            raise
 
-    def _walk(self, result: Any, items: Iterable, parameters: Any, states: Any) -> None:
-        inner: Any
-        for key, gradient in items:
-            parameter, state = parameters[key], states[key]
-            if isinstance(gradient, dict):
-                result[key] = inner = dict.fromkeys(gradient)
-                self._walk(inner, gradient.items(), parameter, state)
-            elif isinstance(gradient, (list, tuple)):
-                result[key] = inner = [None] * len(gradient)
-                self._walk(inner, enumerate(gradient), parameter, state)
-                if type(gradient) is not list:
-                    self._tuples.append((result, key, type(gradient)))
-            else:
-                self.gradients.append(gradient)
-                self.parameters.append(parameter)
-                self.states.append(state)
-                self._containers.append(result)
-                self._keys.append(key)
-
-    def fill(self, new_parameters: Iterable[mx.array]) -> None:
-        """Put each leaf's result in its place."""
-        for container, key, new in zip(self._containers, self._keys, new_parameters, strict=True):
-            container[key] = new
-
-    def result(self) -> Any:
-        """The tree of results, in containers of the gradients' types."""
-        for container, key, kind in self._tuples:  # inner ones come before those around them
-            items = container[key]
-            container[key] = kind(*items) if hasattr(kind, "_fields") else kind(items)
-        return self._root[""]
-
-    def paths(self) -> list[str]:
-        """The path of each leaf, as in ``layers.0.weight``."""
-        return [path or "the parameter" for path, _ in flattened(self._tree)]
+def paths_of(tree: Any) -> list[str]:
+    """The path of each leaf, as in ``layers.0.weight``."""
+    return [path or "the parameter" for path, _ in flattened(tree)]
 
 
 def flattened(tree: Any) -> list[tuple[str, Any]]:

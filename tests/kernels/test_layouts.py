@@ -60,6 +60,7 @@ def row_major(rng, shape, dtype, positive):
 EDGES = [
     *((rows, columns) for rows in (15, 64, 260) for columns in (254, 509, 1023, 1024, 1027, 2050)),
     (33, 4130),
+    *((rows, columns) for rows in (130, 331) for columns in (128, 256, 512, 1536)),  # lines that crowd in a cache
     (3000, 5),
     (2100, 12),
     (15, 33727),  # a cut that only the shift of the grid makes
@@ -143,6 +144,30 @@ def test_permuted_batches_of_several_axes(assert_equal, axes):
     in_memory = [shape[i] for i in axes]
     g = mx.transpose(values(rng, in_memory, mx.float32), [int(i) for i in np.argsort(axes)])
     w, m, v = (values(rng, shape, mx.float32, positive) for positive in (False, False, True))
+    check(assert_equal, w, g, m, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, axes",
+    [
+        ((70, 3, 5, 130), (3, 1, 2, 0)),  # a transposed convolution's
+        ((33, 2, 256), (2, 1, 0)),
+        ((130, 4, 128), (1, 2, 0)),
+        ((2, 65, 3, 64), (0, 3, 2, 1)),
+        ((20, 70, 530), (1, 2, 0)),  # rows too long for a tile
+    ],
+    ids=str,
+)
+def test_matrices_beside_each_other(assert_equal, shape, axes, dtype):
+    """The gradient's unit stride is along an axis that is not next to the last: with the axes between, rows of the
+    parameter are longer. Some of those axes run backwards.
+    """
+    rng = np.random.default_rng(0)
+    g = mx.transpose(values(rng, [shape[i] for i in axes], dtype), [int(i) for i in np.argsort(axes)])
+    g = g[:, ::-1] if len(shape) == 3 else g[:, :, ::-1]
+    assert g.shape == shape
+    w, m, v = (values(rng, shape, dtype, positive) for positive in (False, False, True))
     check(assert_equal, w, g, m, v)
 
 

@@ -68,7 +68,9 @@ def assert_codes_are_right(parameter: mx.array, gradients: list[mx.array], seed:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(128, 40), (64, 64), (4, 33, 40), (4097,), (2, 2050), (33, 151)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(128, 40), (64, 64), (4, 33, 40), (36, 3, 70), (70, 2, 64), (4097,), (2, 2050), (33, 151)], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @QUANTIZED
 def test_quantized_state_is_that_of_the_reference(state_dtype, dtype, shape, layout):

@@ -54,12 +54,12 @@ void update(const KernelSet& set, const TensorFormats& formats, size_t n, unsign
 }
 
 template <typename Element>
-void lay_out(Transpose transpose, Gather gather, size_t rows, size_t columns) {
-  std::vector<Element> from(rows * columns), to(rows * columns);
+void lay_out(Transpose transpose, Gather gather, size_t rows, size_t columns, size_t apart) {
+  std::vector<Element> from(rows * columns), to((rows - 1) * (columns + apart) + columns);
   for (size_t i = 0; i < from.size(); ++i) from[i] = Element(i);
   auto source = reinterpret_cast<const char*>(from.data());
   auto target = reinterpret_cast<char*>(to.data());
-  transpose(source, rows, rows, columns, target);
+  transpose(source, rows, rows, columns, target, columns + apart);
   std::vector<std::int64_t> offsets(from.size());
   for (size_t i = 0; i < offsets.size(); ++i) offsets[i] = offsets.size() - 1 - i;
   gather(source, offsets.data(), offsets.size(), target);
@@ -96,8 +96,10 @@ int main(int argument_count, char**) {
   }
   for (size_t rows = 1; rows < 40; rows += 3) {
     for (size_t columns = 1; columns < 40; columns += 5) {
-      lay_out<std::uint16_t>(set.transpose_2_bytes, set.gather_2_bytes, rows, columns);
-      lay_out<std::uint32_t>(set.transpose_4_bytes, set.gather_4_bytes, rows, columns);
+      for (size_t apart : {0, 32}) {
+        lay_out<std::uint16_t>(set.transpose_2_bytes, set.gather_2_bytes, rows, columns, apart);
+        lay_out<std::uint32_t>(set.transpose_4_bytes, set.gather_4_bytes, rows, columns, apart);
+      }
     }
   }
   std::puts("right");
