@@ -57,7 +57,10 @@ struct Format<QuantizedState<4>> {
 
 template <typename P, typename G, typename S>
 struct RunLength {
-  enum { value = sizeof(P) == 4 && sizeof(G) == 4 && sizeof(S) == 4 ? kShortRun : kLongRun };
+  enum {
+    value = sizeof(P) == 4 || sizeof(G) == 4 || sizeof(S) == 4 ? kShortRun : kLongRun,
+    block_threads = kBlockElements / value,  // neighbours whose runs make up a block of quantized state
+  };
 };
 
 // The arrays beside the values; read and written only where the formats have them.
@@ -71,8 +74,7 @@ struct AuxiliaryPointers {
   device ushort* new_v_scale;
 };
 
-// In place, outputs are inputs: no thread loads an element after its store, or one that is another thread's, but for
-// the scales of a block, which its first thread alone loads and stores.
+// In place, outputs are inputs: no thread loads an element after its store, or one that is another thread's.
 template <typename P, typename G, typename S>
 struct TensorPointers {
   const device typename Format<P>::parameter* parameter;
@@ -85,20 +87,16 @@ struct TensorPointers {
   AuxiliaryPointers<typename Format<P>::correction> auxiliary;
 };
 
-// Moves the pointers of row-major arrays to an element, which is at this row and column.
-template <typename P, typename G, typename S, typename Index>
-inline TensorPointers<P, G, S> moved(
-    TensorPointers<P, G, S> t, Index element, Index row, uint column, uint columns) {
+// Where m and v have an element, which is at this row and column.
+template <typename S, typename Index>
+inline Index item_of(Index element, Index row, uint column, uint columns) {
   constexpr uint neighbours = Format<S>::values_per_item;
-  Index item = element;
-  Index block = 0;
-  if (neighbours > 1) {
-    item = row * Index((columns + neighbours - 1) / neighbours) + Index(column / neighbours);
-  }
-  if (Format<S>::is_quantized) {
-    uint row_blocks = (columns + kBlockElements - 1) / kBlockElements;
-    block = row * Index(row_blocks) + Index(column / kBlockElements);
-  }
+  return neighbours == 1 ? element : row * Index((columns + neighbours - 1) / neighbours) + Index(column / neighbours);
+}
+
+// Moves the pointers of row-major arrays, but scales, to an element, and to an item of m and v.
+template <typename P, typename G, typename S, typename Index>
+inline TensorPointers<P, G, S> moved_to(TensorPointers<P, G, S> t, Index element, Index item) {
   t.parameter += element;
   t.gradient += element;
   t.m += item;
@@ -108,10 +106,6 @@ inline TensorPointers<P, G, S> moved(
   t.new_v += item;
   t.auxiliary.correction += element;
   t.auxiliary.new_correction += element;
-  t.auxiliary.m_scale += block;
-  t.auxiliary.v_scale += block;
-  t.auxiliary.new_m_scale += block;
-  t.auxiliary.new_v_scale += block;
   return t;
 }
 
@@ -157,13 +151,6 @@ inline Run run_at(uint column, uint columns, bool vectors, uint element) {
   return {element, count, vectors && count == N, count > 0u && column % kBlockElements == 0u};
 }
 
-// Says so to the compiler where the state is not quantized: only whole runs in vectors are then updated as runs.
-template <typename S>
-inline Run whole(Run run) {
-  run.uses_vectors = !Format<S>::is_quantized || run.uses_vectors;
-  return run;
-}
-
 // The elements of a run of N as they are stored, zeros beyond `count`. A step that is not applied stores what it
 // loaded.
 template <typename P, typename S, uint N>
@@ -172,18 +159,7 @@ struct StoredRun {
   typename Format<P>::correction correction[N];
   typename Format<S>::m m[N / Format<S>::values_per_item];
   typename Format<S>::v v[N / Format<S>::values_per_item];
-  uint scales;  // of m, and in the upper half of v; 0 in threads that do not load them
 };
-
-// The run's first element is where the pointers point.
-template <uint N, typename T, typename Value>
-inline void load_values(const device T* from, int64_t stride, Run run, thread Value* values) {
-  if (run.uses_vectors) {
-    load_vectors<N>(from, values);
-  } else {
-    load_elements<N>(from, stride, run.count, values);
-  }
-}
 
 // The items of m and v that hold a run; the last may be half used.
 template <typename S>
@@ -192,8 +168,9 @@ inline uint items_of(Run run) {
   return (run.count + neighbours - 1) / neighbours;
 }
 
+// The run's first element is where the pointers point.
 template <uint N, typename P, typename G, typename S>
-inline StoredRun<P, S, N> load_run(TensorPointers<P, G, S> t, int64_t parameter_stride, Run run) {
+inline StoredRun<P, S, N> load_run(TensorPointers<P, G, S> t, Run run) {
   StoredRun<P, S, N> stored = {};
   constexpr uint items = N / Format<S>::values_per_item;
   if (run.uses_vectors) {
@@ -204,15 +181,12 @@ inline StoredRun<P, S, N> load_run(TensorPointers<P, G, S> t, int64_t parameter_
       load_vectors<N>(t.auxiliary.correction, stored.correction);
     }
   } else {
-    load_elements<N>(t.parameter, parameter_stride, run.count, stored.parameter);
-    load_elements<items>(t.m, 1, items_of<S>(run), stored.m);
-    load_elements<items>(t.v, 1, items_of<S>(run), stored.v);
+    load_elements<N>(t.parameter, run.count, stored.parameter);
+    load_elements<items>(t.m, items_of<S>(run), stored.m);
+    load_elements<items>(t.v, items_of<S>(run), stored.v);
     if (Format<P>::has_correction) {
-      load_elements<N>(t.auxiliary.correction, 1, run.count, stored.correction);
+      load_elements<N>(t.auxiliary.correction, run.count, stored.correction);
     }
-  }
-  if (Format<S>::is_quantized && run.has_scales) {
-    stored.scales = uint(*t.auxiliary.m_scale) | uint(*t.auxiliary.v_scale) << 16;
   }
   return stored;
 }
@@ -234,10 +208,6 @@ inline void store_run(TensorPointers<P, G, S> t, Run run, thread StoredRun<P, S,
     if (Format<P>::has_correction) {
       store_elements<N>(t.auxiliary.new_correction, run.count, stored.correction);
     }
-  }
-  if (Format<S>::is_quantized && run.has_scales) {
-    *t.auxiliary.new_m_scale = ushort(stored.scales);
-    *t.auxiliary.new_v_scale = ushort(stored.scales >> 16);
   }
 }
 
@@ -289,7 +259,7 @@ inline void encode_parameter(
 
 template <typename P, typename S, uint N>
 inline void update_stored(
-    thread StoredRun<P, S, N>& run, const thread float* gradient, Run at, TensorStep step) {
+    thread StoredRun<P, S, N>& run, const thread float* gradient, Run at, TensorStep step, threadgroup uint*) {
   UNROLLED
   for (uint k = 0; k < N; ++k) {
     AdamState<float> old = {decode_parameter(run, k), float(run.m[k]), float(run.v[k])};
@@ -301,18 +271,35 @@ inline void update_stored(
   }
 }
 
-// The four threads of a block share its scales by shuffles, in which all must take part: those beyond the end of a row
-// with zeros, so none of them may leave early. Only the first reads and writes the scales: in place, another's read
-// could come after the write.
+// The threads of a block share its scales by shuffles, in which all must take part: those beyond the end of a row with
+// zeros, so none of them may leave early. Only the first reads and writes the scales, m's in the lower and v's in the
+// upper half of a word: another's read could come after the write.
+template <uint threads>
 inline uint any_in_block(uint x) {
-  x |= simd_shuffle_xor(x, 1);
-  x |= simd_shuffle_xor(x, 2);
+  UNROLLED
+  for (uint apart = 1; apart < threads; apart *= 2) {
+    x |= simd_shuffle_xor(x, apart);
+  }
   return x;
 }
+template <uint threads>
 inline uint largest_in_block(uint x) {
-  x = max(x, simd_shuffle_xor(x, 1));
-  x = max(x, simd_shuffle_xor(x, 2));
+  UNROLLED
+  for (uint apart = 1; apart < threads; apart *= 2) {
+    x = max(x, simd_shuffle_xor(x, apart));
+  }
   return x;
+}
+
+// Scales go through threadgroup memory, since the few blocks of a simdgroup would load and store a whole line.
+template <typename P, typename G, typename S>
+inline void load_scales(TensorPointers<P, G, S> t, int64_t block, threadgroup uint* scales) {
+  *scales = uint(t.auxiliary.m_scale[block]) | uint(t.auxiliary.v_scale[block]) << 16;
+}
+template <typename P, typename G, typename S>
+inline void store_scales(TensorPointers<P, G, S> t, int64_t block, const threadgroup uint* scales) {
+  t.auxiliary.new_m_scale[block] = ushort(*scales);
+  t.auxiliary.new_v_scale[block] = ushort(*scales >> 16);
 }
 
 // Values of quantized state, by the number of their bits; in 4 bits, value k is in the half k % 2 of byte k / 2.
@@ -350,9 +337,11 @@ inline void update_stored(
     thread StoredRun<P, QuantizedState<bits>, N>& run,
     const thread float* gradient,
     Run at,
-    TensorStep step) {
+    TensorStep step,
+    threadgroup uint* scales) {
+  constexpr uint threads = kBlockElements / N;
   QuantizedState<bits> format = {};
-  uint old_scales = any_in_block(run.scales);
+  uint old_scales = any_in_block<threads>(at.has_scales ? *scales : 0u);
   float old_m_scale = load_bfloat16(ushort(old_scales));
   float old_v_scale = load_bfloat16(ushort(old_scales >> 16));
   float m[N], v[N];
@@ -373,40 +362,195 @@ inline void update_stored(
     largest_m = max(largest_m, block_magnitude(m[k]));
     largest_v = max(largest_v, block_magnitude(v[k]));
   }
-  BlockScale m_scale = m_scale_of(format, largest_in_block(largest_m));
-  BlockScale v_scale = v_scale_of(format, largest_in_block(largest_v));
+  BlockScale m_scale = m_scale_of(format, largest_in_block<threads>(largest_m));
+  BlockScale v_scale = v_scale_of(format, largest_in_block<threads>(largest_v));
   UNROLLED
   for (uint k = 0; k < N; ++k) {
     ElementRounding rounding = element_rounding(step.rounding, at.element + k);
     store_m_of(format, m[k], m_scale.inverse, rounding.m, run.m, k);
     store_v_of(format, v[k], v_scale.inverse, rounding.v, run.v, k);
   }
-  run.scales = m_scale.stored | v_scale.stored << 16;
+  if (at.has_scales) {
+    *scales = m_scale.stored | v_scale.stored << 16;
+  }
 }
 
+// Where a thread's block has its scales, in a kernel whose blocks follow each other in the grid.
+struct BlockPlace {
+  threadgroup uint* scales;  // of the threadgroup
+  uint thread_in_group;
+  uint block;   // the thread's block if threads were blocks: that of the threadgroup's first thread, and its own number
+  uint blocks;  // of the grid
+};
+
+template <typename P, typename G, typename S>
+inline BlockPlace block_place(threadgroup uint* scales, uint thread_in_grid, uint thread_in_group, uint threads) {
+  constexpr uint each = RunLength<P, G, S>::block_threads;
+  return {scales, thread_in_group, (thread_in_grid - thread_in_group) / each + thread_in_group, threads / each};
+}
+
+// Updates a run that is loaded; `stored` is then what is to be stored.
 template <uint N, typename P, typename G, typename S>
 inline void update_loaded(
     TensorPointers<P, G, S> t,
     const thread float* gradient,
     Run run,
     thread StoredRun<P, S, N>& stored,
-    TensorStep step) {
-  if (step.is_applied) {
-    update_stored(stored, gradient, run, step);
+    TensorStep step,
+    BlockPlace place) {
+  constexpr uint block_threads = kBlockElements / N;
+  bool moves_scales =
+      Format<S>::is_quantized && place.thread_in_group < kThreads / block_threads && place.block < place.blocks;
+  if (moves_scales) {
+    load_scales(t, place.block, place.scales + place.thread_in_group);
   }
-  store_run(t, run, stored);
+  if (Format<S>::is_quantized) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (step.is_applied) {
+    update_stored(stored, gradient, run, step, place.scales + place.thread_in_group / block_threads);
+  }
+  if (Format<S>::is_quantized) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (moves_scales) {
+    store_scales(t, place.block, place.scales + place.thread_in_group);
+  }
 }
 
-// Parameters may have a stride; the other arrays' elements follow each other.
 template <uint N, typename P, typename G, typename S>
 inline void update_run(
     TensorPointers<P, G, S> t,
-    int64_t parameter_stride,
     const thread float* gradient,
     Run run,
-    TensorStep step) {
-  StoredRun<P, S, N> stored = load_run<N>(t, parameter_stride, run);
-  update_loaded(t, gradient, run, stored, step);
+    TensorStep step,
+    BlockPlace place) {
+  StoredRun<P, S, N> stored = load_run<N>(t, run);
+  update_loaded(t, gradient, run, stored, step, place);
+  store_run(t, run, stored);
+}
+
+// ---- Runs of quantized state that no vector fits ----
+
+// Where a simdgroup exchanges elements: neighbouring threads load and store neighbouring elements, which are another
+// thread's to update. An element's load and store are still one thread's.
+template <uint N, typename Index>
+struct Spread {
+  typedef typename Unsigned<kRunBytes / N>::type Item;
+  // A word apart, so that what a simdgroup reads at once is in different banks.
+  enum { pitch = N + 4 / sizeof(Item), items_of_group = kThreads * pitch };
+  threadgroup Item* items;    // of the simdgroup's runs
+  threadgroup Index* starts;  // of its threads, in the array that is exchanged
+  threadgroup uint* counts;
+  uint lane;
+  uint lanes;  // as many as the simdgroup has
+};
+
+template <uint N, typename Index>
+inline Spread<N, Index> spread_of(
+    threadgroup typename Spread<N, Index>::Item* items,
+    threadgroup Index* starts,
+    threadgroup uint* counts,
+    uint thread_in_group,
+    uint threads_left) {
+  uint lane = thread_in_group % kLanes;
+  uint first = thread_in_group - lane;
+  uint lanes = min(uint(kLanes), threads_left + lane);
+  return {items + first * Spread<N, Index>::pitch, starts + first, counts + first, lane, lanes};
+}
+
+// The k-th of a simdgroup's elements that this thread moves.
+template <uint N, typename Index>
+inline uint exchanged_place(Spread<N, Index> spread, uint k) { return k * spread.lanes + spread.lane; }
+
+// Of M elements at most from `start` on, in each thread.
+template <uint M, uint N, typename Index, typename T>
+inline void load_spread(
+    Spread<N, Index> spread, const device T* from, Index start, Index stride, uint count, thread T* values) {
+  typedef typename Unsigned<sizeof(T)>::type Bits;
+  constexpr uint pitch = Spread<N, Index>::pitch;
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  spread.starts[spread.lane] = start;
+  spread.counts[spread.lane] = count;
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLLED
+  for (uint k = 0; k < M; ++k) {
+    uint place = exchanged_place(spread, k);
+    uint owner = place / M;
+    Index i = Index(place % M);
+    if (place % M < spread.counts[owner]) {
+      spread.items[owner * pitch + place % M] = as_type<Bits>(from[spread.starts[owner] + i * stride]);
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLLED
+  for (uint k = 0; k < M; ++k) {
+    if (k < count) {
+      values[k] = as_type<T>(Bits(spread.items[spread.lane * pitch + k]));
+    }
+  }
+}
+
+template <uint M, uint N, typename Index, typename T>
+inline void store_spread(Spread<N, Index> spread, device T* to, Index start, uint count, const thread T* values) {
+  typedef typename Unsigned<sizeof(T)>::type Bits;
+  constexpr uint pitch = Spread<N, Index>::pitch;
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  spread.starts[spread.lane] = start;
+  spread.counts[spread.lane] = count;
+  UNROLLED
+  for (uint k = 0; k < M; ++k) {
+    if (k < count) {
+      spread.items[spread.lane * pitch + k] = as_type<Bits>(values[k]);
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLLED
+  for (uint k = 0; k < M; ++k) {
+    uint place = exchanged_place(spread, k);
+    uint owner = place / M;
+    if (place % M < spread.counts[owner]) {
+      to[spread.starts[owner] + Index(place % M)] = as_type<T>(Bits(spread.items[owner * pitch + place % M]));
+    }
+  }
+}
+
+// The run at this element, and at this item of m and v; the parameter is elsewhere.
+template <uint N, typename P, typename G, typename S, typename Index>
+inline StoredRun<P, S, N> load_spread_run(
+    Spread<N, Index> spread,
+    TensorPointers<P, G, S> t,
+    Index parameter_at,
+    Index parameter_stride,
+    Index element,
+    Index item,
+    Run run) {
+  StoredRun<P, S, N> stored = {};
+  constexpr uint items = N / Format<S>::values_per_item;
+  load_spread<N>(spread, t.parameter, parameter_at, parameter_stride, run.count, stored.parameter);
+  load_spread<items>(spread, t.m, item, Index(1), items_of<S>(run), stored.m);
+  load_spread<items>(spread, t.v, item, Index(1), items_of<S>(run), stored.v);
+  if (Format<P>::has_correction) {
+    load_spread<N>(spread, t.auxiliary.correction, element, Index(1), run.count, stored.correction);
+  }
+  return stored;
+}
+
+template <uint N, typename P, typename G, typename S, typename Index>
+inline void store_spread_run(
+    Spread<N, Index> spread,
+    TensorPointers<P, G, S> t,
+    Index element,
+    Index item,
+    Run run,
+    thread StoredRun<P, S, N>& stored) {
+  constexpr uint items = N / Format<S>::values_per_item;
+  store_spread<N>(spread, t.new_parameter, element, run.count, stored.parameter);
+  store_spread<items>(spread, t.new_m, item, items_of<S>(run), stored.m);
+  store_spread<items>(spread, t.new_v, item, items_of<S>(run), stored.v);
+  if (Format<P>::has_correction) {
+    store_spread<N>(spread, t.auxiliary.new_correction, element, run.count, stored.correction);
+  }
 }
 
 // ---- Kernels ----
@@ -414,13 +558,13 @@ inline void update_run(
 // Updates one element; of quantized state, never called.
 template <typename P, typename G, typename S>
 inline void update_element(TensorPointers<P, G, S> t, float gradient, uint element, TensorStep step) {
-  constexpr uint length = Format<S>::is_quantized ? kLongRun : 1;
+  constexpr uint length = Format<S>::is_quantized ? RunLength<P, G, S>::value : 1;
   float values[length] = {gradient};
-  update_run<length>(t, 1, values, Run{element, 1u, false, false}, step);
+  update_run<length>(t, values, Run{element, 1u, false, false}, step, BlockPlace{});
 }
 
 // Updates the run of one thread of a row-major tensor. Elements that go one by one are spread, so that neighbouring
-// threads take neighbouring ones.
+// threads take neighbouring ones. Quantized state goes in vectors; where none fits, the host takes adam_general.
 template <typename P, typename G, typename S>
 inline void update_row_major(
     TensorPointers<P, G, S> t,
@@ -428,12 +572,13 @@ inline void update_row_major(
     uint first_element,
     uint row_length,
     uint vectors,
-    TensorStep step) {
+    TensorStep step,
+    BlockPlace place) {
   constexpr uint length = RunLength<P, G, S>::value;
   uint row = 0u;
   uint thread_in_row = thread_in_tensor;
   if (Format<S>::is_quantized) {
-    uint row_threads = (row_length + kBlockElements - 1) / kBlockElements * kBlockThreads;
+    uint row_threads = (row_length + kBlockElements - 1) / kBlockElements * RunLength<P, G, S>::block_threads;
     row = thread_in_tensor / row_threads;
     thread_in_row -= row * row_threads;
   }
@@ -453,22 +598,34 @@ inline void update_row_major(
     element -= lane * (length - 1u);
     for (uint k = 0; k < length; ++k, element += apart) {
       if (element < row_length) {
-        TensorPointers<P, G, S> at = moved(t, element, 0u, element, row_length);
+        TensorPointers<P, G, S> at = moved_to(t, element, element);
         update_element(at, float(*at.gradient), first_element + element, step);
       }
     }
     return;
   }
-  t = moved(t, element, row, column, row_length);
+  t = moved_to(t, element, item_of<S>(element, row, column, row_length));
   float gradient[length] = {};
-  Run read = run;
-  read.uses_vectors = run.count == length && (vectors & kGradientVectors) != 0u;
-  if (read.uses_vectors || Format<S>::is_quantized) {
-    load_values<length>(t.gradient, 1, read, gradient);
-  } else {
-    load_elements<length>(t.gradient, 1, length, gradient);
+  if (Format<S>::is_quantized) {
+    // Threads beyond the end of a row only take part in the shuffles.
+    StoredRun<P, S, length> stored = {};
+    run.uses_vectors = true;
+    if (run.count > 0u) {
+      load_vectors<length>(t.gradient, gradient);
+      stored = load_run<length>(t, run);
+    }
+    update_loaded(t, gradient, run, stored, step, place);
+    if (run.count > 0u) {
+      store_run(t, run, stored);
+    }
+    return;
   }
-  update_run<length>(t, 1, gradient, whole<S>(run), step);
+  if (run.count == length && (vectors & kGradientVectors) != 0u) {
+    load_vectors<length>(t.gradient, gradient);
+  } else {
+    load_elements<length>(t.gradient, length, gradient);
+  }
+  update_run<length>(t, gradient, run, step, place);
 }
 
 // One row-major tensor, or a piece of one: the host cuts what exceeds 32-bit indices.
@@ -490,7 +647,10 @@ template <typename P, typename G, typename S>
     device ushort* new_m_scale [[buffer(kNewMScale)]],
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
-    uint thread_in_grid [[thread_position_in_grid]]) {
+    uint thread_in_grid [[thread_position_in_grid]],
+    uint thread_in_group [[thread_position_in_threadgroup]],
+    uint threads [[threads_per_grid]]) {
+  threadgroup uint scales[Format<S>::is_quantized ? kThreads / RunLength<P, G, S>::block_threads : 1];
   AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
@@ -501,7 +661,8 @@ template <typename P, typename G, typename S>
       args.first_element,
       args.row_length,
       args.vectors,
-      load_step(args.step, args.number, scalars, step, Format<S>::is_quantized));
+      load_step(args.step, args.number, scalars, step, Format<S>::is_quantized),
+      block_place<P, G, S>(scales, thread_in_grid, thread_in_group, threads));
 }
 
 // Several small row-major tensors without auxiliary arrays in one dispatch: the grid holds the threads of one after the
@@ -561,11 +722,89 @@ template <typename P, typename G, typename S>
       0u,
       args.sizes[which],
       args.vectors[which],
-      load_step(args.step, args.numbers[which], scalars, step, false));
+      load_step(args.step, args.numbers[which], scalars, step, false),
+      BlockPlace{});
 }
 
-// A matrix (or a batch of them, along the grid's z) whose gradient is column-major: a tile of it goes through
-// threadgroup memory, so that gradient and state are both walked along their unit strides, a run a thread.
+// A tile of a matrix: columns in a row of the state, rows in a column of the gradient.
+template <typename P, typename G, typename S>
+struct Tile {
+  enum {
+    length = RunLength<P, G, S>::value,
+    of_parameter = sizeof(typename Format<P>::parameter),
+    of_correction = Format<P>::has_correction ? sizeof(typename Format<P>::correction) : of_parameter,
+    of_state = sizeof(typename Format<S>::m),
+    narrower = of_parameter < of_correction ? of_parameter : of_correction,
+    columns = kLineBytes / (narrower < of_state ? narrower : of_state),
+    rows = kLineBytes / sizeof(G),
+    // Threads that walk a row of the state, or a column of the gradient.
+    row_threads = columns / length,
+    column_threads = rows / length,
+    runs = rows * columns / length / kThreads,  // of a thread
+    at_once = runs < 2 ? runs : 2,              // in registers
+    blocks = kStripTiles * columns / kBlockElements,  // in a row of a strip of tiles
+    // In threadgroup memory, columns are a word more than a line apart, and runs of columns as much further as makes
+    // the words that a simdgroup reads at once, of so many rows, lie in different banks.
+    word = 4 / sizeof(G),
+    row_words = kLanes / row_threads > word ? kLanes / row_threads / word : 1,
+    pad = length / row_words % 2 == 0 ? row_words * word : 0,
+    size = columns * (rows + word) + row_threads * pad,
+  };
+  static uint at(uint column, uint row) { return column * (rows + word) + column / length * pad + row; }
+};
+
+// The tile at `from`, of which the matrix has so many columns and rows and perhaps more.
+template <typename T, typename G>
+inline void load_tile(
+    threadgroup G* tile,
+    const device G* from,
+    int64_t column_stride,
+    uint columns,
+    uint rows,
+    uint vectors,
+    uint thread_index) {
+  if ((vectors & kGradientVectors) != 0u) {
+    uint start = thread_index % T::column_threads * T::length;
+    UNROLLED
+    for (uint j = 0; j < T::runs; ++j) {
+      uint k = thread_index / T::column_threads + j * (kThreads / T::column_threads);
+      if (k < columns && start < rows) {
+        G values[T::length];
+        load_vectors<T::length>(from + (k * column_stride + start), values);
+        UNROLLED
+        for (uint i = 0; i < T::length; ++i) {
+          tile[T::at(k, start + i)] = values[i];
+        }
+      }
+    }
+    return;
+  }
+  for (uint i = thread_index; i < T::rows * T::columns; i += kThreads) {
+    uint k = i / T::rows;
+    uint row = i % T::rows;
+    if (k < columns && row < rows) {
+      tile[T::at(k, row)] = from[k * column_stride + row];
+    }
+  }
+}
+
+// The gradients of a run, zeros beyond `count`.
+template <typename T, typename G>
+inline void load_from_tile(const threadgroup G* tile, uint column, uint row, uint count, thread float* values) {
+  UNROLLED
+  for (uint i = 0; i < T::length; ++i) {
+    values[i] = i < count ? float(tile[T::at(column + i, row)]) : 0.0f;
+  }
+}
+
+template <typename S, typename T>
+inline uint scale_in_strip(uint row, uint column) {
+  return Format<S>::is_quantized ? row * T::blocks + column / kBlockElements : 0u;
+}
+
+// A matrix (or a batch of them, along the grid's z) whose gradient is column-major: tiles of it go through threadgroup
+// memory, so that gradient and state are both walked along their unit strides, a run a thread. A threadgroup takes a
+// strip of args.strip tiles of a row, one after the other.
 template <typename P, typename G, typename S>
 [[kernel, max_total_threads_per_threadgroup(kThreads)]] void adam_tiled(
     constant TiledArgs& args [[buffer(kArgs)]],
@@ -589,11 +828,15 @@ template <typename P, typename G, typename S>
     const device uint* step [[buffer(kStep)]],
     uint3 tile_in_grid [[threadgroup_position_in_grid]],
     uint3 thread_in_tile [[thread_position_in_threadgroup]]) {
-  constexpr uint length = RunLength<P, G, S>::value;
-  constexpr uint side = kTileRuns * length;
-  constexpr uint lines_at_once = kThreads / kTileRuns;
-  // Indexed by column and row. The pad, one word, keeps a row's elements in different banks.
-  threadgroup G tile[side][side + 4 / sizeof(G)];
+  typedef Tile<P, G, S> T;
+  constexpr uint length = T::length;
+  threadgroup G tile[T::size];
+  threadgroup uint scales[Format<S>::is_quantized ? T::rows * T::blocks : 1];
+  // Of quantized state that no vector fits.
+  typedef Spread<length, int64_t> Exchange;
+  threadgroup typename Exchange::Item items[Format<S>::is_quantized ? Exchange::items_of_group : 1];
+  threadgroup int64_t starts[Format<S>::is_quantized ? kThreads : 1];
+  threadgroup uint counts[Format<S>::is_quantized ? kThreads : 1];
 
   // The last two strides are those of the matrix: its rows in the state, its columns in the gradient.
   int64_t row_stride = parameter_strides[args.axes];
@@ -617,92 +860,129 @@ template <typename P, typename G, typename S>
       first_of_rows += i * parameter_strides[args.axes + 1 + axis];
     }
   }
-  uint first_row = ((tile_in_grid.y << args.band) + (tile_in_grid.x & ((1u << args.band) - 1u))) * side;
-  uint first_column = (tile_in_grid.x >> args.band) * side;
+  uint first_row = ((tile_in_grid.y << args.band) + (tile_in_grid.x & ((1u << args.band) - 1u))) * T::rows;
+  uint strip_column = (tile_in_grid.x >> args.band) * (args.strip * T::columns);
   if (first_row >= args.rows) {
     return;  // all of the threadgroup
   }
-  uint start = thread_in_tile.x % kTileRuns * length;  // of this thread's runs, within the tile
-  uint first_line = thread_in_tile.x / kTileRuns;
+  uint thread_index = thread_in_tile.x;
 
   AuxiliaryPointers<typename Format<P>::correction> auxiliary = {
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
   TensorStep tensor_step = load_step(args.step, args.number, scalars, step, Format<S>::is_quantized);
-  bool in_runs = Format<S>::is_quantized || (args.vectors & kStateVectors) != 0u;
+  bool in_vectors = (args.vectors & kStateVectors) != 0u;
+  Exchange spread = spread_of<length, int64_t>(items, starts, counts, thread_index, kThreads - thread_index);
 
-  // Loads the state before the barrier, so that nothing waits for it after.
-  constexpr uint runs = side / lines_at_once;
-  TensorPointers<P, G, S> at[runs];
-  Run run[runs];
-  StoredRun<P, S, length> stored[runs];
-  bool is_inside[runs];
-  uint column = first_column + start;
-  UNROLLED
-  for (uint j = 0; j < runs; ++j) {
-    uint row = first_row + first_line + j * lines_at_once;
-    int64_t element = matrix + row * row_stride + column;
-    run[j] = whole<S>(run_at<length>(column, args.columns, (args.vectors & kStateVectors) != 0u, uint(element)));
-    // All threads of a block of quantized state, or none.
-    is_inside[j] = in_runs && row < args.rows && (Format<S>::is_quantized || column < args.columns);
-    at[j] = moved(tensor, element, first_of_rows + row * rows_apart, column, args.columns);
-    stored[j] = {};
-    if (is_inside[j]) {
-      stored[j] = load_run<length>(at[j], 1, run[j]);
+  // The scales of the strip, which each thread stores where it has loaded them.
+  int64_t first_block = strip_column / kBlockElements;
+  int64_t row_blocks = (args.columns + kBlockElements - 1) / kBlockElements;
+  if (Format<S>::is_quantized) {
+    for (uint i = thread_index; i < T::rows * T::blocks; i += kThreads) {
+      uint row = first_row + i / T::blocks;
+      int64_t block = first_block + i % T::blocks;
+      if (row < args.rows && i % T::blocks < args.strip * (T::columns / kBlockElements) && block < row_blocks) {
+        load_scales(tensor, (first_of_rows + row * rows_apart) * row_blocks + block, scales + i);
+      }
     }
   }
 
-  const device G* from = gradient + (gradient_matrix + first_column * column_stride + first_row);
-  if ((args.vectors & kGradientVectors) != 0u) {
-    UNROLLED
-    for (uint j = 0; j < runs; ++j) {
-      uint k = first_line + j * lines_at_once;
-      if (first_column + k < args.columns && first_row + start < args.rows) {
-        G values[length];
-        load_vectors<length>(from + (k * column_stride + start), values);
-        UNROLLED
-        for (uint i = 0; i < length; ++i) {
-          tile[k][start + i] = values[i];
+  for (uint first_column = strip_column;
+       first_column < min(args.columns, strip_column + args.strip * T::columns);
+       first_column += T::columns) {
+    constexpr uint lines_apart = kThreads / T::row_threads;
+    uint first_line = thread_index / T::row_threads;
+    uint of_tile = thread_index % T::row_threads * length;
+    uint column = first_column + of_tile;
+    const device G* from = gradient + (gradient_matrix + first_column * column_stride + first_row);
+    uint columns = args.columns - first_column;  // those left, and rows
+    uint rows = args.rows - first_row;
+    if (first_column > strip_column) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // all have read the tile before
+    }
+    for (uint line = first_line; in_vectors && line < T::rows; line += T::at_once * lines_apart) {
+      int64_t element[T::at_once], item[T::at_once];
+      Run run[T::at_once];
+      StoredRun<P, S, length> stored[T::at_once];
+      UNROLLED
+      for (uint j = 0; j < T::at_once; ++j) {
+        uint row = first_row + line + j * lines_apart;
+        element[j] = matrix + row * row_stride + column;
+        item[j] = item_of<S>(element[j], first_of_rows + row * rows_apart, column, args.columns);
+        run[j] = run_at<length>(column, row < args.rows ? args.columns : 0u, true, uint(element[j]));
+        stored[j] = {};
+        if (run[j].uses_vectors) {
+          stored[j] = load_run<length>(moved_to(tensor, element[j], item[j]), run[j]);
         }
       }
-    }
-  } else {
-    for (uint i = thread_in_tile.x; i < side * side; i += kThreads) {
-      uint k = i / side;
-      uint row = i % side;
-      if (first_column + k < args.columns && first_row + row < args.rows) {
-        tile[k][row] = from[k * column_stride + row];
+      // After the first loads of the state, so that they do not wait for it.
+      if (line == first_line) {
+        load_tile<T>(tile, from, column_stride, columns, rows, args.vectors, thread_index);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
       }
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
-  if (in_runs) {
-    UNROLLED
-    for (uint j = 0; j < runs; ++j) {
-      if (is_inside[j]) {
-        uint k = first_line + j * lines_at_once;
+      UNROLLED
+      for (uint j = 0; j < T::at_once; ++j) {
+        // Of quantized state, threads beyond an edge take part in the shuffles.
         float values[length];
-        UNROLLED
-        for (uint i = 0; i < length; ++i) {
-          values[i] = run[j].uses_vectors || i < run[j].count ? float(tile[start + i][k]) : 0.0f;
+        uint line_of_run = line + j * lines_apart;
+        load_from_tile<T>(tile, of_tile, line_of_run, run[j].uses_vectors ? length : 0u, values);
+        if (tensor_step.is_applied) {
+          uint scale = scale_in_strip<S, T>(line_of_run, column - strip_column);
+          update_stored(stored[j], values, run[j], tensor_step, scales + scale);
         }
-        update_loaded(at[j], values, run[j], stored[j], tensor_step);
+        if (run[j].uses_vectors) {
+          store_run(moved_to(tensor, element[j], item[j]), run[j], stored[j]);
+        }
       }
     }
-    return;
+    if (in_vectors) {
+      continue;
+    }
+
+    load_tile<T>(tile, from, column_stride, columns, rows, args.vectors, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (Format<S>::is_quantized) {
+      for (uint line = first_line; line < T::rows; line += lines_apart) {
+        uint row = first_row + line;
+        int64_t element = matrix + row * row_stride + column;
+        int64_t item = item_of<S>(element, first_of_rows + row * rows_apart, column, args.columns);
+        Run run = run_at<length>(column, row < args.rows ? args.columns : 0u, false, uint(element));
+        StoredRun<P, S, length> stored =
+            load_spread_run(spread, tensor, element, int64_t(1), element, item, run);
+        float values[length];
+        load_from_tile<T>(tile, of_tile, line, run.count, values);
+        if (tensor_step.is_applied) {
+          uint scale = scale_in_strip<S, T>(line, column - strip_column);
+          update_stored(stored, values, run, tensor_step, scales + scale);
+        }
+        store_spread_run(spread, tensor, element, item, run, stored);
+      }
+      continue;
+    }
+    for (uint i = thread_index; i < T::rows * T::columns; i += kThreads) {
+      uint line = i / T::columns;
+      uint k = i % T::columns;
+      uint row = first_row + line;
+      if (row < args.rows && first_column + k < args.columns) {
+        int64_t element = matrix + row * row_stride + (first_column + k);
+        update_element(
+            moved_to(tensor, element, element),
+            float(tile[T::at(k, line)]),
+            uint(element),
+            tensor_step);
+      }
+    }
   }
-  for (uint i = thread_in_tile.x; i < side * side; i += kThreads) {
-    uint row = first_row + i / side;
-    uint of_tile = i % side;
-    if (row < args.rows && first_column + of_tile < args.columns) {
-      int64_t element = matrix + row * row_stride + (first_column + of_tile);
-      update_element(
-          moved(tensor, element, element, first_column + of_tile, args.columns),
-          float(tile[of_tile][i / side]),
-          uint(element),
-          tensor_step);
+
+  if (Format<S>::is_quantized) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = thread_index; i < T::rows * T::blocks; i += kThreads) {
+      uint row = first_row + i / T::blocks;
+      int64_t block = first_block + i % T::blocks;
+      if (row < args.rows && i % T::blocks < args.strip * (T::columns / kBlockElements) && block < row_blocks) {
+        store_scales(tensor, (first_of_rows + row * rows_apart) * row_blocks + block, scales + i);
+      }
     }
   }
 }
@@ -774,14 +1054,20 @@ template <typename P, typename G, typename S>
     device ushort* new_v_scale [[buffer(kNewVScale)]],
     const device uint* step [[buffer(kStep)]],
     uint3 thread_in_grid [[thread_position_in_grid]],
+    uint3 thread_in_group [[thread_position_in_threadgroup]],
     uint3 grid [[threads_per_grid]]) {
-  constexpr uint length = Format<S>::is_quantized ? kLongRun : 1;
+  constexpr uint length = Format<S>::is_quantized ? RunLength<P, G, S>::value : 1;
+  threadgroup uint scales[Format<S>::is_quantized ? kThreads / RunLength<P, G, S>::block_threads : 1];
+  typedef Spread<length, int64_t> Exchange;
+  threadgroup typename Exchange::Item items[Format<S>::is_quantized ? Exchange::items_of_group : 1];
+  threadgroup int64_t starts[Format<S>::is_quantized ? kThreads : 1];
+  threadgroup uint counts[Format<S>::is_quantized ? kThreads : 1];
   uint last = args.axes - 1;
   uint columns = uint(shape[last]);
   uint3 place = thread_in_grid;
   uint rows = grid.y;
   if (Format<S>::is_quantized) {
-    uint row_threads = (columns + kBlockElements - 1) / kBlockElements * kBlockThreads;
+    uint row_threads = (columns + kBlockElements - 1) / kBlockElements * RunLength<P, G, S>::block_threads;
     rows = uint(shape[last - 1]);
     place.x = thread_in_grid.x % row_threads;
     place.y = thread_in_grid.x / row_threads % rows;
@@ -803,19 +1089,46 @@ template <typename P, typename G, typename S>
       correction, m_scale, v_scale, new_correction, new_m_scale, new_v_scale};
   TensorPointers<P, G, S> tensor = {
       parameter, gradient, m, v, new_parameter, new_m, new_v, auxiliary};
-  tensor = moved(tensor, element, row, column, columns);
-  tensor.parameter = parameter + at.parameter;
+  TensorStep tensor_step = load_step(args.step, args.number, scalars, step, Format<S>::is_quantized);
+  Run run = run_at<length>(column, columns, (args.vectors & kStateVectors) != 0u, args.first_element + uint(element));
+  int item = item_of<S>(element, row, column, columns);
+  TensorPointers<P, G, S> here = moved_to(tensor, element, item);
+  here.parameter = parameter + at.parameter;
   if (!Format<S>::is_quantized) {
-    tensor.m = m + at.m;
-    tensor.v = v + at.v;
+    here.m = m + at.m;
+    here.v = v + at.v;
+    float value[length] = {float(gradient[at.gradient])};
+    run.uses_vectors = false;
+    update_run<length>(here, value, run, tensor_step, BlockPlace{});
+    return;
   }
-  Run run = run_at<length>(column, columns, false, args.first_element + uint(element));
-  float values[length] = {};
-  load_values<length>(gradient + at.gradient, gradient_strides[last], run, values);
-  update_run<length>(
+  Exchange spread =
+      spread_of<length, int64_t>(items, starts, counts, thread_in_group.x, grid.x - thread_in_grid.x);
+  G loaded[length] = {};
+  load_spread<length>(spread, gradient, at.gradient, gradient_strides[last], run.count, loaded);
+  float values[length];
+  UNROLLED
+  for (uint k = 0; k < length; ++k) {
+    values[k] = float(loaded[k]);
+  }
+  StoredRun<P, S, length> stored = {};
+  bool in_vectors = (args.vectors & kStateVectors) != 0u;
+  if (run.uses_vectors) {
+    stored = load_run<length>(here, run);
+  } else if (!in_vectors) {
+    stored = load_spread_run(
+        spread, tensor, at.parameter, parameter_strides[last], int64_t(element), int64_t(item), run);
+  }
+  update_loaded(
       tensor,
-      parameter_strides[last],
       values,
       run,
-      load_step(args.step, args.number, scalars, step, Format<S>::is_quantized));
+      stored,
+      tensor_step,
+      block_place<P, G, S>(scales, thread_in_grid.x, thread_in_group.x, grid.x));
+  if (run.uses_vectors) {
+    store_run(here, run, stored);
+  } else if (!in_vectors) {
+    store_spread_run(spread, tensor, int64_t(element), int64_t(item), run, stored);
+  }
 }

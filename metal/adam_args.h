@@ -42,15 +42,17 @@ enum AdamLimits {
   kBuffersPerTensor = 7,
   kGroupTensors = 4,  // 2 + 4 * 7 buffers and kStep: Metal's 31
   kThreads = 256,     // of a threadgroup, in every kernel
-  // A thread updates a run of elements: kShortRun where all of the tensor's arrays are float32, else kLongRun; in
-  // adam_general one element, unless the state is quantized. Where alignment allows, kRunBytes are loaded and stored at
-  // a time, half as many of quantized state, a quarter of that in 4 bits.
+  // A thread updates a run of elements: kShortRun where any of the tensor's arrays is float32, else kLongRun; in
+  // adam_general one element, unless the state is quantized. Where alignment allows, one load or store takes a run's
+  // bytes of an array, kRunBytes at most: so neighbouring threads access neighbouring bytes, whatever the widths.
   kRunBytes = 16,
   kShortRun = 4,
   kLongRun = 8,
-  kBlockThreads = 4,  // neighbouring threads whose runs make up a block of quantized state
-  kLanes = 32,        // of a simdgroup
-  kTileRuns = 8,      // along a side of the tile that adam_tiled transposes: a cache line of 128 bytes
+  kLanes = 32,  // of a simdgroup
+  // A tile of adam_tiled is a cache line wide along the gradient's unit stride, and along the state's in the narrowest
+  // array; a threadgroup updates up to kStripTiles of a row of tiles, which share lines of state and scales.
+  kLineBytes = 128,
+  kStripTiles = 4,
   // adam_tiled walks bands of this many rows of tiles (by its logarithm), so that tiles which share the gradient's cache
   // lines run together, as well as those which share the state's.
   kTileBand = 2,
@@ -60,6 +62,7 @@ enum AdamLimits {
 enum VectorAccess {
   kGradientVectors = 1,
   kStateVectors = 2,  // parameter, m, v and correction, old and new
+  kAllVectors = kGradientVectors | kStateVectors,
 };
 
 // Shared by all tensors of a node.
@@ -95,6 +98,7 @@ struct TiledArgs {
   unsigned int axes;     // around the matrix; may be 0
   unsigned int vectors;  // VectorAccess; other than of quantized state, only where runs are whole
   unsigned int band;     // kTileBand or 0
+  unsigned int strip;    // tiles of a threadgroup, at most kStripTiles
 };
 
 struct GeneralArgs {
@@ -103,6 +107,7 @@ struct GeneralArgs {
   unsigned int first_element;
   unsigned int axes;          // at least 2
   unsigned int wide_indices;  // whether places in an array need 64 bits
+  unsigned int vectors;       // VectorAccess, of quantized state
 };
 
 }  // namespace fused_adam

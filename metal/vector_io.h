@@ -1,4 +1,5 @@
-// Loads and stores a thread's run of N elements: by vectors of kRunBytes, or half or a quarter of that, or one by one. Metal only.
+// Loads and stores a thread's run of N elements: by vectors of kRunBytes, or of all its bytes if they are fewer, or one
+// by one. Metal only.
 #pragma once
 
 #include <metal_stdlib>
@@ -30,19 +31,25 @@ struct Unsigned<1> {
   typedef uchar type;
 };
 
-// So many words of a vector.
-template <uint count>
+// So many bytes, in words of 4 if they are as many.
+template <uint bytes>
 struct Words {
-  typedef vec<uint, count> type;
+  typedef vec<uint, bytes == 16 ? 4 : 2> type;
 };
 template <>
-struct Words<1> {
+struct Words<4> {
   typedef uint type;
 };
+template <>
+struct Words<2> {
+  typedef ushort type;
+};
 inline uint word_of(uint words, uint) { return words; }
+inline uint word_of(ushort words, uint) { return words; }
 template <typename V>
 inline uint word_of(V words, uint i) { return words[i]; }
 inline void add_bits(thread uint& words, uint, uint bits) { words |= bits; }
+inline void add_bits(thread ushort& words, uint, uint bits) { words |= ushort(bits); }
 template <typename V>
 inline void add_bits(thread V& words, uint i, uint bits) { words[i] |= bits; }
 
@@ -50,12 +57,12 @@ inline void add_bits(thread V& words, uint i, uint bits) { words[i] |= bits; }
 template <typename T, uint N>
 struct Vector {
   enum {
-    words = N * sizeof(T) >= kRunBytes ? 4 : N * sizeof(T) == 4 ? 1 : 2,
-    elements = N * sizeof(T) >= kRunBytes ? kRunBytes / sizeof(T) : N,
+    bytes = N * sizeof(T) < kRunBytes ? N * sizeof(T) : kRunBytes,
+    elements = bytes / sizeof(T),
     elements_per_word = 4 / sizeof(T),
     bits = 8 * sizeof(T)
   };
-  typedef typename Words<words>::type type;
+  typedef typename Words<bytes>::type type;
 };
 
 // At an address that is a multiple of the vector's size; N is a multiple of its elements.
@@ -88,13 +95,13 @@ inline void store_vectors(device T* to, const thread T* values) {
   }
 }
 
-// The first `count` elements, `stride` apart; the others stay as they are.
+// The first `count` elements; the others stay as they are.
 template <uint N, typename T, typename Value>
-inline void load_elements(const device T* from, int64_t stride, uint count, thread Value* values) {
+inline void load_elements(const device T* from, uint count, thread Value* values) {
   UNROLLED
   for (uint k = 0; k < N; ++k) {
     if (k < count) {
-      values[k] = Value(from[int64_t(k) * stride]);
+      values[k] = Value(from[k]);
     }
   }
 }

@@ -28,6 +28,12 @@ namespace {
 // aligned.
 constexpr int64_t kLargestDispatch = int64_t{1} << 30;
 
+// Threadgroups of adam_tiled before one of them gets more than a tile: three for each core of an M3 Ultra.
+#ifndef FUSED_ADAM_STRIPS  // fewer in tests
+#define FUSED_ADAM_STRIPS 240
+#endif
+constexpr int64_t kStrips = FUSED_ADAM_STRIPS;
+
 // Half a tile of float32: below, most threads of adam_tiled idle, and the caches serve adam_general's reads as well.
 constexpr TileSides kSmallestTile{16, 16};
 
@@ -60,14 +66,23 @@ struct BoundTensor {
   // Elements that a thread updates.
   int64_t run() const {
     bool is_short =
-        formats.parameter == Format::float32 && formats.gradient == Format::float32 && formats.m == Format::float32;
+        formats.parameter == Format::float32 || formats.gradient == Format::float32 || formats.m == Format::float32;
     return is_short ? kShortRun : kLongRun;
   }
 
   // Threads for so many rows of so many elements.
   int64_t threads(int64_t rows, int64_t columns) const {
     if (!formats.is_quantized()) return divide_up(rows * columns, run());
-    return rows * int64_t(divide_up(columns, kBlockElements)) * kBlockThreads;
+    return rows * int64_t(divide_up(columns, kBlockElements)) * (kBlockElements / run());
+  }
+
+  // The sides of a tile: a line of the gradient, and one of the narrowest array beside it.
+  TileSides tile() const {
+    size_t narrowest = parameter().itemsize();
+    for (size_t role : {Role::m, Role::correction}) {
+      if (auto x = arrays.in[role]) narrowest = std::min(narrowest, x->itemsize());
+    }
+    return {int64_t(kLineBytes / arrays.in[Role::gradient]->itemsize()), int64_t(kLineBytes / narrowest)};
   }
 
   // A dispatch that begins with a row-major element.
@@ -89,7 +104,8 @@ struct BoundTensor {
     bool is_tiled = layout.kind == LayoutKind::tiled;
     auto fits = [&](size_t role) {
       bool is_gradient = role == Role::gradient;
-      bool fit = row() == size() || whole_runs(row()) || (is_tiled && is_gradient);
+      // Alone, the last run of a plain tensor may be shorter.
+      bool fit = whole_runs(row()) || (row() == size() && !formats.is_quantized()) || (is_tiled && is_gradient);
       for (const mx::array* x : {arrays.in[role], static_cast<const mx::array*>(arrays.out[role])}) {
         fit = fit && (!x || x->offset() % kRunBytes == 0);
       }
@@ -99,10 +115,18 @@ struct BoundTensor {
              std::all_of(strides.begin(), strides.end(), whole_runs);
     };
     bool gradient = fits(Role::gradient) && (!is_tiled || whole_runs(layout.rows));
-    bool state = !is_tiled || formats.is_quantized() || whole_runs(layout.columns);
+    bool state = is_tiled ? formats.is_quantized() || whole_runs(layout.columns) : parameter().flags().row_contiguous;
     // Scales are read one by one.
     for (size_t role : {Role::parameter, Role::m, Role::v, Role::correction}) state = state && fits(role);
     return (gradient ? kGradientVectors : 0) | (state ? kStateVectors : 0);
+  }
+
+  // A row-major tensor as its rows, for adam_general.
+  Layout rows() const {
+    Layout rows{LayoutKind::general};
+    rows.shape = {size() / row(), row()};
+    for (auto& strides : rows.strides) strides = {row(), 1};
+    return rows;
   }
 
   bool needs_64_bits() const {
@@ -179,12 +203,16 @@ class AdamEncoder {
         parameter_strides.push_back(parameter_strides[i] / layout.columns);
       }
     }
-    int64_t side = kTileRuns * t.run();
-    int64_t tile_columns = divide_up(layout.columns, side), tile_rows = divide_up(layout.rows, side);
+    auto tile = t.tile();
+    int64_t tile_columns = divide_up(layout.columns, tile.columns), tile_rows = divide_up(layout.rows, tile.rows);
     unsigned band = tile_rows >= 1 << kTileBand ? kTileBand : 0;
+    // Wide strips where tiles share lines, and enough threadgroups are left.
+    bool shares_lines = t.formats.is_quantized() || !(t.vectors() & kStateVectors);
+    int64_t strips = tile_columns * tile_rows * layout.batches() / kStrips;
+    unsigned strip = shares_lines ? std::clamp<int64_t>(strips, 1, kStripTiles) : 1;
     use(kTiled);
     encoder_.set_bytes(TiledArgs{step_args_, t.number, unsigned(layout.rows), unsigned(layout.columns),
-                                 unsigned(layout.shape.size()), t.vectors(), band},
+                                 unsigned(layout.shape.size()), t.vectors(), band, strip},
                        kArgs);
     bind(t, t.at(0));
     bind_unused(t);
@@ -192,8 +220,9 @@ class AdamEncoder {
     encoder_.set_vector_bytes(layout.shape.empty() ? Axes{1} : layout.shape, kShape);
     encoder_.set_vector_bytes(parameter_strides, kParameterStrides);
     encoder_.set_vector_bytes(gradient_strides, kGradientStrides);
-    encoder_.dispatch_threadgroups(MTL::Size(tile_columns << band, divide_up(tile_rows, 1 << band), layout.batches()),
-                                   MTL::Size(kThreads, 1, 1));
+    encoder_.dispatch_threadgroups(
+        MTL::Size(divide_up(tile_columns, strip) << band, divide_up(tile_rows, 1 << band), layout.batches()),
+        MTL::Size(kThreads, 1, 1));
   }
 
   void general(const BoundTensor& t, bool wide_indices) {
@@ -219,8 +248,8 @@ class AdamEncoder {
       int64_t first = offset_of(piece.start, row_major);
       auto starts = t.at(first);
       use(kGeneral);
-      encoder_.set_bytes(GeneralArgs{step_args_, t.number, unsigned(first), unsigned(shape.size()), wide_indices},
-                         kArgs);
+      encoder_.set_bytes(
+          GeneralArgs{step_args_, t.number, unsigned(first), unsigned(shape.size()), wide_indices, t.vectors()}, kArgs);
       encoder_.set_vector_bytes(piece.shape, kShape);
       for (size_t role = 0; role < std::size(strides); ++role) {
         bool is_packed = t.formats.is_quantized() && role >= Role::m;
@@ -294,6 +323,10 @@ void AdamUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
     auto state = [&](size_t role) { return formats.is_quantized() ? nullptr : t.arrays.in[role]; };
     t.layout = layout_of(t.parameter(), *t.arrays.in[Role::gradient], state(Role::m), state(Role::v), kSmallestTile,
                          t.row() == t.size());
+    // adam_linear takes quantized state in vectors alone.
+    if (t.layout.kind == LayoutKind::linear && formats.is_quantized() && t.vectors() != kAllVectors) {
+      t.layout = t.rows();
+    }
     auto kind = t.layout.kind;
     auto& list = kind == LayoutKind::linear ? row_major : kind == LayoutKind::tiled ? tiled : general;
     list.push_back(std::move(t));

@@ -23,8 +23,8 @@ target_link_libraries(emulator PUBLIC mlx ${CMAKE_DL_LIBS})
 target_sources(_ext PRIVATE "${emulator_dir}/eval_cpu_emulated.cpp")
 target_include_directories(_ext BEFORE PRIVATE "${emulator_dir}/include")
 target_link_libraries(_ext PRIVATE emulator)
-# Pieces of gradients that tests can fill: eight threadgroups.
-target_compile_definitions(_ext PRIVATE FUSED_ADAM_LARGEST_NORM_PIECE=131072)
+# Pieces of gradients that tests can fill: eight threadgroups. Strips of tiles wherever there are two tiles.
+target_compile_definitions(_ext PRIVATE FUSED_ADAM_LARGEST_NORM_PIECE=131072 FUSED_ADAM_STRIPS=1)
 
 nanobind_add_module(_emulator NB_STATIC NB_DOMAIN mlx "${emulator_dir}/bindings.cpp")
 target_link_libraries(_emulator PRIVATE emulator)

@@ -24,10 +24,10 @@ RUNS = {
     "float32": ("float", "float", 4, 0),
     "bfloat16": ("bfloat", "bfloat", 8, 5),
     "float16, state bfloat16": ("half", "bfloat", 8, 5),
-    "bfloat16, state float32": ("bfloat", "float", 8, 1),
+    "bfloat16, state float32": ("bfloat", "float", 4, 1),
     "bfloat16 with correction": ("BfloatCorrection<short>", "bfloat", 8, 4),
     "bfloat16 with 8-bit correction": ("BfloatCorrection<int8_t>", "bfloat", 8, 5),
-    "float32, state 8 bits": ("float", "QuantizedState<8>", 8, 0),
+    "float32, state 8 bits": ("float", "QuantizedState<8>", 4, 0),
     "bfloat16, state 8 bits": ("bfloat", "QuantizedState<8>", 8, 1),
     "bfloat16, state 4 bits": ("bfloat", "QuantizedState<4>", 8, 7),
     "bfloat16 with correction, state 8 bits": ("BfloatCorrection<short>", "QuantizedState<8>", 8, 0),
@@ -114,9 +114,9 @@ def counts(sources: str | None = None) -> dict[str, Count]:
     kernel = "adam_linear<float, float, float>"
     lines = [f'template [[host_name("{kernel}")]] [[kernel]] decltype({kernel}) {kernel};']
     for i, (parameter, state, length, rounded) in enumerate(RUNS.values()):
-        arguments = "const thread float* gradient, Run at, TensorStep step"
+        arguments = "const thread float* gradient, Run at, TensorStep step, threadgroup uint* scales"
         lines.append(f"void counted_{i}(thread StoredRun<{parameter}, {state}, {length}>& run, {arguments}) {{")
-        lines.append(f"  step.rounding.results = {rounded}u;\n  update_stored(run, gradient, at, step);\n}}")
+        lines.append(f"  step.rounding.results = {rounded}u;\n  update_stored(run, gradient, at, step, scales);\n}}")
     functions = llvm.functions(source + "\n".join(lines), *FLAGS)
     found = {}
     for i, (name, (_, _, length, _)) in enumerate(RUNS.items()):

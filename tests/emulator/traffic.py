@@ -44,8 +44,8 @@ FORMATS = {
 CASES = {
     "row-major": ((128, 128), "linear"),
     "row-major, unaligned": ((128, 101), "between vectors"),
-    "column-major": ((128, 192), "column-major"),
-    "column-major, unaligned": ((131, 101), "column-major"),
+    "column-major": ((64, 2048), "column-major"),
+    "column-major, unaligned": ((67, 1031), "column-major"),
     "every second": ((128, 128), "strided"),
 }
 

@@ -262,17 +262,17 @@ FAULTS = {
     "no correction": (("master", "bfloat16", "bfloat16"), ("gradient", "linear"), KEEP,
                      "load_vectors<N>(t.auxiliary.correction, stored", "load_vectors<N>(t.parameter, stored"),
     "parameter from where the result goes": (("bfloat16", "bfloat16", "int8"), ("parameter", "strided"), KEEP,
-                                             "load_elements<N>(t.parameter, parameter_stride,",
-                                             "load_elements<N>(t.parameter, 1,"),
+                                             "t.parameter, parameter_at, parameter_stride,",
+                                             "t.parameter, element, Index(1),"),
     "one code for a run": (("bfloat16", "bfloat16", "int8"), ("gradient", "column-major"), KEEP,
                            "load_vectors<items>(t.m, stored.m);",
                            "load_vectors<items>(t.m, stored.m);\n    stored.m[1] = stored.m[0];"),
     "scale of v from m": (("bfloat16", "bfloat16", "int8"), ("gradient", "linear"), KEEP,
-                          "uint(*t.auxiliary.v_scale) << 16",
-                          "uint(*t.auxiliary.m_scale) << 16"),
+                          "uint(t.auxiliary.v_scale[block]) << 16",
+                          "uint(t.auxiliary.m_scale[block]) << 16"),
     "scale of another block": (("bfloat16", "bfloat16", "int8"), ("gradient", "strided"), KEEP,
-                               "uint(*t.auxiliary.m_scale)",
-                               "uint(t.auxiliary.m_scale[-int(run.element / 32u)])"),
+                               "uint(t.auxiliary.m_scale[block])",
+                               "uint(t.auxiliary.m_scale[0])"),
 }  # fmt: skip
 
 

@@ -21,23 +21,6 @@ if "clang" in version:
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 
 NUMBER = re.compile(r"\d+\.\d\d")
-# Formats whose arrays differ in width: a run of 8 elements is one vector of a 16-bit array, and two of a float32 one,
-# which neighbouring lanes then read in turns. A cache holds the lines meanwhile.
-IN_TURNS = {
-    "bfloat16, state float32": 1.75,
-    "float32, state 8 bits": 1.85,
-    "bfloat16, state 8 bits": 1.18,  # the scales: of 32 lanes 8 read 2 bytes each
-    "bfloat16, state 4 bits": 1.22,
-    "bfloat16 with correction, state 8 bits": 1.13,
-}
-# Formats of which a row of a tile, 64 elements, is less than a line: two tiles touch it.
-HALF_LINES = {
-    "bfloat16 with 8-bit correction": 1.13,
-    "float32, state 8 bits": 1.30,
-    "bfloat16, state 8 bits": 1.45,
-    "bfloat16, state 4 bits": 1.56,
-    "bfloat16 with correction, state 8 bits": 1.33,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -68,26 +51,39 @@ def test_the_published_table_is_what_is_counted(emulated_extension, emulator):
         np.testing.assert_allclose(found, published, rtol=0.02, err_msg=f"{line}: {advice}")
 
 
+def is_quantized(name: str) -> bool:
+    return name.endswith("state 8 bits") or name.endswith("state 4 bits")
+
+
 @pytest.mark.parametrize("name", traffic.FORMATS)
 def test_row_major(count, name):
     c = count(name, "row-major")
     assert c.kernel == "adam_linear"
-    assert c.by_access <= IN_TURNS.get(name, 1.02)
+    # Scales are loaded by half lines.
+    assert c.by_access <= (1.05 if is_quantized(name) else 1.00)
     assert c.by_threadgroup <= 1.02
     assert c.bytes == 128 * 128 * traffic.bytes_of_element(traffic.FORMATS[name])
-    assert count(name, "row-major, unaligned").by_threadgroup <= 1.10
+    unaligned = count(name, "row-major, unaligned")
+    assert unaligned.kernel == ("adam_general" if is_quantized(name) else "adam_linear")
+    assert unaligned.by_threadgroup <= 1.10
+    assert unaligned.by_access <= (4.8 if is_quantized(name) else 2.1)
 
 
 @pytest.mark.parametrize("name", traffic.FORMATS)
 def test_column_major(count, name):
     c = count(name, "column-major")
     assert c.kernel == "adam_tiled"
-    assert c.by_threadgroup <= HALF_LINES.get(name, 1.10)
+    assert c.by_threadgroup <= 1.10
+    # A row of a tile of 4-bit state is half a line: wider tiles exceed threadgroup memory.
+    assert c.by_access <= (1.34 if name == "bfloat16, state 4 bits" else 1.10)
     # The gradient itself, whatever the other arrays are.
     by_access, by_threadgroup, own = c.gradient
     assert by_threadgroup == own
-    assert by_access == own * (2 if name == "float32, state 8 bits" else 1)
-    assert c.conflicts <= (2.0 if name == "float32, state 8 bits" else 1.5)
+    assert by_access == own
+    assert c.conflicts == 1
+    unaligned = count(name, "column-major, unaligned")
+    assert unaligned.by_threadgroup <= 1.6
+    assert unaligned.by_access <= 4.1
 
 
 @pytest.mark.parametrize("name", traffic.FORMATS)
@@ -95,9 +91,8 @@ def test_scattered_gradients_move_their_own_lines(count, name):
     c = count(name, "every second")
     assert c.kernel == "adam_general"
     by_access, by_threadgroup, own = c.gradient
-    assert by_threadgroup == own
-    if "bits" not in name.split("state")[-1] or name == "bfloat16 with 8-bit correction":
-        assert by_access == own
+    assert by_access == by_threadgroup == own
+    assert c.by_access <= (1.3 if is_quantized(name) else 2.3)
 
 
 def test_small_tensors_together(emulated_extension, emulator):
@@ -140,8 +135,19 @@ def test_threadgroups_that_leap_are_seen(count, plant):
 
 
 def test_a_missing_pad_is_seen(count, plant):
-    plant("threadgroup G tile[side][side + 4 / sizeof(G)]", "threadgroup G tile[side][side]")
+    plant("column * (rows + word) +", "column * rows +")
     assert count("float32", "column-major").conflicts > 3
+
+
+def test_runs_of_a_tile_in_the_same_banks_are_seen(count, plant):
+    plant("+ column / length * pad", "")
+    assert count("bfloat16, state 8 bits", "column-major").conflicts > 1.3
+
+
+def test_elements_that_their_owners_move_are_seen(count, plant):
+    """Instead of neighbours taking neighbouring elements."""
+    plant("return k * spread.lanes + spread.lane;", "return spread.lane * N + k;")
+    assert count("bfloat16, state 8 bits", "row-major, unaligned").by_access > 7
 
 
 # ---- The counter itself ----

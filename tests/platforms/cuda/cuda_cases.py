@@ -36,7 +36,7 @@ STRUCTS = {
 }
 NEAREST = [0, 0, 0]  # RoundingRequest
 ALL_VECTORS = SHARED["kGradientVectors"] | SHARED["kStateVectors"]
-DEFAULTS = {"number": 0, "numbers": [0] * SHARED["kGroupTensors"], "first_element": 0, "band": 0}
+DEFAULTS = {"number": 0, "numbers": [0] * SHARED["kGroupTensors"], "first_element": 0, "band": 0, "strip": 1}
 DEFAULTS["scalar_count"] = len(SCALARS)
 # Read only by formats that are not among these cases.
 AUXILIARIES = ("kCorrection", "kMScale", "kVScale", "kNewCorrection", "kNewMScale", "kNewVScale")
@@ -89,8 +89,25 @@ def arguments(struct: str, **fields: int | list[int]) -> Buffer:
     return SHARED["kArgs"], packed, "bytes"
 
 
+# Bytes of an item of each array of a format.
+BYTES = {
+    "float": 4,
+    "bfloat": 2,
+    "half": 2,
+    "BfloatCorrection<short>": 2,
+    "QuantizedState<8>": 1,
+    "QuantizedState<4>": 1,
+}
+
+
 def run_length(types: tuple[str, str, str]) -> int:
-    return SHARED["kRunBytes"] // (4 if set(types) == {"float"} else 2)
+    return SHARED["kShortRun"] if "float" in types else SHARED["kLongRun"]
+
+
+def tile_sides(types: tuple[str, str, str]) -> tuple[int, int]:
+    """Rows and columns of a tile of adam_tiled."""
+    parameter, gradient, state = (BYTES[x] for x in types)
+    return SHARED["kLineBytes"] // gradient, SHARED["kLineBytes"] // min(parameter, state)
 
 
 def threads_for(size: int, types: tuple[str, str, str]) -> int:
@@ -182,15 +199,15 @@ def tiled(types: tuple[str, str, str], batch: int | None, rows: int, columns: in
     update.bind(tensor, SHARED["kFirstTensor"], in_place=True)
     around = [] if batch is None else [rows * columns]
     update.axes([batch] if batch else [0], [*around, columns], [*around, rows])
-    side = SHARED["kTileRuns"] * run
+    height, width = tile_sides(types)
     threads = SHARED["kThreads"]
-    return update, (-(-columns // side) * threads, -(-rows // side), batch or 1), (threads, 1, 1)
+    return update, (-(-columns // width) * threads, -(-rows // height), batch or 1), (threads, 1, 1)
 
 
 def general(types: tuple[str, str, str], wide: bool, shape: tuple[int, ...]) -> tuple[Update, tuple, tuple]:
     """A gradient with gaps along its last axis."""
     update = Update("adam_general", types)
-    update.buffers.append(arguments("GeneralArgs", axes=len(shape), wide_indices=wide))
+    update.buffers.append(arguments("GeneralArgs", axes=len(shape), wide_indices=wide, vectors=0))
     tensor = random_tensor(shape, types)
     wide = np.repeat(tensor[1], 2, axis=-1)
     tensor[1] = wide[..., ::2]

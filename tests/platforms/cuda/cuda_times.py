@@ -22,7 +22,7 @@ COLUMNS = 4096
 ROWS = {"16M": 4096, "100M": 24576}
 REPETITIONS = 20
 SHARED = cases.SHARED
-BLOCK = SHARED["kBlockThreads"] * SHARED["kRunBytes"] // 2  # elements that share a scale
+BLOCK = 32  # elements that share a scale
 
 # Types of parameter, gradient and state as the shader names them; torch's counterpart.
 FORMATS = {
@@ -35,7 +35,6 @@ FORMATS = {
     "bfloat16, state 4 bits": ("bfloat", "bfloat", "QuantizedState<4>"),
 }
 TORCH = {"float32": "float32", "bfloat16": "bfloat16"}
-BYTES = {"float": 4, "bfloat": 2, "half": 2, "BfloatCorrection<short>": 2}
 STATE_BITS = {"QuantizedState<8>": 8, "QuantizedState<4>": 4}
 
 
@@ -66,14 +65,14 @@ def case(kernel: str, types: tuple[str, str, str], rows: int, columns: int = COL
     bits = STATE_BITS.get(state)
     blocks = rows * -(-columns // BLOCK)
     elements = rows * columns
-    moment = rows * -(-columns * bits // 8) if bits else elements * BYTES[state]
-    sizes = {"Parameter": elements * BYTES[parameter], "M": moment, "V": moment}
+    moment = rows * -(-columns * bits // 8) if bits else elements * cases.BYTES[state]
+    sizes = {"Parameter": elements * cases.BYTES[parameter], "M": moment, "V": moment}
     if parameter == "BfloatCorrection<short>":
         sizes["Correction"] = 2 * elements
     if bits:
         sizes["MScale"] = sizes["VScale"] = 2 * blocks
     unused = 4
-    buffers = [Buffer(SHARED["kGradient"], elements * BYTES[gradient], "input")]
+    buffers = [Buffer(SHARED["kGradient"], elements * cases.BYTES[gradient], "input")]
     for name in ("Parameter", "M", "V", "Correction", "MScale", "VScale"):
         index, new = SHARED[f"k{name}"], SHARED[f"kNew{name}"]
         use = "both" if name in sizes else "input"
@@ -86,7 +85,8 @@ def case(kernel: str, types: tuple[str, str, str], rows: int, columns: int = COL
     constant(SHARED["kScalars"], cases.SCALARS, "input")
     constant(SHARED["kStep"], np.ones(1, np.uint32), "input")
     run = cases.run_length(types)
-    threads = blocks * SHARED["kBlockThreads"] if bits else -(-elements // run)
+    strip = SHARED["kStripTiles"] if bits else 1
+    threads = blocks * (BLOCK // run) if bits else -(-elements // run)
     if kernel == "adam_linear":
         constant(
             *cases.arguments("LinearArgs", row_length=columns if bits else elements, vectors=cases.ALL_VECTORS)[:2],
@@ -94,13 +94,12 @@ def case(kernel: str, types: tuple[str, str, str], rows: int, columns: int = COL
         )
         grid, group = (threads, 1, 1), (min(threads, SHARED["kThreads"]), 1, 1)
     else:
-        constant(
-            *cases.arguments("TiledArgs", rows=rows, columns=columns, axes=0, vectors=cases.ALL_VECTORS)[:2], "bytes"
-        )
+        fields = {"rows": rows, "columns": columns, "axes": 0, "vectors": cases.ALL_VECTORS, "strip": strip}
+        constant(*cases.arguments("TiledArgs", **fields)[:2], "bytes")
         for index, values in (("kShape", [0]), ("kParameterStrides", [columns, 1]), ("kGradientStrides", [rows])):
             constant(SHARED[index], np.array(values, np.int64), "bytes")
-        side = SHARED["kTileRuns"] * run
-        grid = (-(-columns // side) * SHARED["kThreads"], -(-rows // side), 1)
+        height, width = cases.tile_sides(types)
+        grid = (-(-columns // (width * strip)) * SHARED["kThreads"], -(-rows // height), 1)
         group = (SHARED["kThreads"], 1, 1)
     return Case(f"{kernel}<{', '.join(types)}>", kernel, buffers, grid, group,
                 2 * sum(sizes.values()) + buffers[0].size)  # fmt: skip
