@@ -18,7 +18,7 @@ from ._options import FUSED_DTYPES, Options
 from ._state import AUXILIARY, MOMENTS, is_quantized
 
 # New parameters, and what is new in their states.
-Results = tuple[Sequence[mx.array], Sequence[dict]]
+Results = tuple[list[mx.array], list[dict]]
 # Updates one leaf as mlx.optimizers does: (gradient, parameter, state, is_decayed) -> parameter. Changes the state it
 # is given.
 FallBack = Callable[[mx.array, mx.array, dict, bool], mx.array]
@@ -27,9 +27,9 @@ FallBack = Callable[[mx.array, mx.array, dict, bool], mx.array]
 class Leaves(NamedTuple):
     """Parallel lists. ``paths`` is called where paths are needed, which is rare."""
 
-    gradients: Sequence[mx.array]
-    parameters: Sequence[mx.array]
-    states: Sequence[dict]
+    gradients: list[mx.array]
+    parameters: list[mx.array]
+    states: list[dict]
     paths: Callable[[], list[str]]
 
     def part(self, places: list[int]) -> Leaves:
