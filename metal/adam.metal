@@ -802,6 +802,19 @@ inline uint scale_in_strip(uint row, uint column) {
   return Format<S>::is_quantized ? row * T::blocks + column / kBlockElements : 0u;
 }
 
+// The tensor's block whose scales are a strip's i-th; -1 beyond the edges.
+template <typename T>
+inline int64_t block_of_strip(
+    constant TiledArgs& args, uint i, uint first_row, uint strip_column, int64_t first_of_rows, int64_t rows_apart) {
+  uint row = first_row + i / T::blocks;
+  int64_t first_block = strip_column / kBlockElements;
+  int64_t block = first_block + i % T::blocks;
+  int64_t row_blocks = (args.columns + kBlockElements - 1) / kBlockElements;
+  bool is_inside =
+      row < args.rows && i % T::blocks < args.strip * (T::columns / kBlockElements) && block < row_blocks;
+  return is_inside ? (first_of_rows + row * rows_apart) * row_blocks + block : -1;
+}
+
 // A matrix (or a batch of them, along the grid's z) whose gradient is column-major: tiles of it go through threadgroup
 // memory, so that gradient and state are both walked along their unit strides, a run a thread. A threadgroup takes a
 // strip of args.strip tiles of a row, one after the other.
@@ -876,14 +889,11 @@ template <typename P, typename G, typename S>
   Exchange spread = spread_of<length, int64_t>(items, starts, counts, thread_index, kThreads - thread_index);
 
   // The scales of the strip, which each thread stores where it has loaded them.
-  int64_t first_block = strip_column / kBlockElements;
-  int64_t row_blocks = (args.columns + kBlockElements - 1) / kBlockElements;
   if (Format<S>::is_quantized) {
     for (uint i = thread_index; i < T::rows * T::blocks; i += kThreads) {
-      uint row = first_row + i / T::blocks;
-      int64_t block = first_block + i % T::blocks;
-      if (row < args.rows && i % T::blocks < args.strip * (T::columns / kBlockElements) && block < row_blocks) {
-        load_scales(tensor, (first_of_rows + row * rows_apart) * row_blocks + block, scales + i);
+      int64_t block = block_of_strip<T>(args, i, first_row, strip_column, first_of_rows, rows_apart);
+      if (block >= 0) {
+        load_scales(tensor, block, scales + i);
       }
     }
   }
@@ -978,10 +988,9 @@ template <typename P, typename G, typename S>
   if (Format<S>::is_quantized) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = thread_index; i < T::rows * T::blocks; i += kThreads) {
-      uint row = first_row + i / T::blocks;
-      int64_t block = first_block + i % T::blocks;
-      if (row < args.rows && i % T::blocks < args.strip * (T::columns / kBlockElements) && block < row_blocks) {
-        store_scales(tensor, (first_of_rows + row * rows_apart) * row_blocks + block, scales + i);
+      int64_t block = block_of_strip<T>(args, i, first_row, strip_column, first_of_rows, rows_apart);
+      if (block >= 0) {
+        store_scales(tensor, block, scales + i);
       }
     }
   }

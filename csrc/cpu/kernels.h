@@ -48,8 +48,8 @@ using Convert = void (*)(Source, Format, Target, Format, std::size_t n);
 // Whether lines so many bytes apart fall into so few sets of a first-level cache that they push each other out.
 constexpr bool is_crowding(std::ptrdiff_t bytes) { return bytes % 512 == 0; }
 
-// Writes the rows x columns tile at `from` (element [i][j] at from[i + j * from_stride]) row by row, `to_stride` elements
-// apart, to `to`. Strides are in elements.
+// Writes the rows x columns tile at `from` (element [i][j] at from[i + j * from_stride]) row by row, `to_stride`
+// elements apart, to `to`. Strides are in elements.
 using Transpose = void (*)(const char* from, std::ptrdiff_t from_stride, std::size_t rows, std::size_t columns,
                            char* to, std::ptrdiff_t to_stride);
 

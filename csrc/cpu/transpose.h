@@ -1,6 +1,6 @@
-// Transposes a tile of a column-major matrix, in blocks that fit into registers. Included by cpu/kernels.cpp alone, once
-// per instruction set. A block has as many columns as 16 bytes have elements: few, since their lines share a few places
-// of the first-level cache where columns are a power of two apart. Wider vectors were no faster.
+// Transposes a tile of a column-major matrix, in blocks that fit into registers. Included by cpu/kernels.cpp alone,
+// once per instruction set. A block has as many columns as 16 bytes have elements: few, since their lines share a few
+// places of the first-level cache where columns are a power of two apart. Wider vectors were no faster.
 #pragma once
 
 #include <cstddef>
