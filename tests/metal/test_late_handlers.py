@@ -5,6 +5,7 @@ buffers; one queued after mx.synchronize may not. With FUSED_ADAM_EMULATOR_LATE_
 """
 
 import sys
+from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
@@ -17,6 +18,11 @@ from support.arrays import address
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_stream")
 FORMATS = ("float32", "float32", "float32")
+
+
+def once(happens: Callable[[], bool]) -> bool:
+    """Whether it happens in one of many tries. A busy machine may come back from mx.eval later than the handlers."""
+    return any(happens() for _ in range(200))
 
 
 def moved(extension, settle) -> int:
@@ -39,7 +45,7 @@ def moved(extension, settle) -> int:
 def test_buffers_are_held_until_the_handlers_have_run(emulated_extension, monkeypatch, seed):
     monkeypatch.setenv("FUSED_ADAM_EMULATOR_LATE_HANDLERS", seed)
     assert moved(emulated_extension, mx.synchronize) == 0
-    assert moved(emulated_extension, lambda: None) > 0
+    assert once(lambda: moved(emulated_extension, lambda: None) > 0)
 
 
 def test_without_them_nothing_is_held(emulated_extension, monkeypatch):
@@ -69,4 +75,4 @@ def test_mlx_s_own_operations_hold_what_they_read(emulated_extension, monkeypatc
         return address(state[0]["parameter"]) == before
 
     assert keeps_its_buffer(mx.synchronize)
-    assert not keeps_its_buffer(lambda: None)
+    assert once(lambda: not keeps_its_buffer(lambda: None))
