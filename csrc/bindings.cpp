@@ -10,6 +10,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
+#include <iterator>
 #include <stdexcept>
 
 #include "cpu/kernels.h"
@@ -51,7 +52,7 @@ static Array array_of(const nb::dict& state, StateKey key) {
 
 static AdamTensor tensor_of(mx::array&& parameter, mx::array&& gradient, const nb::dict& state) {
   auto m = array_of(state, kM), v = array_of(state, kV);
-  if (!m || !v) throw nb::key_error(m ? "v" : "m");
+  if (!m || !v) throw nb::type_error(m ? "v must be an array" : "m must be an array");
   AdamTensor tensor{std::move(parameter), std::move(gradient), std::move(*m), std::move(*v)};
   if (state.size() > 2) {
     tensor.correction = array_of(state, kRemainder);
@@ -88,7 +89,7 @@ static Array decay_of(const std::variant<double, mx::array>& weight_decay) {
 static constexpr const char* kRoundings[] = {"nearest", "parameter_and_v", "all"};
 
 static fused_adam::StochasticRounding rounding_of(const std::string& request) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < int(std::size(kRoundings)); ++i) {
     if (request == kRoundings[i]) return fused_adam::StochasticRounding(i);
   }
   throw std::invalid_argument("[AdamStep] rounding must be 'nearest', 'parameter_and_v' or 'all' but got '" + request +
@@ -195,13 +196,13 @@ Trees are dicts, lists and tuples; ``gradients``, ``parameters`` and ``states`` 
       .def_ro("states", &fused_adam::Walk::states)
       .def_ro("is_fused", &fused_adam::Walk::is_fused)
       .def("result", &fused_adam::Walk::result, "leaves"_a,
-           "The tree of the leaves' results, in containers of the gradients' types.");
+           "The tree of the leaves' results, in containers of the gradients' types as they were found.");
 
   nb::class_<fused_adam::Changes>(m, "Changes",
-                                  "New values of keys that states have: lists of dicts that run in parallel.")
+                                  "New values in states: a list of mappings, and one of dicts beside it.")
       .def(nb::init<nb::list, nb::list>(), "states"_a, "changed"_a)
       .def("apply", &fused_adam::Changes::apply, "Give the states the new values, all or none.")
-      .def("undo", &fused_adam::Changes::undo, "Give them the old ones, if they have the new ones.");
+      .def("undo", &fused_adam::Changes::undo, "Give them the old ones, if they have the new ones; all or none.");
 
   m.def("sum_of_squares", &fused_adam::sum_of_squares, "gradients"_a, nb::kw_only(), "uses_kernel"_a,
         "stream"_a = nb::none(),

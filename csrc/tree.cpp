@@ -1,6 +1,9 @@
 // See tree.h.
 #include "tree.h"
 
+#include <algorithm>
+#include <utility>
+
 #include "mlx/array.h"
 #include "op/formats.h"
 
@@ -25,7 +28,14 @@ bool is_sequence(nb::handle tree) { return nb::isinstance<nb::list>(tree) || nb:
 template <typename Visit>
 void for_each(nb::handle tree, Visit visit) {
   if (PyDict_CheckExact(tree.ptr())) {
-    for (auto [key, item] : nb::borrow<nb::dict>(tree)) visit(nb::borrow(key), nb::borrow(item));
+    Py_ssize_t size = PyDict_Size(tree.ptr());
+    for (auto [key, item] : nb::borrow<nb::dict>(tree)) {
+      visit(nb::borrow(key), nb::borrow(item));
+      if (PyDict_Size(tree.ptr()) != size) {
+        PyErr_SetString(PyExc_RuntimeError, "dictionary changed size during iteration");
+        nb::raise_python_error();
+      }
+    }
   } else if (nb::isinstance<nb::dict>(tree)) {
     for (nb::handle pair : tree.attr("items")()) visit(nb::object(pair[0]), nb::object(pair[1]));
   } else {
@@ -40,35 +50,26 @@ nb::object item_of(nb::handle tree, nb::handle key) {
   return nb::steal(item);
 }
 
-nb::object rebuilt(nb::handle tree, const nb::list& leaves, size_t& next) {
-  Recursion recursion;
-  if (nb::isinstance<nb::dict>(tree)) {
-    nb::dict items;
-    for_each(tree, [&](nb::object key, nb::object item) { items[key] = rebuilt(item, leaves, next); });
-    return items;
-  }
-  if (is_sequence(tree)) {
-    nb::list items;
-    for_each(tree, [&](nb::object, nb::object item) { items.append(rebuilt(item, leaves, next)); });
-    nb::handle kind = tree.type();
-    if (kind.is(&PyList_Type)) return items;
-    return nb::hasattr(kind, "_fields") ? kind(*nb::tuple(items)) : kind(items);
-  }
-  if (next >= leaves.size()) throw nb::index_error("[adam_update] gradients must stay as they are during the update");
-  return nb::object(leaves[next++]);
-}
-
 }  // namespace
 
-Walk::Walk(nb::object gradients, nb::handle parameters, nb::handle states) : tree_(gradients) {
-  add(gradients, parameters, states);
+Walk::Walk(nb::object gradients, nb::handle parameters, nb::handle states) {
+  add(nb::none(), gradients, parameters, states);
 }
 
-void Walk::add(nb::handle gradient, nb::handle parameter, nb::handle state) {
+void Walk::add(nb::object key, nb::handle gradient, nb::handle parameter, nb::handle state) {
   Recursion recursion;
-  if (nb::isinstance<nb::dict>(gradient) || is_sequence(gradient)) {
-    for_each(gradient,
-             [&](nb::object key, nb::object item) { add(item, item_of(parameter, key), item_of(state, key)); });
+  size_t place = nodes_.size();
+  nodes_.push_back({std::move(key), {}, 0});
+  bool is_dict = nb::isinstance<nb::dict>(gradient);
+  if (is_dict || is_sequence(gradient)) {
+    size_t count = 0;
+    for_each(gradient, [&](nb::object inner, nb::object item) {
+      nb::object parameters_of_it = item_of(parameter, inner), states_of_it = item_of(state, inner);
+      add(std::move(inner), item, parameters_of_it, states_of_it);
+      ++count;
+    });
+    nodes_[place].kind = nb::borrow(is_dict ? nb::handle((PyObject*)&PyDict_Type) : gradient.type());
+    nodes_[place].count = count;
     return;
   }
   const mx::array* array = nullptr;
@@ -79,8 +80,28 @@ void Walk::add(nb::handle gradient, nb::handle parameter, nb::handle state) {
 }
 
 nb::object Walk::result(const nb::list& leaves) const {
-  size_t next = 0;
-  return rebuilt(tree_, leaves, next);
+  if (leaves.size() != gradients.size()) throw nb::value_error("[adam_update] results must be as many as the leaves");
+  const Node* node = nodes_.data();
+  size_t leaf = 0;
+  return rebuilt(node, leaves, leaf);
+}
+
+// Moves `node` behind the container, or leaf, that it returns.
+nb::object Walk::rebuilt(const Node*& node, const nb::list& leaves, size_t& leaf) const {
+  const Node& here = *node++;
+  if (!here.kind) return nb::object(leaves[leaf++]);
+  if (here.kind.is(&PyDict_Type)) {
+    nb::dict items;
+    for (size_t i = 0; i < here.count; ++i) {
+      nb::object key = node->key;
+      items[key] = rebuilt(node, leaves, leaf);
+    }
+    return items;
+  }
+  nb::list items;
+  for (size_t i = 0; i < here.count; ++i) items.append(rebuilt(node, leaves, leaf));
+  if (here.kind.is(&PyList_Type)) return items;
+  return nb::hasattr(here.kind, "_fields") ? here.kind(*nb::tuple(items)) : here.kind(items);
 }
 
 Changes::Changes(nb::list states, nb::list changed) : states_(std::move(states)), changed_(std::move(changed)) {
@@ -88,23 +109,49 @@ Changes::Changes(nb::list states, nb::list changed) : states_(std::move(states))
 }
 
 void Changes::apply() {
-  if (!is_applied_) exchange();
+  if (is_applied_) return;
+  exchange_all(false);
+  is_applied_ = true;
 }
 
+// In reverse, as two of the states may be one dict.
 void Changes::undo() {
-  if (is_applied_) exchange();
+  if (!is_applied_) return;
+  exchange_all(true);
+  is_applied_ = false;
 }
 
-void Changes::exchange() {
-  is_applied_ = !is_applied_;
+// NotImplemented stands for a value that is not there.
+void Changes::exchange(size_t state, nb::handle key) {
+  nb::handle absent(Py_NotImplemented);
+  nb::object values = states_[state], others = changed_[state], other = item_of(others, key);
+  PyObject* found = PyObject_GetItem(values.ptr(), key.ptr());
+  if (!found && !PyErr_ExceptionMatches(PyExc_KeyError)) nb::raise_python_error();
+  PyErr_Clear();
+  nb::object old = found ? nb::steal(found) : nb::borrow(absent);
+  bool has_failed = other.is(absent) ? PyObject_DelItem(values.ptr(), key.ptr()) < 0
+                                     : PyObject_SetItem(values.ptr(), key.ptr(), other.ptr()) < 0;
+  if (has_failed || PyDict_SetItem(others.ptr(), key.ptr(), old.ptr()) < 0) nb::raise_python_error();
+}
+
+void Changes::exchange_all(bool in_reverse) {
+  std::vector<std::pair<size_t, nb::object>> places;
   for (size_t i = 0; i < states_.size(); ++i) {
-    nb::object state = states_[i], changed = changed_[i];
-    for (auto [key, value] : nb::cast<nb::dict>(changed)) {
-      nb::object other = nb::borrow(value), old = item_of(state, key);
-      bool has_failed = PyDict_SetItem(state.ptr(), key.ptr(), other.ptr()) < 0 ||
-                        PyDict_SetItem(changed.ptr(), key.ptr(), old.ptr()) < 0;
-      if (has_failed) nb::raise_python_error();
+    for (auto [key, value] : nb::cast<nb::dict>(changed_[i])) places.emplace_back(i, nb::borrow(key));
+  }
+  if (in_reverse) std::reverse(places.begin(), places.end());
+  size_t done = 0;
+  try {
+    for (; done < places.size(); ++done) exchange(places[done].first, places[done].second);
+  } catch (...) {
+    while (done-- > 0) {
+      try {
+        exchange(places[done].first, places[done].second);
+      } catch (...) {
+        // The first error is the one to tell; the other states are restored nevertheless.
+      }
     }
+    throw;
   }
 }
 

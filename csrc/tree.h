@@ -4,6 +4,8 @@
 
 #include <nanobind/nanobind.h>
 
+#include <vector>
+
 namespace fused_adam {
 
 // Parallel lists with one item per leaf of the gradients, in the order of mlx.utils.tree_flatten.
@@ -16,24 +18,34 @@ class Walk {
   // Whether all parameters are arrays, of dtypes that kernels store.
   bool is_fused = true;
 
-  // The tree of the leaves' results, in containers of the gradients' types.
+  // The tree of the leaves' results, in containers of the gradients' types as they were found.
   nanobind::object result(const nanobind::list& leaves) const;
 
  private:
-  void add(nanobind::handle gradient, nanobind::handle parameter, nanobind::handle state);
+  // A container or leaf, in the order of the walk.
+  struct Node {
+    nanobind::object key;   // in the container around it
+    nanobind::object kind;  // the type of the container; null for a leaf
+    size_t count;           // of its items
+  };
 
-  nanobind::object tree_;
+  void add(nanobind::object key, nanobind::handle gradient, nanobind::handle parameter, nanobind::handle state);
+  nanobind::object rebuilt(const Node*& node, const nanobind::list& leaves, size_t& leaf) const;
+
+  std::vector<Node> nodes_;
 };
 
-// New values of keys that states have. No signal is handled between the first change and the last.
+// New values in states, which are mappings. No signal is handled between the first change of dicts and the last.
 class Changes {
  public:
   Changes(nanobind::list states, nanobind::list changed);
+  // Both change all states or, where one raises an error, none.
   void apply();
   void undo();
 
  private:
-  void exchange();
+  void exchange(size_t state, nanobind::handle key);
+  void exchange_all(bool in_reverse);
 
   nanobind::list states_;
   nanobind::list changed_;  // the old values, once applied

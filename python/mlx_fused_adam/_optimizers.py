@@ -202,9 +202,11 @@ class _Fused(_MLXOptimizer):
         written: list[_ext.Changes] = []
 
         def undo() -> None:
-            for changes in written:
-                changes.undo()
-            self._restore(before, was_initialized, loaded)
+            try:
+                for changes in written:
+                    changes.undo()
+            finally:
+                self._restore(before, was_initialized, loaded)
 
         try:
             if loaded and not was_initialized:

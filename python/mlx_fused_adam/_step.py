@@ -151,13 +151,13 @@ class Step(NamedTuple):
             if reason := options.why_not(parameter):
                 raise ValueError(f"[{options.op}] parameter of {name(i)} {reason}")
             has_correction = options.has_correction(parameter)
-            if has_correction != ("remainder" in state):
+            correction = state.get("remainder")
+            if has_correction != (correction is not None):
                 wanted, got = ("a", "none") if has_correction else ("no", f"one beside {parameter.dtype}")
                 raise ValueError(
                     f"[{options.op}] state of {name(i)} must hold {wanted} remainder for master_weights but "
                     f"got {got}: call init(parameters) after a change of parameters' dtypes"
                 )
-            correction = state.get("remainder")
             if isinstance(correction, mx.array) and correction.dtype != options.correction_dtype:
                 raise ValueError(
                     f"[{options.op}] remainder of {name(i)} must be {options.correction_dtype} for "

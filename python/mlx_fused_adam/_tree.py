@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlx.utils import tree_flatten
@@ -77,8 +77,8 @@ def _missing(gradients: Any, tree: Any, path: str = "") -> str | None:
     for key, gradient in items:
         inner = f"{path}.{key}" if path else str(key)
         try:
-            part = tree[key] if isinstance(tree, (dict, list, tuple)) else None
-        except (KeyError, IndexError):
+            part = tree[key] if isinstance(tree, (Mapping, list, tuple)) else None
+        except (KeyError, IndexError, TypeError):
             part = None
         if part is None:
             return inner

@@ -296,3 +296,14 @@ def test_another_dtype_between_updates_is_named():
         optimizer.apply_gradients(parameters, parameters)
     optimizer.init(parameters)
     train(optimizer, parameters, [parameters])
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_a_remainder_of_none_is_an_error(bits):
+    """Read as absent, it would train without master weights."""
+    optimizer = fused.AdamW(1e-2, master_weights=True, master_weight_bits=bits)
+    parameters = {"w": mx.ones((8,), mx.bfloat16)}
+    optimizer.init(parameters)
+    optimizer.state["w"]["remainder"] = None
+    with pytest.raises(ValueError, match="state of w must hold a remainder for master_weights but got none"):
+        optimizer.apply_gradients(parameters, parameters)
