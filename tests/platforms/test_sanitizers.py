@@ -31,14 +31,15 @@ PLANTED = [
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, bool], Path]:
     """Each as it is and, where there are some for it, with all faults of its kind; compiled two at a time."""
 
-    def compile_one(name: str, kind: str, has_faults: bool) -> Path:
-        place = tmp_path_factory.mktemp(name)
+    def compile_one(name: str, kind: str, has_faults: bool, place: Path) -> Path:
         return faults.compile_program(name, kind, place, faults.faults(kind) * has_faults)
 
     keys = [(*program, False) for program in PROGRAMS]
     keys += dict.fromkeys((name, kind, True) for name, kind, *_ in PLANTED)
+    # pytest's folders are not made by two threads at once.
+    places = [tmp_path_factory.mktemp(name) for name, *_ in sorted(keys)]
     with ThreadPoolExecutor(2) as pool:
-        compiled = [pool.submit(compile_one, *key) for key in sorted(keys)]
+        compiled = [pool.submit(compile_one, *key, place) for key, place in zip(sorted(keys), places, strict=True)]
     return {key: one.result() for key, one in zip(sorted(keys), compiled, strict=True)}
 
 
