@@ -53,8 +53,8 @@ enum AdamLimits {
   // array; a threadgroup updates up to kStripTiles of a row of tiles, which share lines of state and scales.
   kLineBytes = 128,
   kStripTiles = 4,
-  // adam_tiled walks bands of this many rows of tiles (by its logarithm), so that tiles which share the gradient's cache
-  // lines run together, as well as those which share the state's.
+  // adam_tiled walks bands of this many rows of tiles (by its logarithm), so that tiles which share the gradient's
+  // cache lines run together, as well as those which share the state's.
   kTileBand = 2,
 };
 

@@ -1,5 +1,5 @@
-// How a float32 value is stored: the only place that defines storage formats. Arguments are passed by value, so the code
-// is valid C++14, MSL and CUDA.
+// How a float32 value is stored: the only place that defines storage formats. Arguments are passed by value, so the
+// code is valid C++14, MSL and CUDA.
 //
 //   float32               as it is
 //   bfloat16, float16     rounded to nearest even, or stochastically
@@ -121,9 +121,9 @@ ADAM_FUNCTION BlockScale scale_above(float x) {
   return {exponent << 7, float_of((254u - exponent) << 23)};
 }
 
-// The fourth power of x, made piecewise linear: linear between powers of 16. A float's bits, read as an integer, are its
-// logarithm made linear between powers of two, so four times the bits are those of the power. From 4 on it is linear
-// between integers too.
+// The fourth power of x, made piecewise linear: linear between powers of 16. A float's bits, read as an integer, are
+// its logarithm made linear between powers of two, so four times the bits are those of the power. From 4 on it is
+// linear between integers too.
 template <typename F>
 ADAM_FUNCTION F piecewise_power(F x) {
   return float_of(4u * bits_of(x) - 0xBE800000u);

@@ -213,8 +213,8 @@ struct UpdateOrder {
   bool is_chain() const { return !depths.empty(); }
 };
 
-// In a chain each update waits for the one before it, in the order in which the backward pass makes gradients, so that a
-// gradient is used before later ones are made. Else MLX evaluates up to 20 branches of the graph at a time
+// In a chain each update waits for the one before it, in the order in which the backward pass makes gradients, so that
+// a gradient is used before later ones are made. Else MLX evaluates up to 20 branches of the graph at a time
 // (MLX_BFS_MAX_WIDTH), and as many gradients live at once; in a wide graph, all.
 UpdateOrder update_order(const std::vector<AdamTensor>& tensors, const AdamStep& step) {
   UpdateOrder order{std::vector<size_t>(tensors.size())};
@@ -262,8 +262,8 @@ struct Group {
   std::vector<size_t> members;
 };
 
-// Groups of a chain are neighbours in its order: a small gradient that waits for distant ones would keep the activations
-// of its layer.
+// Groups of a chain are neighbours in its order: a small gradient that waits for distant ones would keep the
+// activations of its layer.
 std::vector<Group> group(const std::vector<AdamTensor>& tensors, const UpdateOrder& order, size_t tensors_per_node,
                          bool distinguish_decay) {
   std::vector<Group> groups;
@@ -290,9 +290,9 @@ std::vector<Group> group(const std::vector<AdamTensor>& tensors, const UpdateOrd
   return groups;
 }
 
-// Makes nodes wait for one another, in their order. MLX places a node the later, the nearer it is to the results in number
-// of nodes: as many empty ones between two updates as lie between their gradients keep each update beside its layer, so
-// that activations are released as early as without a chain.
+// Makes nodes wait for one another, in their order. MLX places a node the later, the nearer it is to the results in
+// number of nodes: as many empty ones between two updates as lie between their gradients keep each update beside its
+// layer, so that activations are released as early as without a chain.
 class Chain {
  public:
   explicit Chain(const UpdateOrder& order) : order_(order) {}

@@ -36,8 +36,8 @@ struct AdamStep {
 };
 
 // One parameter with its gradient and its state. Auxiliary arrays are the correction (int16, or int8 of 24 bits) of a
-// bfloat16 parameter, and the scales (bfloat16) of quantized m (int8) and v (uint8), of shape `scale_shape`. In 4 bits, m and v are uint8 of
-// shape `packed_shape`.
+// bfloat16 parameter, and the scales (bfloat16) of quantized m (int8) and v (uint8), of shape `scale_shape`. In 4 bits,
+// m and v are uint8 of shape `packed_shape`.
 struct AdamTensor {
   mlx::core::array parameter;
   mlx::core::array gradient;
