@@ -198,8 +198,7 @@ Trees are dicts, lists and tuples; ``gradients``, ``parameters`` and ``states`` 
       .def("result", &fused_adam::Walk::result, "leaves"_a,
            "The tree of the leaves' results, in containers of the gradients' types as they were found.");
 
-  nb::class_<fused_adam::Changes>(m, "Changes",
-                                  "New values in states: a list of mappings, and one of dicts beside it.")
+  nb::class_<fused_adam::Changes>(m, "Changes", "New values in states: a list of mappings, and one of dicts beside it.")
       .def(nb::init<nb::list, nb::list>(), "states"_a, "changed"_a)
       .def("apply", &fused_adam::Changes::apply, "Give the states the new values, all or none.")
       .def("undo", &fused_adam::Changes::undo, "Give them the old ones, if they have the new ones; all or none.");
