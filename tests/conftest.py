@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from emulator import build, hostile, project_shader
-from support import oracle
+from support import oracle, tools
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ("cpu", "gpu", "emulated")
@@ -61,6 +61,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "contraction" in hostile.active() and (reason := tools.why_not("ziglang")):
+        raise pytest.UsageError(f"{hostile.VARIABLE} {reason}")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell's background jobs ignore it, and so would the processes that tests interrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 
 
-def _reason(modules: tuple[str, ...]) -> str:
-    """Why tests are skipped without these modules; empty if all are installed."""
+def why_not(*modules: str) -> str:
+    """Why nothing works that needs these modules; empty if all are installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if not missing:
         return ""
@@ -16,7 +16,7 @@ def _reason(modules: tuple[str, ...]) -> str:
 
 def needs(*modules: str) -> Callable:
     """Marks a test."""
-    reason = _reason(modules)
+    reason = why_not(*modules)
     skip = pytest.mark.skipif(bool(reason), reason=reason)
     return lambda test: pytest.mark.tools(skip(test))
 
@@ -24,6 +24,6 @@ def needs(*modules: str) -> Callable:
 def module_needs(*modules: str) -> pytest.MarkDecorator:
     """The mark of a test file that cannot be imported without these modules."""
     __tracebackhide__ = True  # the skip is reported at the caller's line
-    if reason := _reason(modules):
+    if reason := why_not(*modules):
         pytest.skip(reason, allow_module_level=True)
     return pytest.mark.tools
