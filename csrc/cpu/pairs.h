@@ -13,6 +13,10 @@ namespace {
 
 typedef std::uint32_t Word __attribute__((aligned(sizeof(std::uint16_t)), may_alias));
 
+// Not as<Word>: a template's argument loses the attributes.
+FUSED_ADAM_INLINE const Word* words_at(const char* bytes) { return reinterpret_cast<const Word*>(bytes); }
+FUSED_ADAM_INLINE Word* words_at(char* bytes) { return reinterpret_cast<Word*>(bytes); }
+
 FUSED_ADAM_INLINE std::uint16_t first_of(std::uint32_t word) { return std::uint16_t(word); }
 FUSED_ADAM_INLINE std::uint16_t second_of(std::uint32_t word) { return std::uint16_t(word >> 16); }
 // Signed values, in 32 bits throughout, since a narrower one would make the whole loop's vectors half as wide.
@@ -29,7 +33,7 @@ class Pairs;
 template <>
 class Pairs<Format::bfloat16> {
  public:
-  FUSED_ADAM_INLINE Pairs(Source from, std::size_t at) : words_(as<Word>(from.values + at * sizeof(std::uint16_t))) {}
+  FUSED_ADAM_INLINE Pairs(Source from, std::size_t at) : words_(words_at(from.values + at * sizeof(std::uint16_t))) {}
 
   FUSED_ADAM_INLINE float first(std::size_t i) const { return load_bfloat16(first_of(words_[i])); }
   FUSED_ADAM_INLINE float second(std::size_t i) const { return load_bfloat16(second_of(words_[i])); }
@@ -37,7 +41,7 @@ class Pairs<Format::bfloat16> {
   class Target {
    public:
     FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at)
-        : words_(as<Word>(to.values + at * sizeof(std::uint16_t))) {}
+        : words_(words_at(to.values + at * sizeof(std::uint16_t))) {}
     FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding of_first, float second, Rounding of_second) {
       words_[i] = word_of(store_bfloat16(first, of_first), store_bfloat16(second, of_second));
     }
@@ -55,8 +59,8 @@ template <>
 class Pairs<Format::bfloat16_correction_16> {
  public:
   FUSED_ADAM_INLINE Pairs(Source from, std::size_t at)
-      : words_(as<Word>(from.values + at * sizeof(std::uint16_t))),
-        corrections_(as<Word>(from.auxiliary + at * sizeof(std::int16_t))) {}
+      : words_(words_at(from.values + at * sizeof(std::uint16_t))),
+        corrections_(words_at(from.auxiliary + at * sizeof(std::int16_t))) {}
 
   FUSED_ADAM_INLINE float first(std::size_t i) const {
     return join(words_[i] & 0xFFFFu, first_signed(corrections_[i]));
@@ -66,8 +70,8 @@ class Pairs<Format::bfloat16_correction_16> {
   class Target {
    public:
     FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at)
-        : words_(as<Word>(to.values + at * sizeof(std::uint16_t))),
-          corrections_(as<Word>(to.auxiliary + at * sizeof(std::int16_t))) {}
+        : words_(words_at(to.values + at * sizeof(std::uint16_t))),
+          corrections_(words_at(to.auxiliary + at * sizeof(std::int16_t))) {}
     FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding, float second, Rounding) {
       SplitFloat a = split(first), b = split(second);
       words_[i] = word_of(a.bfloat16, b.bfloat16);
@@ -98,22 +102,21 @@ class Pairs<Format::float16> {
 
   class Target {
    public:
-    FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at) : values_(as<std::uint16_t>(to.values) + at) {}
+    FUSED_ADAM_INLINE Target(cpu::Target to, std::size_t at) : values_(to.values + at * sizeof(std::uint16_t)) {}
     FUSED_ADAM_INLINE void store(std::size_t i, float first, Rounding of_first, float second, Rounding of_second) {
       if (of_first.is_stochastic) {
-        as<Word>(reinterpret_cast<char*>(values_))[i] =
-            word_of(store_float16(first, of_first), store_float16(second, of_second));
+        words_at(values_)[i] = word_of(store_float16(first, of_first), store_float16(second, of_second));
       } else {
         firsts_[i] = first;
         seconds_[i] = second;
       }
     }
     FUSED_ADAM_INLINE void finish(bool is_stochastic) {
-      if (!is_stochastic) half::from_floats_apart(firsts_, seconds_, kChunk, values_);
+      if (!is_stochastic) half::from_floats_apart(firsts_, seconds_, kChunk, as<std::uint16_t>(values_));
     }
 
    private:
-    std::uint16_t* values_;
+    char* values_;
     alignas(64) float firsts_[kChunk / 2], seconds_[kChunk / 2];
   };
 

@@ -30,20 +30,25 @@ size_t auxiliary_bytes(Format format, size_t n) {
   return corrections ? corrections : 2 * ((n + kBlockElements - 1) / kBlockElements);
 }
 
-// Exactly the bytes of n elements and of the format's auxiliary array. All zeros but for every third byte, a small
-// number.
+// Exactly the bytes of n elements and of the format's auxiliary array, behind so many other elements. All zeros but for
+// every third byte, a small number.
 struct Array {
-  Array(Format format, size_t n)
-      : values(new char[bytes_of(format, n)]()), auxiliary(new char[auxiliary_bytes(format, n)]()) {
-    for (size_t i = 0; i < bytes_of(format, n); i += 3) values[i] = char(i % 61);
+  Array(Format format, size_t n, size_t others = 0)
+      : values(new char[bytes_of(format, others) + bytes_of(format, n)]()),
+        auxiliary(new char[auxiliary_bytes(format, others) + auxiliary_bytes(format, n)]()),
+        first_value(values.get() + bytes_of(format, others)),
+        first_auxiliary(auxiliary.get() + auxiliary_bytes(format, others)) {
+    for (size_t i = 0; i < bytes_of(format, n); i += 3) first_value[i] = char(i % 61);
   }
-  Source source() const { return {values.get(), auxiliary.get()}; }
-  Target target() const { return {values.get(), auxiliary.get()}; }
+  Source source() const { return {first_value, first_auxiliary}; }
+  Target target() const { return {first_value, first_auxiliary}; }
   std::unique_ptr<char[]> values, auxiliary;
+  char *first_value, *first_auxiliary;
 };
 
-void update(const KernelSet& set, const TensorFormats& formats, size_t n, unsigned results) {
-  Array parameter(formats.parameter, n), gradient(formats.gradient, n), m(formats.m, n), v(formats.v, n);
+void update(const KernelSet& set, const TensorFormats& formats, size_t n, unsigned results, size_t others) {
+  Array parameter(formats.parameter, n, others), gradient(formats.gradient, n, others), m(formats.m, n, others),
+      v(formats.v, n, others);
   RunPointers run{parameter.source(), gradient.source(), m.source(), v.source(),
                   parameter.target(), m.target(),        v.target()};
   auto rounding = tensor_rounding({results, 1, 2}, 3, 4, formats.is_quantized());
@@ -80,7 +85,7 @@ int main(int argument_count, char**) {
       for (auto state : {Format::float32, Format::bfloat16, Format::float16, Format::int8, Format::int4}) {
         auto v = state == Format::int8 ? Format::uint8 : state == Format::int4 ? Format::uint4 : state;
         for (unsigned results : {0, int(kRoundV), kRoundParameter | kRoundM | kRoundV}) {
-          update(set, {parameter, gradient, state, v}, n, results);
+          for (size_t others : {0, 1}) update(set, {parameter, gradient, state, v}, n, results, others);
         }
       }
     }
