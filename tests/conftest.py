@@ -196,6 +196,19 @@ def is_hostile(device: str) -> bool:
 
 
 @pytest.fixture
+def has_exact_scalars(device: str, is_hostile: bool) -> bool:
+    """Whether eager and compiled steps have the same scalars. A GPU's power and square root may be off in either."""
+    return device != "gpu" and not is_hostile
+
+
+@pytest.fixture
+def not_hostile() -> Iterator[None]:
+    """For the emulator's own tests: clang, which a hostile GPU takes, instruments a vector's elements one by one."""
+    with hostile.relaxed():
+        yield
+
+
+@pytest.fixture
 def backend_name(device: str, is_emulated: bool) -> str:
     """The value of an optimizer's `backend` on the test's device."""
     return "metal (emulated)" if is_emulated else {"cpu": "cpu", "gpu": "metal"}[device]

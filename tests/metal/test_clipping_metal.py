@@ -232,7 +232,7 @@ NORM_FAULTS = {
 
 
 @pytest.mark.parametrize("name", NORM_FAULTS)
-def test_a_fault_planted_in_the_norm_is_seen(cpu_extension, emulated_extension, plant, name):
+def test_a_fault_planted_in_the_norm_is_seen(not_hostile, cpu_extension, emulated_extension, plant, name):
     make_gradients, text, replacement = NORM_FAULTS[name]
     gradients = make_gradients(5)
     mx.eval(gradients)

@@ -13,6 +13,8 @@ if sys.platform != "linux":
 
 from emulator import msl, translate
 
+pytestmark = pytest.mark.usefixtures("not_hostile")
+
 FAULTS = """
 #include <metal_stdlib>
 using namespace metal;

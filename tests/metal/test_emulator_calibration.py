@@ -15,6 +15,8 @@ if sys.platform != "linux":
 
 from emulator import build
 
+pytestmark = pytest.mark.usefixtures("not_hostile")
+
 INCLUDE_DIRS = [str(build.HERE / "calibration"), str(Path(mx.__file__).parent / "include")]
 KERNELS = "mlx/backend/metal/kernels/"
 

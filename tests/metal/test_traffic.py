@@ -13,7 +13,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("the emulator runs on Linux", allow_module_level=True)
 
-from emulator import hostile, traffic, translate
+from emulator import traffic, translate
 
 version = subprocess.run([*translate.compiler(), "--version"], capture_output=True, text=True).stdout
 if "clang" in version:
@@ -24,11 +24,8 @@ NUMBER = re.compile(r"\d+\.\d\d")
 
 
 @pytest.fixture(autouse=True)
-def one_order(monkeypatch):
-    """And the compiler that keeps vectors whole: clang, which a hostile GPU takes, instruments their elements."""
+def one_order(monkeypatch, not_hostile):
     monkeypatch.setenv("FUSED_ADAM_EMULATOR_ORDERS", "forward")
-    with hostile.relaxed():
-        yield
 
 
 @pytest.fixture

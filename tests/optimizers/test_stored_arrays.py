@@ -180,7 +180,7 @@ def test_a_skipped_step_keeps_what_is_held_and_what_is_not(shape, held):
     [(0x0000, -5, 0), (0x8000, -5, 0), (0x0000, 5, 5), (0x8000, 5, 5), (0x7F80, -0x3662, -0x3662), (0xFF80, -1, -1),
      (0x7F80, 7, 0), (0xFF80, 7, 0)],
 )  # fmt: skip
-def test_remainders_beside_zero_and_infinity(weight, remainder, kept, gradient):
+def test_remainders_beside_zero_and_infinity(device, is_hostile, weight, remainder, kept, gradient):
     """Below zero there is nothing, above infinity neither; just below infinity is a float32 that rounds to it."""
     parameter = mx.full((40,), weight, mx.uint16).view(mx.bfloat16)
     optimizer = fused.Adam(1e-2, master_weights=True)
@@ -188,7 +188,10 @@ def test_remainders_beside_zero_and_infinity(weight, remainder, kept, gradient):
     optimizer.state["w"]["remainder"] = mx.full((40,), remainder, mx.int16)
     new = train(optimizer, {"w": parameter}, [{"w": mx.zeros(40, gradient)}])
     np.testing.assert_array_equal(bits(new["w"]), weight)
-    np.testing.assert_array_equal(np.array(optimizer.state["w"]["remainder"]), kept)
+    found = np.array(optimizer.state["w"]["remainder"])
+    if (device == "gpu" or is_hostile) and not weight & 0x7FFF and not found.any():
+        return  # together a subnormal number, which a GPU may flush to zero
+    np.testing.assert_array_equal(found, kept)
 
 
 @pytest.mark.parametrize("bad", [0x7FC00000, 0xFFC00000, 0x7FC00001, 0x7F800001, 0xFFFFFFFF], ids=hex)
