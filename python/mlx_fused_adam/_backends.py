@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 
 import mlx.core as mx
 
 from . import _ext, _self_check
 from ._options import QUANTIZED_BITS
 from ._self_check import Dtypes, is_update
+from ._warn import warn
 
 Place = mx.Stream | mx.Device | mx.DeviceType | None
 
@@ -142,8 +142,7 @@ def needs_kernel(dtypes: Dtypes) -> bool:
 
 
 def _warn(what: str, reason: str, to: str = "mlx.optimizers") -> None:
-    message = f"mlx-fused-adam: {what} fall back to {to}: {reason}"
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    warn(f"mlx-fused-adam: {what} fall back to {to}: {reason}", RuntimeWarning)
 
 
 _known: dict[mx.DeviceType, Backend] = {}

@@ -313,7 +313,7 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(loaded)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:
         hint = "" if start[8:] == b"{" else f"; it must be {_WAY}"
         _reject(path, wanted, f"an error: {error}{hint}")
     arrays: dict[str, mx.array]
@@ -478,7 +478,9 @@ def _fitting_state(path: Path, read: dict[str, Any], optimizer: Any) -> dict[str
     unknown = found.keys() - known.keys() or fit.unused
     for names, got in ((missing, "none"), (unknown, "one that the optimizer lacks")):
         if names:
-            way = "load it before init, which takes the file's parameters first and then others"
+            way = (
+                "use this model's file, or load it before init, which takes the file's parameters first and then others"
+            )
             _reject(path, f"the optimizer's state of {min(names)}", f"{got}; {way}")
     fitting = by_name(fit.state)
     for name in sorted(known):

@@ -5,11 +5,12 @@ paths.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
+
+from ._warn import warn
 
 Wanted = Callable[[str, mx.array], bool]
 
@@ -68,8 +69,4 @@ class DecayFilter:
             if paths and expression not in self._warned and not any(expression.search(path) for path in paths):
                 self._warned.add(expression)
                 some = ", ".join(paths[:3]) + (", …" if len(paths) > 3 else "")
-                warnings.warn(
-                    f"[{self._op}] decay_filter {expression.pattern!r} matches none of the parameters' paths: {some}",
-                    UserWarning,
-                    stacklevel=4,
-                )
+                warn(f"[{self._op}] decay_filter {expression.pattern!r} matches none of the parameters' paths: {some}")

@@ -5,7 +5,6 @@ The state tree, schedules, defaults and errors are inherited from mlx.optimizers
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from ._state import Seen, converted, fresh, makes_ours, seen_by_path
 from ._step import Leaves, Step
 from ._structure import fit_loaded, is_one_state
 from ._tree import flattened, padded, paths_of, walk, with_states
+from ._warn import warn
 
 
 class _Option:
@@ -86,11 +86,7 @@ class _Fused(_MLXOptimizer):
         dtypes = {x.dtype for _, x in flattened(parameters)}
         if names and dtypes and not dtypes & {mx.bfloat16, mx.float16}:
             self._is_hinted = True
-            warnings.warn(
-                f"[{options.op}] {' and '.join(names)} has no effect: no parameter is bfloat16",
-                UserWarning,
-                stacklevel=5,  # the caller of apply_gradients
-            )
+            warn(f"[{options.op}] {' and '.join(names)} has no effect: no parameter is bfloat16")
 
     def _change_options(self, options: Options) -> None:
         fit_recorded(self._state, options)

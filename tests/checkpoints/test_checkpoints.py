@@ -198,6 +198,15 @@ def test_a_damaged_file_is_rejected(tmp_path):
     fused.load_optimizer(path, fused.AdamW(**SETTINGS))
 
 
+def test_a_header_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "o"
+    saved(path)
+    data = path.read_bytes()
+    for place in (9, data.index(b"learning_rate")):
+        path.write_bytes(data[:place] + b"\xa3" + data[place + 1 :])
+        rejected(path, "must hold a whole safetensors file but got an error: .*utf-8")
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("shape", [64, 71]), ("shape", [64, 69]), ("shape", [-64, 70]), ("shape", "x"), ("shape", None), ("dtype", "F32"),
     ("dtype", "F8"), ("data_offsets", [2**40, 2**40 + 17920]), ("data_offsets", [8, 4]), ("data_offsets", None),

@@ -173,6 +173,9 @@ def test_the_command_says_what_fits_and_what_does_not():
     fits = run("1.2B", "--memory", "24").stdout
     assert "1.2 billion parameters, 255 million in the largest tensor (in proportion to Llama-3.2-1B)" in fits
     assert "Most exact that fits: fused.AdamW(1e-5); " in fits and "GB left for activations" in fits
+    assert "\nMost exact that fits clipped: fused.AdamW(1e-5, max_grad_norm=1.0); 0." in fits, fits
+    tight = run("7B", "--memory", "32").stdout
+    assert 'state_dtype="int4"), after' in tight and "\nMost exact that fits clipped: none.\n" in tight, tight
     assert "None fits: train LoRA adapters" in run("70B", "--memory", "8").stdout
     sharded = run("7B", "--memory", "32", "--fully-sharded", "4").stdout
     assert "shard_group=group)" in sharded and "Each sends 21.0 GB a step: at least 2.1 s" in sharded

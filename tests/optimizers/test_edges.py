@@ -8,6 +8,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 
 import mlx_fused_adam as fused
 from mlx_fused_adam import _backends
@@ -128,6 +129,28 @@ def test_an_optimizer_prints_itself_in_any_state():
     optimizer.state = None
     printed += [repr(optimizer), repr(object.__new__(fused.AdamW))]
     assert all("Adam object at" in x or "AdamW object at" in x for x in printed), printed
+
+
+@pytest.mark.parametrize("call", ["init", "apply_gradients", "update", "MultiOptimizer"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"master_weights": True}, "has no effect"), ({"decay_filter": "lienar"}, "matches none")],
+    ids=["effect", "filter"],
+)
+def test_a_warning_names_the_line_that_called(options, message, call):
+    optimizer = fused.AdamW(**SETTINGS, **options)
+    model = nn.Linear(4, 4)
+    gradients = tree_map(mx.ones_like, model.parameters())
+    with pytest.warns(UserWarning, match=message) as told:
+        if call == "init":
+            optimizer.init(gradients)
+        elif call == "apply_gradients":
+            optimizer.apply_gradients(gradients, model.parameters())
+        elif call == "update":
+            optimizer.update(model, gradients)
+        else:
+            fused.MultiOptimizer([optimizer]).update(model, gradients)
+    assert [warning.filename for warning in told] == [__file__]
 
 
 @pytest.mark.parametrize("options", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)

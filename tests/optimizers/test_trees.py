@@ -340,4 +340,5 @@ def test_an_update_drops_what_it_would_take_back():
     for _ in range(3):
         parameters = optimizer.apply_gradients({"w": mx.ones((1 << 16,))}, parameters)
         mx.eval(parameters, optimizer.state)
+    mx.synchronize()
     assert mx.get_active_memory() - before < (1 << 16)

@@ -215,10 +215,18 @@ def as_text(model: Model, memory: float, ranks: int = 1) -> str:
             f"Each sends {sent / 1e9:.1f} GB a step: at least {sent / THUNDERBOLT_5:.1f} s over Thunderbolt 5.",
         ]
     first, second = fitting(model, memory, ranks)
+
+    def told(choice: Choice, case: int) -> str:
+        left = memory - peaks(choice, model, ranks)[case]
+        if case == 1:
+            choice = choice._replace(options={**choice.options, "max_grad_norm": 1.0})
+        setting = ", after model.set_dtype(mx.bfloat16)" if choice.dtype == "bfloat16" else ""
+        return f"{choice.call(ranks)}{setting}; {left / 1e9:.1f} GB left for activations"
+
     if first:
-        left = memory - peaks(first, model, ranks)[0]
-        setting = ", after model.set_dtype(mx.bfloat16)" if first.dtype == "bfloat16" else ""
-        lines.append(f"Most exact that fits: {first.call(ranks)}{setting}; {left / 1e9:.1f} GB left for activations.")
+        lines.append(f"Most exact that fits: {told(first, 0)}.")
+        if ranks == 1:
+            lines.append(f"Most exact that fits clipped: {told(second, 1) if second else 'none'}.")
     elif second:
         lines.append("None fits unless blocks are gathered again.")
     else:

@@ -108,7 +108,8 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(f"  {name:24} {megabytes:8.1f} MB  {megabytes / fused:20.2f}x")
     lines.append("")
     lines += [f"To do: {x}" for x in report["advice"]]
-    lines.append("All checks passed." if report["ok"] else "A kernel failed its check: see above.")
+    passed = "All checks passed." if any(device["checks"] for device in report["devices"]) else "No kernel was checked."
+    lines.append(passed if report["ok"] else "A kernel failed its check: see above.")
     return "\n".join(lines)
 
 

@@ -98,7 +98,8 @@ def _say_result(installation: Installation) -> None:
     if installation.built and not counts:
         counts = ["no kernel has updated anything"]
     if installation.built:
-        counts.append(f"peak memory {mx.get_peak_memory() / 1e9:.3g} GB")
+        peak = mx.get_peak_memory()
+        counts.append(f"peak memory {peak / 1e9:.3g} GB" if peak >= 1e9 else f"peak memory {peak / 1e6:.3g} MB")
     log("; ".join([*parts, *counts, *_backends.reasons()]))
 
 
