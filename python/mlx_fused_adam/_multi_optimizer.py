@@ -85,6 +85,8 @@ class MultiOptimizer(_MLXMultiOptimizer):
         options = Options(
             "MultiOptimizer", max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, shard_group=shard_group
         )
+        if not isinstance(optimizers, (list, tuple)) or not optimizers:
+            raise TypeError(f"[MultiOptimizer] optimizers must be a list of one or more but got {optimizers!r}")
         super().__init__(optimizers, filters)
         self.filters[-1] = _any  # MLX's lambda cannot be pickled
         # One dict, which a compiled step may capture; `state` puts the parts' in.

@@ -398,6 +398,9 @@ def test_options_are_attributes_and_shown():
     assert optimizer.state["skipped"].item() == 1
     optimizer.skip_nonfinite = False
     assert optimizer.state.keys() == {"states", "grad_norm"}
+    for optimizers in (fused.AdamW(1e-3), [], None):
+        with pytest.raises(TypeError, match=r"\[MultiOptimizer\] optimizers must be a list of one or more but got"):
+            fused.MultiOptimizer(optimizers)
     with pytest.raises(ValueError, match=r"\[MultiOptimizer\] max_grad_norm must be greater than 0 but got -1.0"):
         optimizer.max_grad_norm = -1
     for kind, value in (("max_grad_norm", True), ("skip_nonfinite", 1), ("shard_group", "all")):
