@@ -8,7 +8,7 @@ import pytest
 
 import mlx_fused_adam as fused
 from support import stored_tensors
-from support.arrays import assert_same_bits, bits, random
+from support.arrays import assert_same_bits, bits, lay_out, random
 from support.training import copied, train
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -32,17 +32,20 @@ def test_codes_of_wide_rows_are_those_of_row_major_gradients(shape, dtype, optio
     rng = np.random.default_rng(0)
     parameters, gradients = {"w": random(rng, shape, dtype)}, [random(rng, shape, dtype) for _ in range(2)]
     results = []
-    for lay_out in (lambda x: x, turned):
+    for place in (lambda x: x, turned):
         optimizer = fused.AdamW(**SETTINGS, **options)
-        new = train(optimizer, parameters, [{"w": lay_out(g)} for g in gradients])
+        new = train(optimizer, parameters, [{"w": place(g)} for g in gradients])
         results.append([new, optimizer.state])
     assert_same_bits(*results)
 
 
-def test_equal_tensors_have_codes_of_their_own():
+@pytest.mark.parametrize("state_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("layout", ["linear", "column-major", "strided"])
+def test_equal_tensors_have_codes_of_their_own(layout, state_dtype):
     x = random(np.random.default_rng(1), (64, 96))
-    optimizer = fused.Adam(1e-2, state_dtype="int8")
-    train(optimizer, {"a": x, "b": x}, [{"a": x, "b": x}])
+    optimizer = fused.Adam(1e-2, state_dtype=state_dtype)
+    gradient = lay_out(x, layout)
+    train(optimizer, {"a": x, "b": x}, [{"a": gradient, "b": gradient}])
     a, b = optimizer.state["a"], optimizer.state["b"]
     for name in "mv":
         assert_same_bits(a[f"{name}_scale"], b[f"{name}_scale"])
