@@ -81,7 +81,7 @@ LEFT = {
     # The axes around the matrix; tiles, pairs of runs; a tile's elements alone, read (twice) and updated; scales; lines
     # that no vector fits.
     "adam_tiled plain": (0, 6, 58),
-    "adam_tiled quantized": (0, 8, 212),
+    "adam_tiled quantized": (0, 8, 214),
     "adam_general plain": (0, 2, 14),  # the axes, in 32 bits and in 64
     "adam_general quantized": (0, 2, 170),
     "norm_dense": (0, 4, 10),  # which gradient, runs, the elements of a last run, the tree of sums
