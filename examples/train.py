@@ -134,7 +134,9 @@ def load(folder: Path, model: Transformer, optimizer: Any, settings: dict[str, s
     fused.load_optimizer(folder / "optimizer.safetensors", optimizer)
     file = folder / f"model-{optimizer.step.item()}.safetensors"
     arrays, saved = mx.load(str(file), return_metadata=True)
-    if changed := [f"{name} {saved.get(name)}, not {x}" for name, x in settings.items() if saved.get(name) != x]:
+    if saved != settings:
+        names = [name for name in settings | saved if saved.get(name) != settings.get(name)]
+        changed = [f"{name} {saved.get(name)}, not {settings.get(name)}" for name in names]
         raise ValueError(f"{file} was saved with other options: {'; '.join(changed)}")
     model.update(tree_unflatten(list(arrays.items())))
 

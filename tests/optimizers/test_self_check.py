@@ -2,7 +2,6 @@
 mlx.optimizers.
 """
 
-import re
 import threading
 import time
 import warnings
@@ -419,13 +418,13 @@ def test_a_check_that_failed_leaves_no_error_to_the_next(extension, device, monk
 
     class Failing(Faulty):
         def sum_of_squares(self, gradients, **kwargs):
-            mx.async_eval(mx.linalg.inv(mx.zeros((3, 3))))
+            # The task fails once async_eval has returned, which would else raise its error itself.
+            slow = mx.ones((500, 500))
+            mx.async_eval(mx.linalg.inv((slow @ slow)[:3, :3] * 0))
             raise RuntimeError("broken")
 
     monkeypatch.setattr(_self_check, "_streams", {})
-    # The task's own error, if it comes before its graph is queued.
-    reason = verdict(Failing(extension, None), mx.float32) or "none"
-    assert re.fullmatch("self-check failed: (broken|.*LU factorization failed.*)", reason), reason
+    assert verdict(Failing(extension, None), mx.float32) == "self-check failed: broken"
     assert verdict(extension, mx.float32) is None
 
 
